@@ -1,0 +1,31 @@
+# make run     train the captioner and show it; ARGS="--epochs 3" passes options to the script
+# make test    style check and tests
+# Both make .venv and install the requirements the first time (torch brings several GB of CUDA packages on Linux).
+
+PYTHON ?= python3
+SCRIPT = MyLLM_Vit_gpt2_captioning/MyLLM_Vit_gpt2_captioning.py
+
+.PHONY: run test clean
+
+run: .venv/run-installed
+	.venv/bin/python $(SCRIPT) $(ARGS)
+
+test: .venv/test-installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/python -m pytest
+
+clean:
+	rm -rf .venv data/shapes
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# The stamp is written last, so that an interrupted install is taken up again.
+.venv/run-installed: requirements.txt | .venv/bin/python
+	.venv/bin/python -m pip install -r requirements.txt
+	touch $@
+
+.venv/test-installed: requirements-dev.txt .venv/run-installed
+	.venv/bin/python -m pip install -r requirements-dev.txt
+	touch $@

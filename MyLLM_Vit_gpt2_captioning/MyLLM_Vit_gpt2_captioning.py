@@ -1,0 +1,853 @@
+"""Train an image captioner: a timm ViT, stepped block by block with MyLLM GPT-2 blocks that carry cross-attention.
+
+    python MyLLM_Vit_gpt2_captioning/MyLLM_Vit_gpt2_captioning.py                      everything by default
+    python MyLLM_Vit_gpt2_captioning/MyLLM_Vit_gpt2_captioning.py --epochs 3 --lr 2e-4   with other constants
+
+Captions are read from data/results.csv (Flickr30k) or data/captions.txt (Flickr8k); without either, a small captioner
+is trained from scratch on the built-in Shapes dataset. Results go to captioner/.
+"""
+
+import gc
+import math
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+import torch.utils.data
+from torch import nn
+from tqdm import tqdm
+
+REPO_ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(REPO_ROOT))  # for MyLLM; this file's own folder is on the path already
+
+import checkpoint
+import plots
+import shapes
+import sources
+from augmentation import TrainingTransforms, ValidationTransforms
+from batching import CaptionBatchSampler, exact_captions_per_image
+from captions_tokenizer import CaptionTokenizer
+from command_line import parse_overrides, with_defaults
+from decoding import generate_ids
+from encoders import build_encoder, input_config
+from MyLLM.ch3 import KeyValueCache, merge_heads, split_heads
+from MyLLM.ch4 import GPTModel, LayerNorm, TransformerBlock
+from MyLLM.MyLLM_nominal import load_hf_gpt2_weights, read_hf_gpt2
+from preprocessing import load_image, preprocess
+
+# ======================================================================================================================
+# Constants: edit them here, or give --key value on the command line (--help lists them)
+# ======================================================================================================================
+
+HF_GPT2_REPO = os.environ.get("HF_GPT2_REPO", "openai-community/gpt2")  # GPT-2 weights, tokenizer: hub id or folder
+DATA_DIR = REPO_ROOT / "data"
+IMAGE_DIR = DATA_DIR / "flickr30k_images"
+OUTPUT_DIR = REPO_ROOT / "captioner"
+SHAPES_DIR = DATA_DIR / "shapes"  # where the built-in dataset is rendered
+
+tokenizer = CaptionTokenizer(HF_GPT2_REPO)  # GPT-2's; pad token = EOS; read on first use, so importing needs no network
+
+model_config = SimpleNamespace(
+    embed_dim=768,  # channels of the decoder
+    num_heads=12,  # attention heads of the decoder, also in cross-attention
+    depth=12,  # decoder blocks
+    seq_len=1024,  # longest caption in tokens, [BOS] and [EOS] included
+    vocab_size=50257,  # tokens the decoder knows; for a trained tokenizer the most it may learn
+    emb_dropout=0.1,  # dropout on token + position embeddings
+    attention_dropout=0.1,  # dropout on attention weights (self and cross)
+    mlp_dropout=0.1,  # dropout behind the MLP
+    residual_dropout=0.1,  # dropout behind attention's output projection
+    decoder_weights="pretrained",  # "pretrained" (HF_GPT2_REPO), a hub id, a local folder, or "scratch"
+    tokenizer="gpt2",  # "gpt2" (HF_GPT2_REPO) or "bpe", trained on the training captions
+    eos_token_id=50256,  # begins, ends and pads captions; set from the tokenizer
+    encoder="vit_base_patch16_224",  # any timm VisionTransformer; with coupling "final" also any timm CNN
+    encoder_weights="pretrained",  # "pretrained" (timm downloads them), a local weights file, or "scratch"
+    encoder_options={},  # more arguments of the timm model, as JSON: {"img_size": 48, "patch_size": 8}
+    coupling="stepped",  # decoder block i attends to encoder depth i ("stepped") or to the last layer ("final")
+    normalize_tokens=True,  # LayerNorm on image tokens that no final norm of the encoder has normalised
+)
+
+train_config = SimpleNamespace(
+    epochs=5,  # passes over the training captions
+    freeze_epochs_gpt=1,  # epochs before the pretrained GPT-2 blocks train too
+    freeze_epochs_all=2,  # epochs before everything trains
+    lr=1e-4,  # peak learning rate of new layers; OneCycle starts at lr / 25
+    pretrained_lr_scale=0.1,  # pretrained layers learn at lr times this
+    warmup_share=0.1,  # share of all steps in which the learning rate rises
+    weight_decay=0.01,  # AdamW; not on norms, biases and embeddings
+    clip_norm=1.0,  # longest gradient; a longer one is scaled down
+    batch_size=32,  # captions a step; a multiple of captions_per_image
+    captions_per_image=1,  # captions that share one encoding of their image; 5 trains several times as fast
+    crop_scale=0.8,  # smallest share of a photo's area that a training crop keeps
+    max_bad_losses=10,  # consecutive non-finite losses after which training stops
+    num_workers=0 if not torch.cuda.is_available() else min(8, os.cpu_count()),  # processes that load images
+    device="cuda"
+    if torch.cuda.is_available()
+    else "mps"
+    if torch.backends.mps.is_available()
+    else "cpu",  # where to train; cuda:1 is a second GPU
+    seed=0,  # of weights, order, augmentation and split
+    data_dir=DATA_DIR,  # folder with results.csv or captions.txt
+    image_dir=IMAGE_DIR,  # folder with the photos; found in data_dir when only that is given
+    model_path=OUTPUT_DIR,  # folder for checkpoint, metrics and plots; an earlier run there is moved aside
+    demo_images=10,  # validation photos in demo.png
+    shapes_scenes=6000,  # training scenes of the built-in dataset
+)
+
+# What differs for the built-in dataset: a small captioner, all from scratch, that learns in minutes on a CPU.
+# fmt: off
+SHAPES_MODEL = dict(
+    embed_dim=128, num_heads=4, depth=3, seq_len=32, vocab_size=512, tokenizer="bpe", decoder_weights="scratch",
+    encoder="vit_tiny_patch16_224", encoder_weights="scratch",
+    encoder_options=dict(img_size=48, patch_size=8, embed_dim=128, depth=3, num_heads=4),
+    emb_dropout=0.0, attention_dropout=0.0, mlp_dropout=0.0, residual_dropout=0.0,
+)
+# fmt: on
+SHAPES_TRAIN = dict(
+    epochs=10, freeze_epochs_gpt=0, freeze_epochs_all=0, lr=1e-3, batch_size=32, captions_per_image=2, crop_scale=0.9
+)
+
+IGNORED_LABEL = -100  # what cross_entropy skips
+
+# ======================================================================================================================
+# Tokens and labels
+# ======================================================================================================================
+
+
+def _shift_labels(token_ids):
+    """[a, b, c] -> [b, c, c]: the label of a token is the next one; the last is a copy, masked in `collate_fn`."""
+    return list(token_ids[1:]) + list(token_ids[-1:])
+
+
+def _pad_token_batch(tokenizer, token_id_batch):
+    """Lists of ids -> LongTensor (B, T_max), padded on the right with the tokenizer's pad id."""
+    rows = [torch.tensor(token_ids, dtype=torch.long) for token_ids in token_id_batch]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+
+
+def encode_caption(tokenizer, caption, max_length):
+    """caption -> ids [BOS] caption [EOS], at most `max_length` of them; a longer caption loses words, never EOS."""
+    return [tokenizer.bos_token_id, *tokenizer.encode(caption)[: max_length - 2], tokenizer.eos_token_id]
+
+
+# ======================================================================================================================
+# Data
+# ======================================================================================================================
+
+
+def _load_flickr_dataframe(data_dir, image_dir):
+    """Read `data_dir`/results.csv (Flickr30k) or captions.txt (Flickr8k) -> DataFrame with a row a caption.
+
+    Columns: image (Path in `image_dir`), caption (lowercased, stripped, "" where missing) and split (train/val/test,
+    by image). Raises FileNotFoundError when there is no annotation file, ValueError when it cannot be understood.
+    """
+    captions_file = sources.find_captions_file(data_dir)
+    if captions_file is None:
+        raise FileNotFoundError(f"{data_dir}: neither {sources.RESULTS_FILE} nor {sources.CAPTIONS_FILE} is there")
+    df = sources.read_captions(captions_file)
+    df["split"] = sources.assign_splits(df["image"], data_dir, train_config.seed)
+    df["image"] = df["image"].map({name: Path(image_dir) / name for name in df["image"].unique()})
+    return df
+
+
+def build_transforms(img_size=224, norm_mean=None, norm_std=None, crop_scale=0.8):
+    """-> (train_tfms, valid_tfms); each is called `tfms(image=array)["image"]` -> float tensor (3, img_size, img_size).
+
+    `norm_mean` and `norm_std` are one value a channel for pixels in 0..1; None means 0.5. `crop_scale`: see
+    augmentation.py, which says how captions stay true.
+    """
+    mean, std = norm_mean or (0.5,) * 3, norm_std or (0.5,) * 3
+    return TrainingTransforms(img_size, mean, std, crop_scale), ValidationTransforms(img_size, mean, std)
+
+
+class Dataset(torch.utils.data.Dataset):
+    """One caption with its image: (image_tensor (3, H, W), token_ids, labels), the latter two lists of equal length.
+
+    With `captions_per_image` = K, `__getitems__` expects groups of K captions of one image, as `CaptionBatchSampler`
+    makes them, and decodes and augments the image once for all K. The tokenizer is GPT-2's unless one is given.
+    """
+
+    def __init__(self, df, tfms, tokenizer=None, captions_per_image=1, max_length=1024, seed=0):
+        self.images = [str(path) for path in df["image"]]
+        self.captions = list(df["caption"])
+        self.captions_of = {}  # all captions of an image decide how it may be augmented
+        for image, caption in zip(self.images, self.captions, strict=True):
+            self.captions_of.setdefault(image, []).append(caption)
+        self.tfms, self.tokenizer = tfms, tokenizer or globals()["tokenizer"]
+        self.captions_per_image, self.max_length, self.seed = captions_per_image, max_length, seed
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # shared: workers live longer than an epoch
+
+    def set_epoch(self, epoch):
+        """Choose the epoch's augmentations: they depend on (seed, epoch, row) only, not on the number of workers."""
+        self.epoch.fill_(epoch)
+
+    def __len__(self):
+        return len(self.captions)
+
+    def __getitem__(self, row):
+        return self._items([row])[0]
+
+    def __getitems__(self, rows):
+        """The rows of a batch -> list of items, in the same order."""
+        K = self.captions_per_image
+        return [item for start in range(0, len(rows), K) for item in self._items(rows[start : start + K])]
+
+    def _items(self, rows):
+        """Captions of one image -> their items; the image is loaded once."""
+        path = self.images[rows[0]]
+        pixels = np.asarray(load_image(path))  # (H, W, 3) uint8
+        seed = [self.seed, int(self.epoch), rows[0]]
+        image = self.tfms(image=pixels, captions=self.captions_of[path], seed=seed)["image"]
+        items = []
+        for row in rows:
+            token_ids = encode_caption(self.tokenizer, self.captions[row], self.max_length)
+            items.append((image, token_ids, _shift_labels(token_ids)))
+        return items
+
+
+def collate_fn(batch, tokenizer=None, captions_per_image=1):
+    """Items of `Dataset` -> images (B, 3, H, W), input_ids (B*K, T), labels (B*K, T) with K = `captions_per_image`.
+
+    A label is -100 at and behind the last real token of its row, where there is nothing to predict. That is decided by
+    length: the pad id is also EOS, and EOS is a target that the model has to learn.
+    """
+    images, token_ids, labels = zip(*batch, strict=True)
+    input_ids = _pad_token_batch(tokenizer or globals()["tokenizer"], token_ids)  # (B*K, T)
+    lengths = torch.tensor([len(ids) for ids in token_ids])  # (B*K,)
+    labels = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in labels], batch_first=True)  # (B*K, T)
+    labels[torch.arange(labels.size(1)) >= lengths[:, None] - 1] = IGNORED_LABEL
+    return torch.stack(images[::captions_per_image]), input_ids, labels
+
+
+def build_tokenizer(model_config, captions):
+    """The tokenizer that `model_config.tokenizer` names; "bpe" is trained on `captions`."""
+    if model_config.tokenizer == "gpt2":
+        return tokenizer
+    if model_config.tokenizer == "bpe":
+        return CaptionTokenizer.train(captions, model_config.vocab_size)
+    raise ValueError(f"tokenizer {model_config.tokenizer!r} is neither gpt2 nor bpe")
+
+
+def build_dataloaders(df, tokenizer, model_config, train_config):
+    """DataFrame of `_load_flickr_dataframe` -> (training DataLoader, validation DataLoader)."""
+    img_size, mean, std = input_config(model_config.encoder, model_config.encoder_options)
+    loaders = []
+    transforms = build_transforms(img_size, mean, std, train_config.crop_scale)
+    for split, tfms in zip(("train", "val"), transforms, strict=True):
+        rows = df[df["split"] == split]
+        training, K = split == "train", train_config.captions_per_image
+        if not training:
+            K = exact_captions_per_image(rows["image"], K)  # validation counts every caption exactly once
+        loader = torch.utils.data.DataLoader(
+            Dataset(rows, tfms, tokenizer, K, model_config.seq_len, train_config.seed),
+            batch_sampler=CaptionBatchSampler(rows["image"], train_config.batch_size, K, training, train_config.seed),
+            collate_fn=partial(collate_fn, tokenizer=tokenizer, captions_per_image=K),
+            num_workers=train_config.num_workers,
+            persistent_workers=train_config.num_workers > 0,
+            pin_memory=train_config.device.startswith("cuda"),
+        )
+        loaders.append(loader)
+    return tuple(loaders)
+
+
+# ======================================================================================================================
+# Model
+# ======================================================================================================================
+
+
+class GPT2CrossAttention(nn.Module):
+    """Text asks, the image answers: queries from text tokens, keys and values from image tokens, no mask."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.attention_dropout = config.attention_dropout
+        self.q, self.k, self.v, self.c_proj = (nn.Linear(config.embed_dim, config.embed_dim) for _ in range(4))
+        self.residual_dropout = nn.Dropout(config.residual_dropout)
+        for layer in (self.q, self.k, self.v, self.c_proj):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def project(self, k, v):
+        """Image tokens (B, N, embed_dim), twice -> keys and values (B, heads, N, head_dim)."""
+        return split_heads(self.k(k), self.num_heads), split_heads(self.v(v), self.num_heads)
+
+    def attend(self, q, keys, values):
+        """q (B*K, T, embed_dim), keys and values of `project` -> (B*K, T, embed_dim).
+
+        The K captions of an image ask side by side, as one row of K*T queries. Without a causal mask the queries do
+        not see each other, so this is the same as repeating the image K times, at no cost.
+        """
+        queries = self.q(q).view(keys.size(0), -1, q.size(-1))  # (B, K*T, embed_dim)
+        context = F.scaled_dot_product_attention(
+            split_heads(queries, self.num_heads),
+            keys,
+            values,
+            dropout_p=self.attention_dropout if self.training else 0.0,
+        )  # (B, heads, K*T, head_dim)
+        return self.residual_dropout(self.c_proj(merge_heads(context).view(q.shape)))
+
+    def forward(self, q, k, v):
+        """q (B*K, T, embed_dim), k and v (B, N, embed_dim) -> (B*K, T, embed_dim)."""
+        return self.attend(q, *self.project(k, v))
+
+
+class GPT2Block(TransformerBlock):
+    """GPT-2's block with cross-attention between self-attention and the MLP.
+
+    x + self_attn(ln_1(x)); x + cross_attn(ln_cross(x), image); x + mlp(ln_2(x)). `ln_2` stays where GPT-2 was trained
+    with it, in front of the MLP: cross-attention brings a norm of its own.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.ln_cross = LayerNorm(config.embed_dim)
+        self.cross_attn = GPT2CrossAttention(config)
+
+    def forward(self, hidden_states, encoder_states, cache=None):
+        """hidden_states (B*K, T, embed_dim), encoder_states (B, N, embed_dim) -> (B*K, T, embed_dim).
+
+        With a `BlockCache`, hidden_states holds the newest tokens only, and encoder_states is projected once.
+        """
+        x = hidden_states
+        x = x + self.self_attn(self.ln_1(x), cache.self_attn if cache else None)
+        if cache is None:
+            x = x + self.cross_attn(self.ln_cross(x), encoder_states, encoder_states)
+        else:
+            if cache.cross_attn is None:
+                cache.cross_attn = self.cross_attn.project(encoder_states, encoder_states)
+            x = x + self.cross_attn.attend(self.ln_cross(x), *cache.cross_attn)
+        return x + self.mlp(self.ln_2(x))
+
+
+class BlockCache:
+    """What one block keeps while a caption grows: self-attention keys and values of the tokens so far, and the image's
+    keys and values for cross-attention, which never change."""
+
+    def __init__(self, max_length):
+        self.self_attn = KeyValueCache(max_length)
+        self.cross_attn = None  # (keys, values), each (B, heads, N, head_dim), from the first forward
+
+
+class VisionGPT2Model(nn.Module):
+    """Image and caption in, loss or next-token scores out. `config` has the attributes of `model_config`; those it
+    lacks have the values they have there. The constructor starts from random weights, `from_pretrained` from real ones.
+    """
+
+    NEW_LAYERS = ("ln_cross", "cross_attn")  # what a block has that GPT-2 lacks
+
+    def __init__(self, config, encoder_weights="scratch"):
+        super().__init__()
+        self.config = config = with_defaults(config, model_config)
+        self.encoder = build_encoder(
+            config.encoder, config.depth, config.coupling, config.encoder_options, encoder_weights
+        )
+        self.preprocessing = dict(
+            zip(("img_size", "mean", "std"), input_config(config.encoder, config.encoder_options), strict=True)
+        )
+        self.gpt = GPTModel(config, block_class=GPT2Block)
+        # From image tokens to what cross-attention reads. Each depth of a ViT has statistics of its own and gets its
+        # own bridge; with final coupling every block reads the same tokens.
+        self.bridges = nn.ModuleList(
+            self._make_bridge() for _ in range(config.depth if config.coupling == "stepped" else 1)
+        )
+
+    def _make_bridge(self):
+        width, config = self.encoder.width, self.config
+        norm = LayerNorm(width) if config.normalize_tokens and not self.encoder.normalized else nn.Identity()
+        return nn.Sequential(norm, nn.Linear(width, config.embed_dim) if width != config.embed_dim else nn.Identity())
+
+    # The ViT's parts under the names that people look for.
+    patch_embed = property(lambda self: self.encoder.vit.patch_embed)
+    cls_token = property(lambda self: self.encoder.vit.cls_token)
+    pos_embed = property(lambda self: self.encoder.vit.pos_embed)
+    blocks = property(lambda self: self.encoder.vit.blocks)
+
+    def _pos_embed(self, patch_tokens):
+        """Patch tokens (B, N_patches, C) -> (B, N, C): class token (if any) in front, positions added."""
+        return self.encoder.vit._pos_embed(patch_tokens)
+
+    def _encode_images(self, images):
+        """images (B, 3, H, W) -> tokens (B, N, C) that enter step 0; with final coupling, the encoder's output."""
+        return self.encoder.embed(images)
+
+    def encoder_states(self, images):
+        """images (B, 3, H, W) -> for each decoder block the tokens (B, N, embed_dim) that it attends to."""
+        tokens = self._encode_images(images)  # (B, N, C)
+        states = []
+        for i in range(self.config.depth):
+            if i < len(self.bridges):
+                tokens = self.encoder.step(i, tokens)  # (B, N, C), one share of the ViT deeper
+                states.append(self.bridges[i](tokens))  # (B, N, embed_dim)
+            else:
+                states.append(states[-1])
+        return states
+
+    def _build_text_embeddings(self, input_ids, start=0):
+        """input_ids (B, T) -> (B, T, embed_dim): token + position embeddings, positions from `start` on."""
+        return self.gpt.embed(input_ids, start)
+
+    def decode(self, input_ids, encoder_states, caches=None):
+        """input_ids (B*K, T), encoder_states of `encoder_states` -> hidden states (B*K, T, embed_dim).
+
+        With `caches` from `new_caches`, input_ids holds only the newest tokens.
+        """
+        caches = caches or [None] * self.config.depth
+        x = self._build_text_embeddings(input_ids, start=caches[0].self_attn.length if caches[0] else 0)
+        for block, tokens, cache in zip(self.gpt.trf_blocks, encoder_states, caches, strict=True):
+            x = block(x, tokens, cache)
+        return x
+
+    def new_caches(self, max_length):
+        """One empty `BlockCache` a block, for captions of up to `max_length` tokens."""
+        return [BlockCache(max_length) for _ in self.gpt.trf_blocks]
+
+    def forward(self, image, input_ids, labels=None):
+        """image (B, 3, H, W), input_ids (B*K, T), labels (B*K, T) or None.
+
+        With labels: the mean cross-entropy over labels that are not -100, a scalar in nats. Without: logits
+        (B*K, 1, vocab_size) of the token that follows the last one.
+        """
+        if input_ids.size(0) % image.size(0):
+            raise ValueError(f"{input_ids.size(0)} captions cannot be shared equally among {image.size(0)} images")
+        hidden = self.decode(input_ids, self.encoder_states(image))  # (B*K, T, embed_dim)
+        if labels is None:
+            return self.gpt.logits(hidden[:, -1:])
+        real = labels != IGNORED_LABEL  # padding is left out before the head, by far the widest layer
+        return F.cross_entropy(self.gpt.logits(hidden[real]).float(), labels[real])
+
+    # --- staged unfreezing --------------------------------------------------------------------------------------------
+
+    def pretrained_parameters(self):
+        """Names of the parameters that start from pretrained weights; nothing else is ever frozen."""
+        scratch = {
+            "encoder.": self.config.encoder_weights == "scratch",
+            "gpt.": self.config.decoder_weights == "scratch",
+            "bridges.": True,
+        }
+        return [
+            name
+            for name, _ in self.named_parameters()
+            if not scratch[name.partition(".")[0] + "."] and not any(f".{new}." in name for new in self.NEW_LAYERS)
+        ]
+
+    def pretrained_layers_trainable(self, trainable=False):
+        """Freeze (or thaw) all pretrained parameters, so that only new layers train; print how many are frozen."""
+        for name in self.pretrained_parameters():
+            self.get_parameter(name).requires_grad = trainable
+        self.train(self.training)
+        frozen = sum(p.numel() for p in self.parameters() if not p.requires_grad)
+        print(f"frozen parameters: {frozen:,}")
+
+    def unfreeze_gpt_layers(self):
+        """Let norms, self-attention and MLP of the blocks train; not embeddings, final norm (and so the head)."""
+        self.gpt.trf_blocks.requires_grad_(True)
+        self.train(self.training)
+
+    def train(self, mode=True):
+        """As in `nn.Module`, but what is frozen stays in eval mode: no dropout, and BatchNorm keeps its buffers."""
+        super().train(mode)
+        for module in self.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                module.eval()
+        return self
+
+    # --- weights ------------------------------------------------------------------------------------------------------
+
+    def _load_hf_gpt2_weights(self, sd_hf):
+        """Copy a Hugging Face GPT-2 state_dict into the decoder, strictly; cross-attention keeps its values."""
+        load_hf_gpt2_weights(self.gpt, sd_hf, new_layers=self.NEW_LAYERS)
+
+    @classmethod
+    def from_pretrained(cls, source):
+        """A config -> a captioner with pretrained encoder and GPT-2, ready to be trained; a checkpoint folder or a hub
+        id "user/repo" -> the trained captioner that is stored there.
+
+        Raises FileNotFoundError or ValueError that says what is missing or does not fit.
+        """
+        if not isinstance(source, (str, Path)):
+            config = with_defaults(source, model_config)
+            model = cls(config, encoder_weights=config.encoder_weights)
+            if config.decoder_weights != "scratch":
+                repo = HF_GPT2_REPO if config.decoder_weights == "pretrained" else config.decoder_weights
+                hf_config, sd_hf = read_hf_gpt2(repo)
+                for key in ("vocab_size", "seq_len", "embed_dim", "num_heads", "depth"):
+                    theirs, ours = getattr(hf_config, key), getattr(config, key)
+                    if theirs != ours:
+                        raise ValueError(f"{repo} has {key} {theirs}, model_config {ours}: set --{key} {theirs}")
+                model._load_hf_gpt2_weights(sd_hf)
+            return model
+        folder = checkpoint.find_folder(source)
+        stored = checkpoint.load_config(folder)
+        model = cls(SimpleNamespace(**stored["model_config"]))
+        model.preprocessing = stored["preprocessing"]
+        checkpoint.load_strictly(model, folder / checkpoint.WEIGHTS_FILE)
+        return model.eval()
+
+    def generate(self, image, sequence, max_tokens=50, temperature=1.0, deterministic=False):
+        """Caption one image (1, 3, H, W), continuing `sequence` (1, T), which starts with BOS.
+
+        Returns the ids on the CPU, 1-D: the sequence, up to `max_tokens` new tokens, EOS last if it was reached.
+        Greedy when `deterministic`, else sampled at `temperature`.
+        """
+        if len(image) != 1 or len(sequence) != 1:
+            raise ValueError(f"generate takes one image and one sequence, not {len(image)} and {len(sequence)}")
+        return generate_ids(self, image, sequence, max_tokens, temperature, deterministic)[0].cpu()
+
+
+def caption_images(model, tokenizer, images, max_tokens=50, temperature=1.0, deterministic=True, batch_size=64):
+    """Paths, PIL images or arrays -> a list of captions."""
+    device = next(model.parameters()).device
+    captions = []
+    for start in range(0, len(images), batch_size):
+        batch = [preprocess(image, **model.preprocessing) for image in images[start : start + batch_size]]
+        sequences = torch.full((len(batch), 1), tokenizer.bos_token_id, device=device)
+        ids = generate_ids(model, torch.stack(batch).to(device), sequences, max_tokens, temperature, deterministic)
+        captions += [tokenizer.decode(row).strip() for row in ids.tolist()]
+    return captions
+
+
+# ======================================================================================================================
+# Training
+# ======================================================================================================================
+
+
+class Trainer:
+    """Trains `VisionGPT2Model.from_pretrained(model_config)` on dls = (training DataLoader, validation DataLoader).
+
+    What the configs lack has the value it has at the top of this file.
+    """
+
+    def __init__(self, model_config, train_config, dls):
+        self.train_config = config = with_defaults(train_config, globals()["train_config"])
+        self.train_dl, self.valid_dl = dls
+        self.tokenizer = getattr(self.train_dl.dataset, "tokenizer", tokenizer)
+        self.device = torch.device(config.device)
+        self.model = VisionGPT2Model.from_pretrained(model_config).to(self.device)
+        self.model_path = Path(config.model_path)
+
+        # bf16 has the range of float32; fp16 has not, so its loss is scaled. On other devices plain float32.
+        cuda = self.device.type == "cuda"
+        self.amp_dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float16
+        self.autocast = partial(torch.autocast, self.device.type, dtype=self.amp_dtype, enabled=cuda)
+        self.scaler = torch.amp.GradScaler(enabled=cuda and self.amp_dtype == torch.float16)
+
+        self.optimizer = torch.optim.AdamW(self._parameter_groups(), fused=self.device.type in ("cuda", "cpu"))
+        self.scheduler = None
+        self.rebuild_schedule(config.epochs)
+        self.metrics = []  # a dict an epoch, the rows of metrics.csv
+        self.best = {"best_perplexity": math.inf, "best_epoch": None}
+        self.bad_losses = 0  # consecutive
+        self.stage = None
+        self._enter_stage(epoch=0)
+
+    def _parameter_groups(self):
+        """New layers learn at lr, pretrained ones slower; matrices decay, but norms, biases and embeddings do not."""
+        config, pretrained = self.train_config, set(self.model.pretrained_parameters())
+        groups = {}
+        for name, parameter in self.model.named_parameters():
+            embedding = any(part in name for part in ("tok_emb", "pos_emb", "cls_token", "reg_token"))
+            key = (name in pretrained, parameter.ndim > 1 and not embedding)
+            groups.setdefault(key, []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "lr": config.lr * (config.pretrained_lr_scale if is_pretrained else 1.0),
+                "weight_decay": config.weight_decay if decays else 0.0,
+            }
+            for (is_pretrained, decays), parameters in groups.items()
+        ]
+
+    def rebuild_schedule(self, epochs):
+        """OneCycle over `epochs` epochs, continued at the current step: call it when the number of epochs changes."""
+        step = self.scheduler.last_epoch if self.scheduler else 0
+        peaks = [group.get("max_lr", group["lr"]) for group in self.optimizer.param_groups]
+        self.train_config.epochs = epochs
+        total = max(epochs * len(self.train_dl), step, 3)  # OneCycleLR divides by zero in shorter runs
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer,
+            peaks,
+            total_steps=total,
+            pct_start=max(self.train_config.warmup_share, 2 / total),
+            div_factor=25,
+            cycle_momentum=False,
+            last_epoch=step - 1,
+        )
+
+    def _enter_stage(self, epoch):
+        """Make trainable what trains in this epoch, and say so when it changes."""
+        config = self.train_config
+        stage = (
+            "everything"
+            if epoch >= config.freeze_epochs_all
+            else ("GPT-2 blocks" if epoch >= config.freeze_epochs_gpt else "new layers")
+        )
+        if stage != self.stage:
+            self.stage = stage
+            print(f"epoch {epoch + 1}: {stage} train, ", end="")
+            self.model.pretrained_layers_trainable(trainable=stage == "everything")
+            if stage == "GPT-2 blocks":
+                self.model.unfreeze_gpt_layers()
+
+    def _progress(self, loader, title):
+        """A bar that counts images: tqdm then shows images/s. In a log file it speaks only now and then."""
+        images = len(loader.dataset) // getattr(loader.dataset, "captions_per_image", 1)
+        return tqdm(total=images, desc=title, unit="img", mininterval=0.2 if sys.stderr.isatty() else 30)
+
+    def _loss(self, batch):
+        """A batch of `collate_fn` -> (mean loss, number of tokens it is the mean of)."""
+        images, input_ids, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        with self.autocast():
+            loss = self.model(images, input_ids, labels)
+        return loss, int((batch[2] != IGNORED_LABEL).sum())
+
+    def train_one_epoch(self, epoch):
+        """One pass over the training captions (epoch counts from 0) -> mean loss per token.
+
+        Raises FloatingPointError after `max_bad_losses` consecutive losses that are not finite.
+        """
+        self._enter_stage(epoch)
+        self.model.train()
+        for part in (self.train_dl.dataset, self.train_dl.batch_sampler):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+        total_loss, total_tokens = 0.0, 0
+        bar = self._progress(self.train_dl, f"epoch {epoch + 1}/{self.train_config.epochs}")
+        for batch in self.train_dl:
+            loss, tokens = self._loss(batch)
+            bar.update(len(batch[0]))
+            self.optimizer.zero_grad(set_to_none=True)
+            if not math.isfinite(loss.item()):
+                self.bad_losses += 1
+                if self.bad_losses >= self.train_config.max_bad_losses:
+                    raise FloatingPointError(f"{self.bad_losses} losses in a row were not finite: try a lower --lr")
+                continue
+            self.bad_losses = 0
+            self.scaler.scale(loss).backward()
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.train_config.clip_norm)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.scheduler.step()
+            total_loss += loss.item() * tokens
+            total_tokens += tokens
+            bar.set_postfix(loss=f"{total_loss / total_tokens:.3f}", lr=f"{self.scheduler.get_last_lr()[0]:.1e}")
+        bar.close()
+        return total_loss / max(total_tokens, 1)
+
+    @torch.inference_mode()
+    def valid_one_epoch(self, epoch):
+        """One pass over the validation captions -> perplexity: exp of the mean loss over all their tokens."""
+        self.model.eval()
+        total_loss, total_tokens = 0.0, 0
+        bar = self._progress(self.valid_dl, "validation")
+        for batch in self.valid_dl:
+            loss, tokens = self._loss(batch)
+            total_loss += loss.item() * tokens
+            total_tokens += tokens
+            bar.update(len(batch[0]))
+        bar.close()
+        return perplexity(total_loss / total_tokens)
+
+    def run_training(self):
+        """Train for `epochs`, keep the model with the best validation perplexity -> {"best_perplexity", "best_epoch"}.
+
+        best_epoch counts from 0. Ctrl-C and losses that stay non-finite end the run early; what was best is kept.
+        """
+        try:
+            for epoch in range(self.train_config.epochs):
+                train_loss = self.train_one_epoch(epoch)
+                valid_perplexity = self.valid_one_epoch(epoch)
+                self._record(epoch, train_loss, valid_perplexity)
+                if valid_perplexity < self.best["best_perplexity"]:
+                    self.best = {"best_perplexity": valid_perplexity, "best_epoch": epoch}
+                    self.save_model()
+                self.clean()
+        except (FloatingPointError, KeyboardInterrupt) as reason:
+            if self.best["best_epoch"] is None:
+                raise
+            print(f"stopped early: {reason or 'interrupted'}; the best epoch is kept")
+        return dict(self.best)
+
+    def _record(self, epoch, train_loss, valid_perplexity):
+        """Add the epoch to metrics.csv and print it."""
+        self.metrics.append(
+            {
+                "epoch": epoch + 1,
+                "stage": self.stage,
+                "lr": self.scheduler.get_last_lr()[0],
+                "train_loss": train_loss,
+                "valid_loss": math.log(valid_perplexity),
+                "train_perplexity": perplexity(train_loss),
+                "valid_perplexity": valid_perplexity,
+            }
+        )
+        self.model_path.mkdir(parents=True, exist_ok=True)
+        table = pd.DataFrame(self.metrics)
+        checkpoint.write_atomically(self.model_path / "metrics.csv", lambda path: table.to_csv(path, index=False))
+        print(f"epoch {epoch + 1}: training perplexity {perplexity(train_loss):.3f}, validation {valid_perplexity:.3f}")
+
+    def save_model(self):
+        """Write the checkpoint: captioner.safetensors, captioner.pt, config.json, tokenizer.json."""
+        config = {
+            "model_config": vars(self.model.config),
+            "preprocessing": self.model.preprocessing,
+            "train_config": {key: _portable(value) for key, value in vars(self.train_config).items()},
+            **self.best,
+        }
+        checkpoint.save_checkpoint(self.model_path, self.model.state_dict(), config, self.tokenizer)
+
+    def load_best_model(self, path=None):
+        """Load the best weights of this run, or those in `path` (a .safetensors or .pt file, or a folder)."""
+        path = Path(path or self.model_path)
+        checkpoint.load_strictly(self.model, path / checkpoint.WEIGHTS_FILE if path.is_dir() else path)
+
+    def generate_caption(self, image, max_tokens=50, temperature=1.0, deterministic=False):
+        """A path or an opened image -> its caption; greedy when `deterministic`, else sampled at `temperature`."""
+        return caption_images(self.model, self.tokenizer, [image], max_tokens, temperature, deterministic)[0]
+
+    def clean(self):
+        """Give back memory that an epoch left behind."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def perplexity(loss):
+    """exp(loss), or infinity where that is too large a number."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _portable(value):
+    """A path inside the repository as written from its root, so that a shared config.json names no private folder."""
+    if isinstance(value, Path):
+        value = value.resolve()
+        return str(value.relative_to(REPO_ROOT) if value.is_relative_to(REPO_ROOT) else value.name)
+    return value
+
+
+# ======================================================================================================================
+# After training: plots, demo, and the truth about Shapes
+# ======================================================================================================================
+
+
+def run_demo(model, tokenizer, df, count, path):
+    """Caption the first `count` validation photos, print the captions and draw them to `path` (demo.png)."""
+    rows = df[df["split"] == "val"].drop_duplicates("image").head(count)
+    generated = caption_images(model, tokenizer, list(rows["image"]))
+    for image, caption, truth in zip(rows["image"], generated, rows["caption"], strict=True):
+        print(f"{image.name}\n    generated: {caption}\n    true:      {truth}")
+    plots.plot_captions([load_image(image) for image in rows["image"]], generated, list(rows["caption"]), path)
+
+
+def score_shapes(model, tokenizer, folder):
+    """Share of greedy captions that are right in every attribute -> dict; printed beside the chance level."""
+    paths, scenes = shapes.read_scenes(folder, held_out=False)
+    captions = caption_images(model, tokenizer, paths)
+    new_paths, new_scenes = shapes.read_scenes(folder, held_out=True)
+    scores = {
+        "unseen scenes": shapes.exact_rate(captions, scenes),
+        "unseen combinations of colour and shape": shapes.exact_rate(
+            caption_images(model, tokenizer, new_paths), new_scenes
+        ),
+        "images shuffled among scenes": shapes.exact_rate(captions[1:] + captions[:1], scenes),
+        "chance level": shapes.chance_level(),
+    }
+    print(f"captions right in every attribute ({len(scenes):,} and {len(new_scenes):,} scenes, greedy):")
+    for name, value in scores.items():
+        print(f"    {name:40s} {value:8.2%}")
+    return scores
+
+
+# ======================================================================================================================
+# Main
+# ======================================================================================================================
+
+
+def read_configs(argv):
+    """Command line -> (model_config, train_config): Shapes' constants where there is no dataset, overrides on top."""
+    given = parse_overrides(argv, __file__, model_config=model_config, train_config=train_config)
+    model_given, train_given = given["model_config"], given["train_config"]
+    data_dir = train_given.get("data_dir", train_config.data_dir)
+    if "data_dir" not in train_given and sources.find_captions_file(data_dir) is None:
+        print(
+            f"{data_dir / sources.RESULTS_FILE} not found: training on the built-in Shapes dataset instead. To train "
+            "on Flickr30k, put results.csv and flickr30k_images/ into data/; data/README.md says where to get them."
+        )
+        data_dir = SHAPES_DIR
+    shapes_model, shapes_train = {}, {}
+    if data_dir.resolve() == SHAPES_DIR.resolve():
+        shapes_model, shapes_train = SHAPES_MODEL, SHAPES_TRAIN
+        train_given |= dict(data_dir=SHAPES_DIR, image_dir=SHAPES_DIR / shapes.IMAGE_FOLDER)
+    elif "data_dir" in train_given and "image_dir" not in train_given:
+        train_given["image_dir"] = sources.find_image_dir(data_dir)
+    return (
+        SimpleNamespace(**{**vars(model_config), **shapes_model, **model_given}),
+        SimpleNamespace(**{**vars(train_config), **shapes_train, **train_given}),
+    )
+
+
+def build_trainer(model_cfg, train_cfg, df):
+    """Tokenizer, loaders, model and Trainer for the captions in `df`.
+
+    Raises FileNotFoundError that says what the run needed and how to give it locally, where weights cannot be had.
+    """
+    try:
+        tok = build_tokenizer(model_cfg, df["caption"][df["split"] == "train"])
+        model_cfg.vocab_size, model_cfg.eos_token_id = len(tok), tok.eos_token_id
+        return Trainer(model_cfg, train_cfg, build_dataloaders(df, tok, model_cfg, train_cfg))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}\n\nThis run needs GPT-2's tokenizer and weights ({HF_GPT2_REPO}) and the weights of "
+            f"{model_cfg.encoder}. Without a network, give local copies:\n"
+            "    HF_GPT2_REPO=FOLDER         environment variable; a folder with config.json, model.safetensors,\n"
+            "                                vocab.json and merges.txt\n"
+            "    --encoder_weights FILE      a .safetensors or .pth file with timm's key names\n"
+            "or train from random weights, which takes far longer to get good:\n"
+            "    --tokenizer bpe --decoder_weights scratch --encoder_weights scratch"
+        ) from error
+
+
+def main(argv=None):
+    """Train, plot, demonstrate -> {"best_perplexity", "best_epoch"}, for Shapes also {"scores"}."""
+    model_cfg, train_cfg = read_configs(sys.argv[1:] if argv is None else argv)
+    on_shapes = train_cfg.data_dir == SHAPES_DIR
+    torch.manual_seed(train_cfg.seed)
+    if on_shapes:
+        shapes.write_dataset(SHAPES_DIR, train_cfg.shapes_scenes, train_cfg.seed)
+    df = _load_flickr_dataframe(train_cfg.data_dir, train_cfg.image_dir)
+    df = sources.drop_unusable(df, sources.find_captions_file(train_cfg.data_dir))
+    print(", ".join(f"{split}: {n:,} photos" for split, n in df.groupby("split")["image"].nunique().items()))
+
+    trainer = build_trainer(model_cfg, train_cfg, df)
+    earlier = checkpoint.set_aside(train_cfg.model_path)
+    if earlier:
+        print(f"an earlier run was moved to {earlier}")
+    result = trainer.run_training()
+
+    trainer.load_best_model()
+    for quantity in ("loss", "perplexity"):
+        plots.plot_curve(trainer.metrics, quantity, train_cfg.model_path / f"{quantity}.png")
+    run_demo(trainer.model, trainer.tokenizer, df, train_cfg.demo_images, train_cfg.model_path / "demo.png")
+    if on_shapes:
+        result["scores"] = score_shapes(trainer.model, trainer.tokenizer, SHAPES_DIR)
+    print(
+        f"best validation perplexity {result['best_perplexity']:.3f} in epoch {result['best_epoch'] + 1}; "
+        f"checkpoint and plots are in {train_cfg.model_path}"
+    )
+    plots.show_windows()
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")

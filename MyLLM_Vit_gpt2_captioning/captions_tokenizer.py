@@ -1,0 +1,98 @@
+"""Text to token ids and back: GPT-2's byte-level BPE, or a BPE of the same kind trained on your own captions.
+
+Both have one special token, `<|endoftext|>`, that begins a caption, ends it and pads it, as in GPT-2. The attribute
+names are those of Hugging Face tokenizers, but only the light `tokenizers` library is imported.
+"""
+
+from functools import cached_property
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_FILE = "tokenizer.json"
+
+
+def _byte_level(model):
+    """A `tokenizers.Tokenizer` that splits like GPT-2 and leaves no character unknown."""
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+class CaptionTokenizer:
+    """`encode(text)` -> ids without special tokens; `decode(ids)` -> text without special tokens.
+
+    `source` is a folder with `tokenizer.json` or with `vocab.json` and `merges.txt`, or a Hugging Face hub id.
+    It is read on first use, so that making the object needs neither files nor network.
+    """
+
+    def __init__(self, source, backend=None):
+        self.source = str(source)
+        if backend is not None:
+            self.backend = backend
+
+    @classmethod
+    def train(cls, captions, vocab_size):
+        """Learn a byte-level BPE of at most `vocab_size` tokens (256 bytes, the special token, then merges)."""
+        backend = _byte_level(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        )
+        backend.train_from_iterator(captions, trainer)
+        return cls("trained on captions", backend)
+
+    @cached_property
+    def backend(self):
+        """The underlying `tokenizers.Tokenizer`. Raises FileNotFoundError that says where to get a missing one."""
+        folder = Path(self.source)
+        if (folder / TOKENIZER_FILE).is_file():
+            backend = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            backend = _byte_level(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+            backend.add_special_tokens([END_OF_TEXT])
+        elif folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no {TOKENIZER_FILE}, and no vocab.json with merges.txt")
+        else:
+            from huggingface_hub import hf_hub_download
+
+            try:
+                backend = Tokenizer.from_file(hf_hub_download(self.source, TOKENIZER_FILE))
+            except (OSError, ValueError) as error:  # network down, no such repository, not a repository name
+                raise FileNotFoundError(
+                    f"the tokenizer {self.source!r} is neither a local folder nor to be had from the Hugging Face hub "
+                    f"({type(error).__name__}); give a folder that holds vocab.json and merges.txt"
+                ) from error
+        if backend.token_to_id(END_OF_TEXT) is None:
+            raise ValueError(f"{self.source}: the tokenizer has no {END_OF_TEXT} token, so it is not GPT-2's kind")
+        return backend
+
+    def encode(self, text):
+        """text -> list of ids, without special tokens."""
+        # A caption that spells out <|endoftext|> does not end there. Set on every call: pickling, as for a spawned
+        # worker, forgets it.
+        self.backend.encode_special_tokens = True
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, token_ids, skip_special_tokens=True):
+        """Ids (list, array or 1-D tensor) -> text; bytes that are no valid UTF-8 become the replacement character."""
+        return self.backend.decode([int(i) for i in token_ids], skip_special_tokens=skip_special_tokens)
+
+    def to_json(self):
+        """The text of `tokenizer.json`, from which the tokenizer can be made again."""
+        return self.backend.to_str(pretty=True)
+
+    def __len__(self):
+        return self.backend.get_vocab_size()
+
+    @property
+    def eos_token_id(self):
+        """The id of `<|endoftext|>`; the same as `bos_token_id` and `pad_token_id`."""
+        return self.backend.token_to_id(END_OF_TEXT)
+
+    bos_token_id = pad_token_id = eos_token_id
+    eos_token = bos_token = pad_token = END_OF_TEXT

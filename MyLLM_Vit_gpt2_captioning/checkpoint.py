@@ -1,0 +1,131 @@
+"""Files of a trained captioner, written so that an interrupted write never damages what was there.
+
+A checkpoint folder holds
+    captioner.safetensors   the weights; plain `load_file` and strict `load_state_dict` read them
+    captioner.pt            the same state_dict for `torch.load`
+    config.json             everything needed to rebuild the model and its preprocessing
+    tokenizer.json
+"""
+
+import json
+import os
+import pickle
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from captions_tokenizer import TOKENIZER_FILE
+
+WEIGHTS_FILE = "captioner.safetensors"
+TORCH_FILE = "captioner.pt"
+CONFIG_FILE = "config.json"
+
+
+def write_atomically(path, write):
+    """`write(draft_path)`, then put the finished file in the place of `path` in one step.
+
+    A reader, or a crash at any moment, sees the old file or the new one, never half of one.
+    """
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.part")
+    try:
+        write(draft)
+        with open(draft, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def save_checkpoint(folder, state_dict, config, tokenizer):
+    """Write a checkpoint. `config` is a dict that JSON can hold."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(state_dict, path))
+    write_atomically(folder / TORCH_FILE, lambda path: torch.save(state_dict, path))
+    write_atomically(folder / TOKENIZER_FILE, lambda path: path.write_text(tokenizer.to_json()))
+    write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+
+
+def load_config(folder):
+    """config.json of a checkpoint folder, as a dict. Raises FileNotFoundError or ValueError that names the file."""
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; {folder} is no captioner checkpoint")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+
+
+def load_weights(path):
+    """A state_dict from a `.safetensors` or `.pt` file; a pickle that holds anything but tensors is refused.
+
+    Raises FileNotFoundError or ValueError that names the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        raise ValueError(f"{path}: damaged, or not a weights file ({str(error).splitlines()[0]})") from error
+
+
+def set_aside(folder):
+    """Move an earlier run's files to `folder`/earlier/<its date>, so that a new run overwrites nothing.
+
+    Returns the new place, or None when there was no earlier run.
+    """
+    folder = Path(folder)
+    config = folder / CONFIG_FILE
+    if not config.is_file():
+        return None
+    date = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(config.stat().st_mtime))
+    place = folder / "earlier" / date
+    place.mkdir(parents=True)
+    for path in folder.iterdir():
+        if path.name != "earlier":
+            path.rename(place / path.name)
+    return place
+
+
+def find_folder(source):
+    """A checkpoint folder, or a hub id "user/repo" that is then downloaded -> Path of the folder.
+
+    Raises FileNotFoundError that says what was tried.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=[WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE]))
+    except (OSError, ValueError) as error:  # network down, no such repository, not a repository name
+        raise FileNotFoundError(
+            f"{source}: neither a checkpoint folder nor to be had from the Hugging Face hub ({type(error).__name__})"
+        ) from error
+
+
+def load_strictly(model, path):
+    """Load the weights file `path` into `model`.
+
+    Raises ValueError that lists every key that is missing, unknown or wrongly shaped; the model is then unchanged.
+    """
+    stored, own = load_weights(path), model.state_dict()
+    problems = [f"{key}: missing" for key in own.keys() - stored.keys()]
+    problems += [f"{key}: unknown" for key in stored.keys() - own.keys()]
+    problems += [
+        f"{key}: shape {tuple(stored[key].shape)} where {tuple(own[key].shape)} is needed"
+        for key in own.keys() & stored.keys()
+        if stored[key].shape != own[key].shape
+    ]
+    if problems:
+        raise ValueError(f"{path} does not fit the model:\n  " + "\n  ".join(sorted(problems)))
+    model.load_state_dict(stored)

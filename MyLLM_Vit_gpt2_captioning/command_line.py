@@ -1,0 +1,95 @@
+"""Typed `--key value` overrides for the constants at the top of the script, and a `--help` made from their comments."""
+
+import argparse
+import ast
+import difflib
+import io
+import json
+import tokenize
+from pathlib import Path
+from types import SimpleNamespace
+
+
+def constant_comments(source_file, names):
+    """The comment behind each keyword of `name = SimpleNamespace(key=value,  # comment ...)` -> {key: comment}."""
+    source = Path(source_file).read_text(encoding="utf-8")
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comment_on = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    return {
+        keyword.arg: comment_on.get(keyword.value.end_lineno, "")
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and node.targets[0].id in names
+        for keyword in node.value.keywords
+    }
+
+
+def _parser_of(default):
+    """The function that turns the text of an override into the type of the constant's default."""
+
+    def boolean(text):
+        if text.lower() not in ("true", "false"):
+            raise ValueError
+        return text.lower() == "true"
+
+    def mapping(text):
+        value = json.loads(text)
+        if not isinstance(value, dict):
+            raise ValueError
+        return value
+
+    kind = type(default)
+    boolean.__name__, mapping.__name__ = "true or false", "JSON object"
+    return {bool: boolean, dict: mapping, type(Path()): Path}.get(kind, kind)
+
+
+def _plain(default):
+    return json.dumps(default) if isinstance(default, (dict, bool)) else str(default)
+
+
+def parse_overrides(argv, source_file, **sections):
+    """Read the overrides in `argv` -> {section: {key: value}}, holding only what was given.
+
+    `sections` are the SimpleNamespaces with the defaults, under their names in `source_file`. `-` and `_` in a key
+    are the same. An unknown key ends the program (status 2) with the nearest known one, a value of the wrong type
+    with what was expected; `--help` prints every constant with its comment and default.
+    """
+    comments = constant_comments(source_file, set(sections))
+    parser = argparse.ArgumentParser(
+        prog=Path(source_file).name,
+        description=ast.get_docstring(ast.parse(Path(source_file).read_text())),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="%(prog)s [--key value ...]",
+    )
+    for name, section in sections.items():
+        group = parser.add_argument_group(name)
+        for key, default in vars(section).items():
+            text = f"{comments.get(key, '')} (default: {_plain(default) or 'empty'})"
+            group.add_argument(
+                f"--{key}",
+                type=_parser_of(default),
+                default=argparse.SUPPRESS,
+                metavar=type(default).__name__,
+                help=text.replace("%", "%%").strip(),
+            )
+    argv = ["--" + _with_underscores(word[2:]) if word.startswith("--") else word for word in argv]
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        key = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(key, [f"--{key}" for s in sections.values() for key in vars(s)], n=1)
+        parser.error(f"unknown option {key}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    return {
+        name: {key: value for key, value in vars(given).items() if key in vars(section)}
+        for name, section in sections.items()
+    }
+
+
+def _with_underscores(word):
+    """`batch-size=8` -> `batch_size=8`: only the key changes."""
+    key, equals, value = word.partition("=")
+    return key.replace("-", "_") + equals + value
+
+
+def with_defaults(config, defaults):
+    """A copy of `config` in which every attribute it lacks has the value it has in `defaults`."""
+    return SimpleNamespace(**{**vars(defaults), **vars(config)})

@@ -1,0 +1,76 @@
+"""Pictures of a run: loss and perplexity by epoch, and a grid of photos with their captions."""
+
+import textwrap
+from itertools import pairwise
+
+import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
+
+
+def plot_curve(metrics, quantity, path):
+    """Training and validation `quantity` ("loss" or "perplexity") by epoch -> PNG.
+
+    `metrics`: one dict an epoch with the keys epoch, stage, train_<quantity>, valid_<quantity>. A dotted line marks
+    where a training stage begins.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    epochs = [row["epoch"] for row in metrics]
+    for part, colour in (("train", "tab:blue"), ("valid", "tab:orange")):
+        values = [row[f"{part}_{quantity}"] for row in metrics]
+        axes.plot(epochs, values, marker="o", color=colour, label={"train": "training", "valid": "validation"}[part])
+    for before, row in pairwise(metrics):
+        if row["stage"] != before["stage"]:
+            axes.axvline(row["epoch"] - 0.5, color="grey", linestyle=":")
+            axes.annotate(
+                row["stage"],
+                (row["epoch"] - 0.5, 1),
+                xycoords=("data", "axes fraction"),
+                rotation=90,
+                ha="right",
+                va="top",
+                fontsize=8,
+                color="grey",
+            )
+    if quantity == "perplexity" and max(metrics[0][f"{part}_perplexity"] for part in ("train", "valid")) > 50:
+        axes.set_yscale("log")  # the first epochs would flatten the rest
+    axes.set_xlabel("epoch")
+    axes.set_ylabel({"loss": "loss (nats per token)", "perplexity": "perplexity per token"}[quantity])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    return figure
+
+
+def plot_captions(images, generated, references, path, columns=5):
+    """A grid of photos, each with its generated caption and a true one -> PNG.
+
+    `images`: PIL images; `generated`: list of str; `references`: list of str, "" where no true caption is known.
+    """
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 4.1 * rows), squeeze=False, layout="constrained")
+    for cell in axes.flat:
+        cell.axis("off")
+    for cell, image, caption, truth in zip(axes.flat, images, generated, references, strict=False):
+        cell.imshow(image)
+        cell.set_title(textwrap.fill(caption or "(empty)", 30), fontsize=10, loc="left")
+        if truth:
+            cell.text(
+                0,
+                -0.03,
+                "true: " + textwrap.fill(truth, 34),
+                transform=cell.transAxes,
+                va="top",
+                fontsize=8,
+                color="dimgrey",
+            )
+    figure.savefig(path, dpi=100)
+    return figure
+
+
+def show_windows():
+    """Show the open figures if there is a display; otherwise do nothing. Returns when the windows are closed."""
+    if plt.get_backend().lower() not in ("agg", "template", "pdf", "svg", "ps", "cairo"):
+        plt.show()
+    plt.close("all")

@@ -1,0 +1,167 @@
+"""Shapes: the built-in dataset. Rendered scenes of two objects, with captions that are true by construction.
+
+A scene has one object above another; each is small or large, has one of six colours and one of four shapes. Because
+the truth is known, a caption is not scored by its words but checked: is every attribute right? Four (colour, shape)
+pairs are held out of training, which shows whether a model has learnt colours and shapes or only combinations.
+
+The files lie in the Flickr30k layout (`results.csv`, a folder of photos, a Karpathy split file), so that the reader,
+transforms and loader are those of a real dataset.
+"""
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+SIZES = {"small": 5, "large": 10}  # radius in pixels of a 48-pixel scene
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 80, 230),
+    "yellow": (240, 220, 50),
+    "purple": (150, 50, 190),
+    "white": (250, 250, 250),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+HELD_OUT = {("red", "triangle"), ("green", "circle"), ("blue", "cross"), ("yellow", "square")}  # never in training
+
+# The first word tells which object comes first, so that no caption begins with a coin toss between the two.
+WORDINGS = (
+    "a {top} above a {bottom}",
+    "there is a {bottom} below a {top}",
+    "above a {bottom} is a {top}",
+    "below a {top} is a {bottom}",
+)
+SCENE_PIXELS = 48
+CAPTIONS_PER_SCENE = 2
+SPLIT_FILE = "dataset_shapes.json"
+IMAGE_FOLDER = "images"
+
+_OBJECT = "({}) ({}) ({})".format("|".join(SIZES), "|".join(COLOURS), "|".join(SHAPES))
+_PATTERNS = [
+    (re.compile(wording.format(top=_OBJECT, bottom=_OBJECT)), wording.index("{top}") < wording.index("{bottom}"))
+    for wording in WORDINGS
+]
+
+
+def draw_object(rng, held_out=None):
+    """A random (size, colour, shape). `held_out` True: only held-out pairs, False: none of them, None: any."""
+    while True:
+        size, colour, shape = rng.choice(list(SIZES)), rng.choice(list(COLOURS)), rng.choice(SHAPES)
+        if held_out is None or held_out == ((colour, shape) in HELD_OUT):
+            return size, colour, shape
+
+
+def draw_scene(rng, held_out):
+    """A random scene ((size, colour, shape) on top, (size, colour, shape) at the bottom).
+
+    `held_out` True: at least one object has a held-out pair; False: neither has.
+    """
+    if not held_out:
+        return draw_object(rng, False), draw_object(rng, False)
+    scene = [draw_object(rng, True), draw_object(rng)]
+    rng.shuffle(scene)
+    return tuple(scene)
+
+
+def render_scene(rng, scene):
+    """Draw the scene at a random place on a random grey background -> RGB image of 48 x 48 pixels."""
+    scale = 4  # drawn four times as large and reduced: smooth edges
+    grey = rng.randint(60, 150)
+    image = Image.new("RGB", (SCENE_PIXELS * scale,) * 2, (grey, grey, grey))
+    draw = ImageDraw.Draw(image)
+    for (size, colour, shape), middle in zip(scene, (13, 35), strict=True):
+        radius = SIZES[size] + rng.uniform(-0.7, 0.7)
+        x, y = rng.uniform(14, SCENE_PIXELS - 14), middle + rng.uniform(-1.5, 1.5)
+        tint = tuple(max(0, min(255, channel + rng.randint(-15, 15))) for channel in COLOURS[colour])
+        _draw_shape(draw, shape, x * scale, y * scale, radius * scale, tint)
+    return image.resize((SCENE_PIXELS,) * 2, Image.Resampling.LANCZOS)
+
+
+def _draw_shape(draw, shape, x, y, radius, fill):
+    """One shape centred at (x, y), about `radius` pixels in each direction."""
+    box = (x - radius, y - radius, x + radius, y + radius)
+    if shape == "circle":
+        draw.ellipse(box, fill=fill)
+    elif shape == "square":
+        draw.rectangle(tuple(v + 0.1 * radius * sign for v, sign in zip(box, (1, 1, -1, -1), strict=True)), fill=fill)
+    elif shape == "triangle":
+        draw.polygon([(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)], fill=fill)
+    else:
+        arm = radius * 0.35
+        draw.rectangle((x - arm, y - radius, x + arm, y + radius), fill=fill)
+        draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=fill)
+
+
+def describe(scene, wording):
+    """The caption of a scene in one of `WORDINGS`."""
+    top, bottom = (" ".join(thing) for thing in scene)
+    return wording.format(top=top, bottom=bottom)
+
+
+def parse_caption(caption):
+    """A caption in any of the wordings -> the scene it describes; None when it describes no scene."""
+    for pattern, top_first in _PATTERNS:
+        match = pattern.fullmatch(caption.strip())
+        if match:
+            first, second = match.groups()[:3], match.groups()[3:]
+            return (first, second) if top_first else (second, first)
+    return None
+
+
+def exact_rate(captions, scenes):
+    """Share of captions (0..1) that are right in every attribute of both objects and in who is above whom."""
+    return sum(parse_caption(c) == scene for c, scene in zip(captions, scenes, strict=True)) / len(scenes)
+
+
+def chance_level():
+    """The share that guessing each attribute at random would get right."""
+    return 1 / (len(SIZES) * len(COLOURS) * len(SHAPES)) ** 2
+
+
+def write_dataset(folder, train_scenes, seed=0):
+    """Render Shapes into `folder` (replaced as a whole) unless it already holds just this dataset.
+
+    Beside `train_scenes` there are 1/12 as many validation scenes, 1/6 test scenes and 1/12 test scenes with held-out
+    pairs, at least 2 each. The split file also holds the truth of each scene.
+    """
+    folder = Path(folder)
+    settings = {"version": 2, "train_scenes": train_scenes, "seed": seed}
+    split_file = folder / SPLIT_FILE
+    if split_file.is_file() and json.loads(split_file.read_text()).get("settings") == settings:
+        return
+    rng = random.Random(seed)
+    parts = [
+        ("train", False, train_scenes),
+        ("val", False, train_scenes // 12),
+        ("test", False, train_scenes // 6),
+        ("test", True, train_scenes // 12),
+    ]
+    draft = folder.with_name(folder.name + ".part")  # renamed when complete: an interrupted run leaves no half dataset
+    shutil.rmtree(draft, ignore_errors=True)
+    (draft / IMAGE_FOLDER).mkdir(parents=True)
+    rows, images = ["image_name| comment_number| comment"], []
+    for split, held_out, count in parts:
+        for _ in range(max(count, 2)):
+            scene = draw_scene(rng, held_out)
+            name = f"scene_{len(images):05d}.png"
+            render_scene(rng, scene).save(draft / IMAGE_FOLDER / name)
+            for number, wording in enumerate(rng.sample(WORDINGS, CAPTIONS_PER_SCENE)):
+                rows.append(f"{name}| {number}| {describe(scene, wording)}")
+            images.append({"filename": name, "split": split, "scene": scene, "held_out": held_out})
+    (draft / "results.csv").write_text("\n".join(rows) + "\n")
+    (draft / SPLIT_FILE).write_text(json.dumps({"dataset": "shapes", "settings": settings, "images": images}))
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.rename(folder)
+
+
+def read_scenes(folder, held_out):
+    """The test scenes: list of image paths, list of their scenes; with held-out pairs or without."""
+    folder = Path(folder)
+    images = json.loads((folder / SPLIT_FILE).read_text())["images"]
+    chosen = [image for image in images if image["split"] == "test" and image["held_out"] == held_out]
+    scenes = [tuple(tuple(thing) for thing in image["scene"]) for image in chosen]
+    return [folder / IMAGE_FOLDER / image["filename"] for image in chosen], scenes

@@ -1,0 +1,99 @@
+"""Shared by all tests: the import path, tiny configurations and a tiny Flickr30k."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+REPO_ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPO_ROOT / "MyLLM_Vit_gpt2_captioning"), str(REPO_ROOT)]
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub fails at once
+
+import MyLLM_Vit_gpt2_captioning as script_module
+from captions_tokenizer import CaptionTokenizer
+
+CAPTIONS = ("a red dog runs across the green grass .", "two young men stand on the left side of a house .")
+TINY_ENCODER = dict(img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=2)
+
+
+@pytest.fixture
+def script():
+    return script_module
+
+
+@pytest.fixture(scope="session")
+def bpe():
+    """A tokenizer trained on the test captions, with one id for BOS, EOS and padding, as GPT-2's."""
+    return CaptionTokenizer.train(CAPTIONS, vocab_size=300)
+
+
+@pytest.fixture
+def tiny_config(bpe):
+    """A captioner of a few thousand parameters; nothing is random but the weights."""
+    return SimpleNamespace(
+        embed_dim=32, num_heads=2, depth=2, seq_len=24, vocab_size=len(bpe), emb_dropout=0.0, attention_dropout=0.0,
+        mlp_dropout=0.0, residual_dropout=0.0, eos_token_id=bpe.eos_token_id, encoder="vit_tiny_patch16_224",
+        encoder_options=TINY_ENCODER, encoder_weights="scratch", decoder_weights="scratch",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def tiny_model(script, tiny_config):
+    """Weights drawn large, so that different images give different captions."""
+    torch.manual_seed(0)
+    model = script.VisionGPT2Model(tiny_config)
+    randomize(model)
+    return model.eval()
+
+
+def randomize(module, std=0.3):
+    """Large random values for every parameter. With a default start, where norms are 1 and biases 0, a norm in the
+    wrong place or a forgotten bias would change nothing."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * std
+            parameter.copy_(noise + 1 if parameter.ndim == 1 and (parameter == 1).all() else noise)
+
+
+@pytest.fixture
+def flickr(tmp_path):
+    """A folder in the Flickr30k layout: 12 photos, 2 captions each, split by a Karpathy file into 8, 2 and 2."""
+    return make_flickr(tmp_path / "data")
+
+
+def make_flickr(folder, photos=12):
+    images = folder / "flickr30k_images"
+    images.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    lines, records = ["image_name| comment_number| comment"], []
+    for i in range(photos):
+        name = f"{1000 + i}.jpg"
+        Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(images / name)
+        lines += [f"{name}| {n}| {caption}" for n, caption in enumerate(CAPTIONS)]
+        records.append({"filename": name, "split": "train" if i < photos - 4 else "val" if i < photos - 2 else "test"})
+    (folder / "results.csv").write_text("\n".join(lines) + "\n")
+    (folder / "dataset_flickr30k.json").write_text(json.dumps({"images": records}))
+    return folder
+
+
+@pytest.fixture
+def tiny_train_config(script, flickr, tmp_path):
+    return SimpleNamespace(
+        epochs=1, freeze_epochs_gpt=0, freeze_epochs_all=0, lr=1e-3, device="cpu", batch_size=4, num_workers=0,
+        captions_per_image=2, data_dir=flickr, image_dir=flickr / "flickr30k_images", model_path=tmp_path / "captioner",
+        crop_scale=0.9, seed=0,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def dls(script, tiny_config, tiny_train_config, bpe):
+    df = script._load_flickr_dataframe(tiny_train_config.data_dir, tiny_train_config.image_dir)
+    config = script.with_defaults(tiny_config, script.model_config)
+    return script.build_dataloaders(df, bpe, config, tiny_train_config)

@@ -1,0 +1,342 @@
+"""The captioning model: cross-attention, coupling with the encoder, freezing, generation."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from captions_tokenizer import CaptionTokenizer
+from conftest import TINY_ENCODER, randomize
+from decoding import generate_ids
+from encoders import build_encoder
+
+
+@pytest.fixture
+def images():
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def input_ids(tiny_config):
+    return torch.randint(0, tiny_config.vocab_size, (6, 7), generator=torch.Generator().manual_seed(4))
+
+
+# --- decoder ----------------------------------------------------------------------------------------------------------
+
+
+def test_cross_attention_layers_and_start(script, tiny_config):
+    torch.manual_seed(0)
+    cross = script.GPT2CrossAttention(tiny_config)
+    for layer in (cross.q, cross.k, cross.v, cross.c_proj):
+        assert 0.015 < layer.weight.std() < 0.025
+        assert not layer.bias.any()
+    assert cross(torch.randn(2, 5, 32), torch.randn(2, 9, 32), torch.randn(2, 9, 32)).shape == (2, 5, 32)
+
+
+def test_captions_of_an_image_share_it(script, tiny_config):
+    """K captions reading one image equal the image repeated K times."""
+    cross = script.GPT2CrossAttention(tiny_config)
+    randomize(cross)
+    text, tokens = torch.randn(6, 5, 32), torch.randn(2, 9, 32)
+    repeated = tokens.repeat_interleave(3, dim=0)
+    torch.testing.assert_close(cross(text, tokens, tokens), cross(text, repeated, repeated))
+
+
+def test_block_is_its_formula(script, tiny_config):
+    block = script.GPT2Block(tiny_config)
+    randomize(block)
+    hidden, tokens = torch.randn(2, 5, 32), torch.randn(2, 9, 32)
+    x = hidden + block.self_attn(block.ln_1(hidden))
+    x = x + block.cross_attn(block.ln_cross(x), tokens, tokens)
+    x = x + block.mlp(block.ln_2(x))
+    torch.testing.assert_close(block(hidden, tokens), x)
+
+
+@pytest.mark.parametrize("zeroed", [True, False])
+def test_without_cross_attention_the_decoder_is_hf_gpt2(script, tiny_config, images, tmp_path, zeroed):
+    """Within 1e-4 in float32, all parameters random and large; with cross-attention on it must differ."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    c = tiny_config
+    hf = GPT2LMHeadModel(GPT2Config(
+        vocab_size=c.vocab_size, n_embd=c.embed_dim, n_head=c.num_heads, n_layer=c.depth, n_positions=c.seq_len,
+        bos_token_id=0, eos_token_id=0,
+    )).eval()  # fmt: skip
+    randomize(hf, std=0.2)
+    hf.save_pretrained(tmp_path)
+    tiny_config.decoder_weights = str(tmp_path)
+    model = script.VisionGPT2Model.from_pretrained(tiny_config).eval()
+    for block in model.gpt.trf_blocks:
+        randomize(block.cross_attn, std=0.0 if zeroed else 0.2)
+    input_ids = torch.randint(0, c.vocab_size, (3, 9))
+    with torch.no_grad():
+        ours = model.gpt.logits(model.decode(input_ids, model.encoder_states(images)))
+        difference = (ours - hf(input_ids).logits).abs().max()
+    assert difference < 1e-4 if zeroed else difference > 1e-2
+
+
+def test_gpt2_of_another_size_is_refused(script, tiny_config, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = dict(
+        vocab_size=tiny_config.vocab_size, n_embd=32, n_layer=2, n_positions=24, bos_token_id=0, eos_token_id=0
+    )
+    GPT2LMHeadModel(GPT2Config(n_head=4, **sizes)).save_pretrained(tmp_path)
+    tiny_config.decoder_weights = str(tmp_path)
+    with pytest.raises(ValueError, match="has num_heads 4, model_config 2: set --num_heads 4"):
+        script.VisionGPT2Model.from_pretrained(tiny_config)
+
+
+def test_loss_is_the_mean_over_real_tokens(tiny_model, images, input_ids):
+    labels = torch.where(torch.arange(7) < torch.tensor([6, 5, 4, 3, 2, 1])[:, None], input_ids.roll(-1, 1), -100)
+    loss = tiny_model(images, input_ids, labels)
+    logits = tiny_model.gpt.logits(tiny_model.decode(input_ids, tiny_model.encoder_states(images)))
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    assert loss.ndim == 0
+    torch.testing.assert_close(loss, expected)
+
+
+def test_padding_changes_nothing(tiny_model, images, input_ids):
+    logits = tiny_model(images, input_ids)
+    padded = torch.cat([input_ids, torch.zeros(6, 4, dtype=torch.long)], dim=1)
+    hidden = tiny_model.decode(padded, tiny_model.encoder_states(images))
+    torch.testing.assert_close(tiny_model.gpt.logits(hidden[:, 6:7]), logits)
+
+
+def test_without_labels_last_step_logits(tiny_model, tiny_config, images, input_ids):
+    assert tiny_model(images, input_ids).shape == (6, 1, tiny_config.vocab_size)
+    with pytest.raises(ValueError, match="5 captions cannot be shared equally among 3 images"):
+        tiny_model(images, input_ids[:5])
+
+
+# --- encoder ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_patch16_224", {}),
+        ("vit_base_patch16_clip_quickgelu_224", {}),  # norm_pre
+        ("vit_small_patch14_reg4_dinov2", {"patch_size": 16}),  # register tokens, layer scale
+        ("deit3_small_patch16_224", {}),  # no position on the class token
+        ("vit_base_patch16_siglip_224", {}),  # no class token
+    ],
+)
+def test_stepped_tokens_equal_timm(script, tiny_config, images, name, options):
+    """After step i the tokens are those of timm's own forward after block i, and after the last its features."""
+    tiny_config.encoder, tiny_config.encoder_options = name, {**TINY_ENCODER, "depth": 3, **options}
+    tiny_config.depth = 3
+    model = script.VisionGPT2Model(tiny_config).eval()
+    randomize(model.encoder, std=0.1)
+    vit = model.encoder.vit
+    with torch.no_grad():
+        theirs = []  # what each of timm's blocks makes in timm's own forward
+        for block in vit.blocks:
+            block.register_forward_hook(lambda block, inputs, output: theirs.append(output))
+        vit.forward_features(images)
+        expected, tokens = list(theirs), model._encode_images(images)
+        for i in range(3):
+            tokens = model.encoder.step(i, tokens)
+            assert torch.equal(tokens, expected[i])
+
+
+def test_final_tokens_equal_timm_features(tiny_config, images):
+    encoder = build_encoder("vit_tiny_patch16_224", 2, "final", TINY_ENCODER).eval()
+    randomize(encoder, std=0.1)
+    with torch.no_grad():
+        tokens = encoder.embed(images)
+        torch.testing.assert_close(tokens, encoder.vit.forward_features(images))
+        assert encoder.step(0, tokens) is tokens
+
+
+@pytest.mark.parametrize(("blocks", "steps"), [(6, 3), (5, 3), (2, 4)])
+def test_depths_may_differ(images, blocks, steps):
+    """Every block runs exactly once, in order, whatever the number of steps."""
+    encoder = build_encoder("vit_tiny_patch16_224", steps, "stepped", {**TINY_ENCODER, "depth": blocks}).eval()
+    tokens = encoder.embed(images)
+    expected = encoder.vit.blocks(tokens)
+    for i in range(steps):
+        tokens = encoder.step(i, tokens)
+    torch.testing.assert_close(tokens, expected)
+
+
+def test_cnn_grid_becomes_tokens(script, tiny_config, images):
+    tiny_config.encoder, tiny_config.encoder_options, tiny_config.coupling = "resnet10t", {}, "final"
+    model = script.VisionGPT2Model(tiny_config).eval()
+    features = model.encoder.cnn.forward_features(images)  # (3, 512, 1, 1)
+    assert torch.equal(model._encode_images(images), features.flatten(2).transpose(1, 2))
+    assert [tokens.shape for tokens in model.encoder_states(images)] == [(3, 1, 32)] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "coupling", "message"),
+    [
+        ("vit_tiny_patch16_225", "final", "timm has no model 'vit_tiny_patch16_225'; it has"),
+        ("resnet10t", "stepped", "is a CNN and has no blocks to step"),
+        ("mixer_s32_224", "final", "neither a timm VisionTransformer nor a CNN"),
+        ("vit_tiny_patch16_224", "middle", "coupling 'middle' is not one of stepped, final"),
+    ],
+)
+def test_unsuitable_encoders_are_refused(name, coupling, message):
+    with pytest.raises(ValueError, match=message):
+        build_encoder(name, 2, coupling)
+
+
+def test_encoder_weights_from_a_local_file(tmp_path):
+    from safetensors.torch import save_file
+
+    options = {**TINY_ENCODER, "num_classes": 0}
+    vit = timm.create_model("vit_tiny_patch16_224", **options)
+    randomize(vit)
+    save_file(vit.state_dict(), tmp_path / "vit.safetensors")
+    encoder = build_encoder("vit_tiny_patch16_224", 2, "final", TINY_ENCODER, weights=tmp_path / "vit.safetensors")
+    assert all(torch.equal(value, vit.state_dict()[key]) for key, value in encoder.vit.state_dict().items())
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        build_encoder("vit_tiny_patch16_224", 2, weights=tmp_path / "gone.safetensors")
+
+
+def test_encoder_weights_without_network():
+    with pytest.raises(FileNotFoundError, match=r"could not be downloaded .* --encoder_weights FILE"):
+        build_encoder("vit_tiny_patch16_224", 2, weights="pretrained")
+
+
+def test_vit_parts_are_reachable(tiny_model, images):
+    patches = tiny_model.patch_embed(images)
+    tokens = tiny_model._pos_embed(patches)
+    assert tokens.shape == (3, 1 + patches.size(1), 24)
+    assert torch.equal(tokens[:, 1:], patches + tiny_model.pos_embed[:, 1:])
+    assert tiny_model.cls_token.shape == (1, 1, 24)
+    assert len(tiny_model.blocks) == 2
+
+
+# --- staged unfreezing ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pretrained(script, tiny_config):
+    """A model whose config says that encoder and GPT-2 are pretrained."""
+    tiny_config.encoder_weights = tiny_config.decoder_weights = "pretrained"
+    return script.VisionGPT2Model(tiny_config)
+
+
+def trainable(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def named(model, *parts):
+    return {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
+
+
+NEW = ("cross_attn", "ln_cross", "bridges")
+
+
+def test_stages_change_exactly_the_named_parameters(pretrained, capsys):
+    everything = {name for name, _ in pretrained.named_parameters()}
+    pretrained.pretrained_layers_trainable(trainable=False)
+    assert trainable(pretrained) == named(pretrained, *NEW)
+    frozen = sum(p.numel() for name, p in pretrained.named_parameters() if name not in named(pretrained, *NEW))
+    assert f"{frozen:,}" in capsys.readouterr().out
+
+    pretrained.unfreeze_gpt_layers()
+    assert trainable(pretrained) == named(pretrained, *NEW, "gpt.trf_blocks")
+    assert everything - trainable(pretrained) == named(
+        pretrained, "encoder.", "tok_emb", "pos_emb.weight", "final_norm"
+    )
+
+    pretrained.pretrained_layers_trainable(trainable=True)
+    assert trainable(pretrained) == everything
+
+
+@pytest.mark.parametrize(("part", "prefix"), [("encoder_weights", "encoder."), ("decoder_weights", "gpt.")])
+def test_random_weights_are_never_frozen(script, tiny_config, part, prefix):
+    tiny_config.encoder_weights = tiny_config.decoder_weights = "pretrained"
+    setattr(tiny_config, part, "scratch")
+    model = script.VisionGPT2Model(tiny_config)
+    model.pretrained_layers_trainable(trainable=False)
+    own = {name for name, _ in model.named_parameters() if name.startswith(prefix)}
+    assert own <= trainable(model)
+    assert trainable(model) != {name for name, _ in model.named_parameters()}
+
+
+def test_frozen_parts_stay_in_eval_mode(pretrained):
+    pretrained.pretrained_layers_trainable(trainable=False)
+    pretrained.train()
+    block = pretrained.gpt.trf_blocks[0]
+    assert not any(module.training for module in pretrained.encoder.modules())
+    assert not block.self_attn.training
+    assert not block.mlp.dropout.training
+    assert block.cross_attn.training
+    pretrained.pretrained_layers_trainable(trainable=True)
+    assert all(module.training for module in pretrained.modules())
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+
+def naive_greedy(model, image, max_tokens, eos):
+    """Everything again for every token, by the promised `forward`."""
+    sequence = torch.tensor([[eos]])
+    for _ in range(max_tokens):
+        newest = model(image, sequence).argmax(-1)
+        sequence = torch.cat([sequence, newest], dim=1)
+        if newest.item() == eos:
+            break
+    return sequence[0]
+
+
+def test_cached_batched_generation_equals_the_naive_one(tiny_model, tiny_config):
+    eos = tiny_config.eos_token_id
+    images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        tiny_model.gpt.tok_emb.weight[eos] *= 1.5  # so that captions end at different lengths
+        naive = [naive_greedy(tiny_model, image[None], 15, eos).tolist() for image in images]
+    assert len({len(ids) for ids in naive}) > 2
+    assert len({tuple(ids) for ids in naive}) > 6
+    starts = torch.full((12, 1), eos)
+    batched = generate_ids(tiny_model, images, starts, 15, deterministic=True)
+    for image, ids, row in zip(images, naive, batched.tolist(), strict=True):
+        assert row == ids + [eos] * (len(row) - len(ids))
+        single = tiny_model.generate(image[None], starts[:1], max_tokens=15, deterministic=True)
+        assert single.device.type == "cpu"
+        assert single.tolist() == ids
+
+
+def test_sampling_follows_the_temperature(tiny_model, images, tiny_config):
+    starts = torch.full((1, 1), tiny_config.eos_token_id)
+
+    def samples(temperature):
+        torch.manual_seed(0)
+        return {tuple(tiny_model.generate(images[:1], starts, 6, temperature).tolist()) for _ in range(20)}
+
+    assert samples(1.0) == samples(1.0)
+    assert len(samples(1.0)) > len(samples(0.01)) == 1
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        tiny_model.generate(images[:1], starts, temperature=0.0)
+
+
+def test_generation_stops_at_seq_len_and_restores_the_mode(tiny_model, images, tiny_config):
+    tiny_model.train()
+    starts = torch.zeros(3, 20, dtype=torch.long)
+    ids = generate_ids(tiny_model, images, starts, max_tokens=50)
+    assert ids.size(1) <= tiny_config.seq_len
+    assert tiny_model.training
+    with pytest.raises(ValueError, match="one image and one sequence"):
+        tiny_model.generate(images, starts)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_from_pretrained_folder_gives_the_same_captioner(script, tiny_model, bpe, images, input_ids, tmp_path):
+    tiny_model.preprocessing["mean"] = (0.1, 0.2, 0.3)
+    config = {"model_config": vars(tiny_model.config), "preprocessing": tiny_model.preprocessing}
+    script.checkpoint.save_checkpoint(tmp_path, tiny_model.state_dict(), config, bpe)
+    loaded = script.VisionGPT2Model.from_pretrained(tmp_path)
+    assert torch.equal(loaded(images, input_ids), tiny_model(images, input_ids))
+    assert list(loaded.preprocessing["mean"]) == [0.1, 0.2, 0.3]
+    assert CaptionTokenizer(tmp_path).encode("a red dog") == bpe.encode("a red dog")
+
+
+def test_from_pretrained_unknown_source(script):
+    with pytest.raises(FileNotFoundError, match="neither a checkpoint folder nor to be had"):
+        script.VisionGPT2Model.from_pretrained("nobody/nothing")

@@ -1,0 +1,105 @@
+"""The built-in dataset: true captions, an honest score, files that are whole."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import shapes
+import sources
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    shapes.write_dataset(folder, train_scenes=60)
+    return folder
+
+
+def test_every_wording_describes_its_scene():
+    rng = random.Random(0)
+    for _ in range(50):
+        scene = shapes.draw_scene(rng, held_out=False)
+        for wording in shapes.WORDINGS:
+            assert shapes.parse_caption(shapes.describe(scene, wording)) == scene
+
+
+@pytest.mark.parametrize(
+    "caption", ["", "a dog", "a small red circle", "a small red circle above a large blue square and more",
+                "a tiny red circle above a large blue square"],
+)  # fmt: skip
+def test_other_text_describes_nothing(caption):
+    assert shapes.parse_caption(caption) is None
+
+
+def test_exact_rate_wants_every_attribute():
+    scene = (("small", "red", "circle"), ("large", "blue", "square"))
+    right = "there is a large blue square below a small red circle"
+    wrong = [
+        "a large red circle above a large blue square",
+        "there is a small red circle below a large blue square",
+        "a small red circle above a large blue cross",
+        "a small green circle above a large blue square",
+        "",
+    ]
+    assert shapes.exact_rate([right], [scene]) == 1
+    assert shapes.exact_rate(wrong, [scene] * 5) == 0
+    assert shapes.exact_rate([right, *wrong[:3]], [scene] * 4) == 0.25
+
+
+def test_training_never_shows_held_out_pairs(folder):
+    images = json.loads((folder / shapes.SPLIT_FILE).read_text())["images"]
+
+    def held_out(image):
+        return any((colour, shape) in shapes.HELD_OUT for _, colour, shape in image["scene"])
+
+    assert not any(held_out(image) for image in images if image["split"] in ("train", "val"))
+    assert all(held_out(image) == image["held_out"] for image in images)
+    assert {colour for colour, _ in shapes.HELD_OUT} < set(shapes.COLOURS)
+
+
+def test_the_flickr_reader_reads_it(script, folder):
+    df = script._load_flickr_dataframe(folder, folder / shapes.IMAGE_FOLDER)
+    assert df.groupby("split")["image"].nunique().to_dict() == {"train": 60, "val": 5, "test": 15}
+    assert (df.groupby("image").size() == shapes.CAPTIONS_PER_SCENE).all()
+    truth = dict(zip(*shapes.read_scenes(folder, held_out=False), strict=True))
+    rows = df[df["image"].isin(truth)]
+    assert len(rows) == 20
+    assert all(shapes.parse_caption(row.caption) == truth[row.image] for row in rows.itertuples())
+
+
+def test_pictures_show_their_scene():
+    """At the place of each object there are pixels of its colour, and more of them when it is large."""
+    rng = random.Random(1)
+
+    def coloured(image, colour, half):
+        box = (0, 24 * half, 48, 24 * half + 24)
+        wanted = shapes.COLOURS[colour]
+        pixels = np.asarray(image.crop(box)).reshape(-1, 3).tolist()
+        return sum(all(abs(a - b) < 40 for a, b in zip(pixel, wanted, strict=True)) for pixel in pixels)
+
+    for shape in shapes.SHAPES:
+        for colour in shapes.COLOURS:
+            other = "blue" if colour != "blue" else "red"
+            scene = (("small", colour, shape), ("large", other, shape))
+            image = shapes.render_scene(rng, scene)
+            assert image.size == (48, 48)
+            assert 15 < coloured(image, colour, half=0) < coloured(image, other, half=1)
+            assert coloured(image, other, half=0) < 10
+
+
+def test_dataset_is_made_once_and_remade_when_settings_change(tmp_path):
+    folder = tmp_path / "shapes"
+    shapes.write_dataset(folder, train_scenes=24)
+    results = folder / sources.RESULTS_FILE
+    first, written = results.read_text(), results.stat().st_mtime_ns
+    shapes.write_dataset(folder, train_scenes=24)
+    assert results.stat().st_mtime_ns == written
+    shapes.write_dataset(folder, train_scenes=36)
+    assert len(results.read_text()) > len(first)
+    shapes.write_dataset(folder, train_scenes=24)
+    assert results.read_text() == first
+    assert [path.name for path in tmp_path.iterdir()] == ["shapes"]  # no draft is left behind
+    assert Image.open(next((folder / shapes.IMAGE_FOLDER).iterdir())).size == (48, 48)

@@ -1,0 +1,96 @@
+"""Tokens, labels and masks, on cases written by hand."""
+
+import pickle
+
+import pytest
+import torch
+
+from captions_tokenizer import END_OF_TEXT, CaptionTokenizer
+
+
+def test_shift_labels(script):
+    assert script._shift_labels([9, 4, 5, 9]) == [4, 5, 9, 9]
+    assert script._shift_labels([9]) == [9]
+
+
+def test_pad_token_batch(script, bpe):
+    padded = script._pad_token_batch(bpe, [[1, 2, 3], [4]])
+    assert padded.dtype == torch.long
+    assert padded.tolist() == [[1, 2, 3], [4, bpe.pad_token_id, bpe.pad_token_id]]
+
+
+def test_bos_equals_eos_equals_pad(bpe):
+    assert bpe.bos_token_id == bpe.eos_token_id == bpe.pad_token_id
+    assert bpe.pad_token == bpe.eos_token == END_OF_TEXT
+
+
+def test_masks_go_by_length_and_eos_is_learned(script, bpe):
+    eos, image = bpe.eos_token_id, torch.zeros(3, 2, 2)
+    long, short = [eos, 5, 6, 7, eos], [eos, 5, eos]
+    batch = [(image, ids, script._shift_labels(ids)) for ids in (long, short)]
+    images, input_ids, labels = script.collate_fn(batch, bpe)
+    assert images.shape == (2, 3, 2, 2)
+    assert input_ids.tolist() == [long, [*short, eos, eos]]
+    assert labels.tolist() == [[5, 6, 7, eos, -100], [5, eos, -100, -100, -100]]
+
+
+def test_end_of_text_inside_a_caption_stays_a_target(script, bpe):
+    """A mask that compared with the pad id would hide the middle of this caption."""
+    eos = bpe.eos_token_id
+    ids = [eos, 5, eos, 6, eos]
+    labels = script.collate_fn([(torch.zeros(3, 2, 2), ids, script._shift_labels(ids))], bpe)[2]
+    assert labels.tolist() == [[5, eos, 6, eos, -100]]
+
+
+def test_collate_keeps_one_image_for_k_captions(script, bpe):
+    a, b = torch.zeros(3, 2, 2), torch.ones(3, 2, 2)
+    batch = [(image, [1, 2], [2, 2]) for image in (a, a, b, b)]
+    images, input_ids, _ = script.collate_fn(batch, bpe, captions_per_image=2)
+    assert images[:, 0, 0, 0].tolist() == [0, 1]
+    assert len(input_ids) == 4
+
+
+def test_truncation_keeps_bos_and_eos(script, bpe):
+    ids = script.encode_caption(bpe, "a red dog runs across the green grass .", max_length=5)
+    assert len(ids) == 5
+    assert (ids[0], ids[-1]) == (bpe.bos_token_id, bpe.eos_token_id)
+    assert bpe.eos_token_id not in ids[1:-1]
+
+
+def test_empty_caption(script, bpe):
+    assert script.encode_caption(bpe, "", max_length=5) == [bpe.bos_token_id, bpe.eos_token_id]
+
+
+@pytest.mark.parametrize("text", ["a red dog .", "größe 12 — «ok» 🐕", "tab\tand  spaces"])
+def test_round_trip(bpe, text):
+    assert bpe.decode([bpe.bos_token_id, *bpe.encode(text), bpe.eos_token_id]) == text
+
+
+def test_spelled_out_special_token_is_text(bpe):
+    for tokenizer in (bpe, pickle.loads(pickle.dumps(bpe))):  # pickled, as for a spawned worker
+        ids = tokenizer.encode(f"a dog {END_OF_TEXT} runs")
+        assert tokenizer.eos_token_id not in ids
+        assert tokenizer.decode(ids) == f"a dog {END_OF_TEXT} runs"
+
+
+def test_vocabulary_and_merges_folder(tmp_path, bpe):
+    """GPT-2's own file names, without tokenizer.json."""
+    bpe.backend.model.save(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merges.txt", "vocab.json"]
+    loaded = CaptionTokenizer(tmp_path)
+    assert loaded.encode("a red dog") == bpe.encode("a red dog")
+    assert loaded.eos_token_id == bpe.eos_token_id
+    assert len(loaded) == len(bpe)
+
+
+def test_missing_tokenizer_says_what_to_give(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json, and no vocab\.json"):
+        CaptionTokenizer(tmp_path).encode("x")
+    with pytest.raises(FileNotFoundError, match=r"give a folder that holds vocab\.json and merges\.txt"):
+        CaptionTokenizer("nobody/nothing").encode("x")
+
+
+def test_module_tokenizer_is_read_on_first_use(script):
+    """Importing the script must need neither network nor files."""
+    assert script.tokenizer.source == script.HF_GPT2_REPO
+    assert "backend" not in vars(script.tokenizer)

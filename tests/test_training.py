@@ -1,0 +1,267 @@
+"""The Trainer: what trains, what does not, what is measured and what is kept."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from conftest import TINY_ENCODER
+
+
+@pytest.fixture
+def trainer(script, tiny_config, tiny_train_config, dls):
+    torch.manual_seed(0)
+    return script.Trainer(tiny_config, tiny_train_config, dls)
+
+
+@pytest.fixture
+def pretend_pretrained(script, monkeypatch):
+    """`from_pretrained` without downloads: the config says pretrained, the weights are random."""
+    monkeypatch.setattr(script.VisionGPT2Model, "from_pretrained", classmethod(lambda cls, config: cls(config)))
+
+
+def snapshot(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def changed(model, before):
+    return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+@pytest.mark.parametrize("encoder", ["vit_tiny_patch16_224", "resnet10t"])
+def test_frozen_parameters_and_buffers_are_bit_identical(
+    script, tiny_config, tiny_train_config, dls, pretend_pretrained, encoder
+):
+    """An epoch a stage: new layers, then the GPT-2 blocks, then everything. The ResNet has BatchNorm buffers."""
+    tiny_config.encoder_weights = tiny_config.decoder_weights = "pretrained"
+    if encoder == "resnet10t":
+        tiny_config.encoder, tiny_config.coupling = encoder, "final"
+        tiny_config.encoder_options = {"output_stride": 8}  # 4 x 4 tokens from 32 pixels; one would need no attention
+    tiny_train_config.freeze_epochs_gpt, tiny_train_config.freeze_epochs_all, tiny_train_config.epochs = 1, 2, 3
+    trainer = script.Trainer(tiny_config, tiny_train_config, dls)
+    model, names = trainer.model, set(trainer.model.state_dict())
+    new = {name for name in names if any(part in name for part in ("cross_attn", "ln_cross", "bridges"))}
+    blocks = {name for name in names if name.startswith("gpt.trf_blocks")}
+
+    for epoch, expected in enumerate((new, new | blocks, names)):
+        before = snapshot(model)
+        trainer.train_one_epoch(epoch)
+        trainer.valid_one_epoch(epoch)
+        # A key's bias shifts all scores of a query alike, which softmax does not see: its gradient is rounding noise.
+        assert changed(model, before) <= expected
+        assert expected - changed(model, before) <= {name for name in names if name.endswith(".k.bias")}
+
+
+def test_parameter_groups(script, tiny_config, tiny_train_config, dls, pretend_pretrained):
+    tiny_config.encoder_weights = tiny_config.decoder_weights = "pretrained"
+    tiny_train_config.pretrained_lr_scale, tiny_train_config.weight_decay = 0.1, 0.05
+    trainer = script.Trainer(tiny_config, tiny_train_config, dls)
+    of = {id(p): group for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert len(of) == len(list(trainer.model.parameters()))
+
+    def group(name):
+        return of[id(trainer.model.get_parameter(name))]
+
+    for name, peak, decay in (
+        ("gpt.trf_blocks.0.cross_attn.q.weight", 1e-3, 0.05),
+        ("gpt.trf_blocks.0.cross_attn.q.bias", 1e-3, 0.0),
+        ("gpt.trf_blocks.0.ln_cross.scale", 1e-3, 0.0),
+        ("gpt.trf_blocks.0.self_attn.qkv.weight", 1e-4, 0.05),
+        ("gpt.trf_blocks.0.ln_1.scale", 1e-4, 0.0),
+        ("gpt.tok_emb.weight", 1e-4, 0.0),
+        ("gpt.pos_emb.weight", 1e-4, 0.0),
+        ("encoder.vit.pos_embed", 1e-4, 0.0),
+        ("encoder.vit.cls_token", 1e-4, 0.0),
+        ("encoder.vit.blocks.0.attn.qkv.weight", 1e-4, 0.05),
+    ):
+        assert group(name)["max_lr"] == pytest.approx(peak), name
+        assert group(name)["initial_lr"] == pytest.approx(peak / 25), name  # OneCycle starts at lr / 25
+        assert group(name)["weight_decay"] == decay, name
+
+
+def test_schedule_can_be_rebuilt_at_the_current_step(script, tiny_config, tiny_train_config, dls):
+    """Half a run, then a longer one: the learning rate is that of the longer schedule at this step."""
+
+    def trainer(epochs):
+        tiny_train_config.epochs = epochs
+        return script.Trainer(tiny_config, tiny_train_config, dls)
+
+    def advance(trainer, steps):
+        for _ in range(steps):
+            trainer.optimizer.step()
+            trainer.scheduler.step()
+
+    short, long = trainer(2), trainer(4)
+    steps = len(dls[0])
+    advance(short, steps)
+    advance(long, steps)
+    assert short.scheduler.get_last_lr() != long.scheduler.get_last_lr()
+    short.rebuild_schedule(epochs=4)
+    assert short.scheduler.get_last_lr() == pytest.approx(long.scheduler.get_last_lr())
+    advance(short, 3 * steps)
+    advance(long, 3 * steps)
+    assert short.scheduler.get_last_lr() == pytest.approx(long.scheduler.get_last_lr())
+
+
+def test_losses_are_weighted_by_tokens(trainer, dls):
+    """Validation perplexity equals one computed over all tokens at once; batch means would give another."""
+    model, total, batch_means = trainer.model.eval(), [], []
+    with torch.no_grad():
+        for images, input_ids, labels in dls[1]:
+            logits = model.gpt.logits(model.decode(input_ids, model.encoder_states(images)))
+            losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+            total.append(losses[labels.flatten() != -100])
+            batch_means.append(total[-1].mean())
+    assert trainer.valid_one_epoch(0) == pytest.approx(torch.cat(total).mean().exp().item(), rel=1e-5)
+
+
+def test_validation_weights_batches_by_their_tokens(script, trainer, monkeypatch):
+    """Two batches with losses 1 (30 tokens) and 2 (10 tokens) have the mean 1.25, not 1.5."""
+    monkeypatch.setattr(trainer, "valid_dl", [(torch.zeros(1),), (torch.zeros(1),)])
+    monkeypatch.setattr(trainer, "_progress", lambda loader, title: script.tqdm(disable=True))
+    losses = iter([(torch.tensor(1.0), 30), (torch.tensor(2.0), 10)])
+    monkeypatch.setattr(trainer, "_loss", lambda batch: next(losses))
+    assert trainer.valid_one_epoch(0) == pytest.approx(math.exp(1.25))
+
+
+def test_run_keeps_the_best_epoch(trainer, tiny_train_config, monkeypatch):
+    trainer.rebuild_schedule(epochs=3)
+    perplexities, saved = iter([9.0, 5.0, 7.0]), []
+    monkeypatch.setattr(trainer, "valid_one_epoch", lambda epoch: next(perplexities))
+    monkeypatch.setattr(trainer, "save_model", lambda: saved.append(trainer.best["best_epoch"]))
+    assert trainer.run_training() == {"best_perplexity": 5.0, "best_epoch": 1}
+    assert saved == [0, 1]
+    table = pd.read_csv(tiny_train_config.model_path / "metrics.csv")
+    assert table["epoch"].tolist() == [1, 2, 3]
+    assert table["valid_perplexity"].tolist() == [9.0, 5.0, 7.0]
+    assert table["valid_loss"].tolist() == pytest.approx([math.log(9), math.log(5), math.log(7)])
+
+
+def test_one_bad_loss_is_skipped(trainer, monkeypatch):
+    real_loss, calls = trainer._loss, []
+
+    def loss(batch):
+        value, tokens = real_loss(batch)
+        calls.append(value)
+        return (value * math.nan if len(calls) == 2 else value), tokens
+
+    monkeypatch.setattr(trainer, "_loss", loss)
+    assert math.isfinite(trainer.train_one_epoch(0))
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_losses_that_stay_bad_end_the_run(trainer, monkeypatch, capsys):
+    """The best epoch so far is kept; without one the error is raised."""
+    trainer.train_config.max_bad_losses = 3
+    trainer.rebuild_schedule(epochs=3)
+    real_loss = trainer._loss
+
+    def loss(batch):
+        value, tokens = real_loss(batch)
+        return (value * math.nan if trainer.metrics and trainer.model.training else value), tokens
+
+    monkeypatch.setattr(trainer, "_loss", loss)
+    assert trainer.run_training()["best_epoch"] == 0
+    assert "3 losses in a row were not finite: try a lower --lr" in capsys.readouterr().out
+    trainer.best["best_epoch"], trainer.bad_losses = None, 0
+    with pytest.raises(FloatingPointError):
+        trainer.run_training()
+
+
+def test_checkpoint_files(script, trainer, tiny_train_config):
+    trainer.save_model()
+    folder = tiny_train_config.model_path
+    own = trainer.model.state_dict()
+    weights = load_file(folder / "captioner.safetensors")
+    trainer.model.load_state_dict(weights, strict=True)
+    twin = torch.load(folder / "captioner.pt", weights_only=True)
+    assert own.keys() == weights.keys() == twin.keys()
+    assert all(torch.equal(weights[key], twin[key]) for key in own)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["preprocessing"] == {"img_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
+    assert config["model_config"]["encoder_options"] == TINY_ENCODER
+    assert str(folder.parent) not in json.dumps(config)  # a shared config names no private folder
+
+
+def test_load_best_model(script, trainer, tiny_train_config, tmp_path):
+    trainer.save_model()
+    saved = snapshot(trainer.model)
+    for path in (None, tiny_train_config.model_path / "captioner.pt", tiny_train_config.model_path):
+        nn.init.zeros_(trainer.model.gpt.tok_emb.weight)
+        trainer.load_best_model(path)
+        assert not changed(trainer.model, saved)
+    with pytest.raises(FileNotFoundError, match=r"gone\.pt: not found"):
+        trainer.load_best_model(tmp_path / "gone.pt")
+
+
+def test_damaged_or_foreign_weights_change_nothing(trainer, tmp_path):
+    saved = snapshot(trainer.model)
+    (tmp_path / "half.safetensors").write_bytes(b"\x10\0\0")
+    with pytest.raises(ValueError, match=r"half\.safetensors: damaged, or not a weights file"):
+        trainer.load_best_model(tmp_path / "half.safetensors")
+    foreign = dict(saved)
+    del foreign["gpt.final_norm.scale"]
+    foreign["head.weight"] = torch.zeros(2)
+    foreign["gpt.pos_emb.weight"] = torch.zeros(3, 32)
+    torch.save(foreign, tmp_path / "foreign.pt")
+    with pytest.raises(ValueError) as error:
+        trainer.load_best_model(tmp_path / "foreign.pt")
+    for problem in (
+        "gpt.final_norm.scale: missing", "head.weight: unknown",
+        "gpt.pos_emb.weight: shape (3, 32) where (24, 32) is needed",
+    ):  # fmt: skip
+        assert problem in str(error.value)
+    assert not changed(trainer.model, saved)
+
+
+def test_a_pickle_that_runs_code_is_not_loaded(trainer, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"weights": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="damaged, or not a weights file"):
+        trainer.load_best_model(tmp_path / "evil.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_interrupted_write_keeps_the_old_file(script, tmp_path):
+    path = tmp_path / "weights"
+    path.write_text("old")
+
+    def fail(draft):
+        draft.write_text("half")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space left"):
+        script.checkpoint.write_atomically(path, fail)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("weights", "old")]
+
+
+def test_generate_caption(trainer, flickr):
+    photo = flickr / "flickr30k_images" / "1000.jpg"
+    caption = trainer.generate_caption(photo, max_tokens=5, deterministic=True)
+    assert isinstance(caption, str)
+    assert trainer.generate_caption(Image.open(photo), max_tokens=5, deterministic=True) == caption
+
+
+def test_configs_may_hold_only_the_promised_fields(script, dls, tmp_path, monkeypatch, pretend_pretrained):
+    """What a config lacks has the value at the top of the script."""
+    promised_model = SimpleNamespace(
+        embed_dim=32, num_heads=2, depth=2, seq_len=24, vocab_size=300, emb_dropout=0.0, attention_dropout=0.0,
+        mlp_dropout=0.0, residual_dropout=0.0,
+    )  # fmt: skip
+    promised_train = SimpleNamespace(
+        epochs=1, freeze_epochs_gpt=1, freeze_epochs_all=2, lr=1e-3, device="cpu", batch_size=4, model_path=tmp_path
+    )
+    for key, value in dict(encoder_options=TINY_ENCODER, encoder="vit_tiny_patch16_224", eos_token_id=0).items():
+        monkeypatch.setattr(script.model_config, key, value)
+    trainer = script.Trainer(promised_model, promised_train, dls)
+    assert trainer.train_config.clip_norm == script.train_config.clip_norm
+    assert set(trainer.run_training()) == {"best_perplexity", "best_epoch"}
