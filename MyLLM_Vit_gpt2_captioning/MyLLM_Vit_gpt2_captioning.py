@@ -50,6 +50,7 @@ DATA_DIR = REPO_ROOT / "data"
 IMAGE_DIR = DATA_DIR / "flickr30k_images"
 OUTPUT_DIR = REPO_ROOT / "captioner"
 SHAPES_DIR = DATA_DIR / "shapes"  # where the built-in dataset is rendered
+DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 tokenizer = CaptionTokenizer(HF_GPT2_REPO)  # GPT-2's; pad token = EOS; read on first use, so importing needs no network
 
@@ -85,14 +86,10 @@ train_config = SimpleNamespace(
     batch_size=32,  # captions a step; a multiple of captions_per_image
     captions_per_image=1,  # captions that share one encoding of their image; 5 trains several times as fast
     crop_scale=0.8,  # smallest share of a photo's area that a training crop keeps
-    max_bad_losses=10,  # consecutive non-finite losses after which training stops
-    num_workers=0 if not torch.cuda.is_available() else min(8, os.cpu_count()),  # processes that load images
-    device="cuda"
-    if torch.cuda.is_available()
-    else "mps"
-    if torch.backends.mps.is_available()
-    else "cpu",  # where to train; cuda:1 is a second GPU
-    seed=0,  # of weights, order, augmentation and split
+    max_bad_steps=10,  # consecutive steps with a non-finite loss or gradient after which training stops
+    num_workers=0 if DEVICE == "cpu" else min(8, os.cpu_count()),  # processes that load images
+    device=DEVICE,  # where to train; cuda:1 is a second GPU
+    seed=0,  # of weights, order and augmentation; the split stays the same, so that runs can be compared
     data_dir=DATA_DIR,  # folder with results.csv or captions.txt
     image_dir=IMAGE_DIR,  # folder with the photos; found in data_dir when only that is given
     model_path=OUTPUT_DIR,  # folder for checkpoint, metrics and plots; an earlier run there is moved aside
@@ -115,6 +112,15 @@ SHAPES_TRAIN = dict(
 
 IGNORED_LABEL = -100  # what cross_entropy skips
 
+
+def complete_configs(model=None, train=None):
+    """Copies of the given configs in which each attribute that they lack has the value it has above."""
+    return tuple(
+        with_defaults(given or SimpleNamespace(), defaults)
+        for given, defaults in ((model, model_config), (train, train_config))
+    )
+
+
 # ======================================================================================================================
 # Tokens and labels
 # ======================================================================================================================
@@ -129,6 +135,10 @@ def _pad_token_batch(tokenizer, token_id_batch):
     """Lists of ids -> LongTensor (B, T_max), padded on the right with the tokenizer's pad id."""
     rows = [torch.tensor(token_ids, dtype=torch.long) for token_ids in token_id_batch]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+
+
+def _gpt2_tokenizer():
+    return tokenizer  # the module's, for functions whose own argument has this name
 
 
 def encode_caption(tokenizer, caption, max_length):
@@ -151,7 +161,7 @@ def _load_flickr_dataframe(data_dir, image_dir):
     if captions_file is None:
         raise FileNotFoundError(f"{data_dir}: neither {sources.RESULTS_FILE} nor {sources.CAPTIONS_FILE} is there")
     df = sources.read_captions(captions_file)
-    df["split"] = sources.assign_splits(df["image"], data_dir, train_config.seed)
+    df["split"] = sources.assign_splits(df["image"], data_dir)
     df["image"] = df["image"].map({name: Path(image_dir) / name for name in df["image"].unique()})
     return df
 
@@ -179,7 +189,7 @@ class Dataset(torch.utils.data.Dataset):
         self.captions_of = {}  # all captions of an image decide how it may be augmented
         for image, caption in zip(self.images, self.captions, strict=True):
             self.captions_of.setdefault(image, []).append(caption)
-        self.tfms, self.tokenizer = tfms, tokenizer or globals()["tokenizer"]
+        self.tfms, self.tokenizer = tfms, _gpt2_tokenizer() if tokenizer is None else tokenizer
         self.captions_per_image, self.max_length, self.seed = captions_per_image, max_length, seed
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # shared: workers live longer than an epoch
 
@@ -218,7 +228,7 @@ def collate_fn(batch, tokenizer=None, captions_per_image=1):
     length: the pad id is also EOS, and EOS is a target that the model has to learn.
     """
     images, token_ids, labels = zip(*batch, strict=True)
-    input_ids = _pad_token_batch(tokenizer or globals()["tokenizer"], token_ids)  # (B*K, T)
+    input_ids = _pad_token_batch(_gpt2_tokenizer() if tokenizer is None else tokenizer, token_ids)  # (B*K, T)
     lengths = torch.tensor([len(ids) for ids in token_ids])  # (B*K,)
     labels = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in labels], batch_first=True)  # (B*K, T)
     labels[torch.arange(labels.size(1)) >= lengths[:, None] - 1] = IGNORED_LABEL
@@ -344,7 +354,8 @@ class VisionGPT2Model(nn.Module):
 
     def __init__(self, config, encoder_weights="scratch"):
         super().__init__()
-        self.config = config = with_defaults(config, model_config)
+        self.config, _ = complete_configs(model=config)
+        config = self.config
         self.encoder = build_encoder(
             config.encoder, config.depth, config.coupling, config.encoder_options, encoder_weights
         )
@@ -441,14 +452,16 @@ class VisionGPT2Model(nn.Module):
         """Freeze (or thaw) all pretrained parameters, so that only new layers train; print how many are frozen."""
         for name in self.pretrained_parameters():
             self.get_parameter(name).requires_grad = trainable
-        self.train(self.training)
-        frozen = sum(p.numel() for p in self.parameters() if not p.requires_grad)
-        print(f"frozen parameters: {frozen:,}")
+        self._trainable_changed()
 
     def unfreeze_gpt_layers(self):
         """Let norms, self-attention and MLP of the blocks train; not embeddings, final norm (and so the head)."""
         self.gpt.trf_blocks.requires_grad_(True)
+        self._trainable_changed()
+
+    def _trainable_changed(self):
         self.train(self.training)
+        print(f"frozen parameters: {sum(p.numel() for p in self.parameters() if not p.requires_grad):,}")
 
     def train(self, mode=True):
         """As in `nn.Module`, but what is frozen stays in eval mode: no dropout, and BatchNorm keeps its buffers."""
@@ -473,7 +486,7 @@ class VisionGPT2Model(nn.Module):
         Raises FileNotFoundError or ValueError that says what is missing or does not fit.
         """
         if not isinstance(source, (str, Path)):
-            config = with_defaults(source, model_config)
+            config, _ = complete_configs(model=source)
             model = cls(config, encoder_weights=config.encoder_weights)
             if config.decoder_weights != "scratch":
                 repo = HF_GPT2_REPO if config.decoder_weights == "pretrained" else config.decoder_weights
@@ -526,9 +539,12 @@ class Trainer:
     """
 
     def __init__(self, model_config, train_config, dls):
-        self.train_config = config = with_defaults(train_config, globals()["train_config"])
+        model_config, self.train_config = complete_configs(model_config, train_config)
+        config = self.train_config
         self.train_dl, self.valid_dl = dls
         self.tokenizer = getattr(self.train_dl.dataset, "tokenizer", tokenizer)
+        if len(self.tokenizer) > model_config.vocab_size:
+            raise ValueError(f"the tokenizer has {len(self.tokenizer)} tokens, vocab_size is {model_config.vocab_size}")
         self.device = torch.device(config.device)
         self.model = VisionGPT2Model.from_pretrained(model_config).to(self.device)
         self.model_path = Path(config.model_path)
@@ -544,7 +560,7 @@ class Trainer:
         self.rebuild_schedule(config.epochs)
         self.metrics = []  # a dict an epoch, the rows of metrics.csv
         self.best = {"best_perplexity": math.inf, "best_epoch": None}
-        self.bad_losses = 0  # consecutive
+        self.bad_steps = 0  # consecutive
         self.stage = None
         self._enter_stage(epoch=0)
 
@@ -584,17 +600,17 @@ class Trainer:
     def _enter_stage(self, epoch):
         """Make trainable what trains in this epoch, and say so when it changes."""
         config = self.train_config
-        stage = (
-            "everything"
-            if epoch >= config.freeze_epochs_all
-            else ("GPT-2 blocks" if epoch >= config.freeze_epochs_gpt else "new layers")
-        )
-        if stage != self.stage:
-            self.stage = stage
-            print(f"epoch {epoch + 1}: {stage} train, ", end="")
+        stage = "GPT-2 blocks" if epoch >= config.freeze_epochs_gpt else "new layers"
+        if epoch >= config.freeze_epochs_all:
+            stage = "everything"
+        if stage == self.stage:
+            return
+        print(f"epoch {epoch + 1}: {stage} train, ", end="")
+        if stage == "everything" or self.stage != "new layers":
             self.model.pretrained_layers_trainable(trainable=stage == "everything")
-            if stage == "GPT-2 blocks":
-                self.model.unfreeze_gpt_layers()
+        if stage == "GPT-2 blocks":
+            self.model.unfreeze_gpt_layers()
+        self.stage = stage
 
     def _progress(self, loader, title):
         """A bar that counts images: tqdm then shows images/s. In a log file it speaks only now and then."""
@@ -611,7 +627,8 @@ class Trainer:
     def train_one_epoch(self, epoch):
         """One pass over the training captions (epoch counts from 0) -> mean loss per token.
 
-        Raises FloatingPointError after `max_bad_losses` consecutive losses that are not finite.
+        A step whose loss or gradient is not finite changes nothing; after `max_bad_steps` of them in a row
+        FloatingPointError is raised.
         """
         self._enter_stage(epoch)
         self.model.train()
@@ -622,25 +639,34 @@ class Trainer:
         bar = self._progress(self.train_dl, f"epoch {epoch + 1}/{self.train_config.epochs}")
         for batch in self.train_dl:
             loss, tokens = self._loss(batch)
-            bar.update(len(batch[0]))
             self.optimizer.zero_grad(set_to_none=True)
-            if not math.isfinite(loss.item()):
-                self.bad_losses += 1
-                if self.bad_losses >= self.train_config.max_bad_losses:
-                    raise FloatingPointError(f"{self.bad_losses} losses in a row were not finite: try a lower --lr")
+            if self._is_bad(loss):
                 continue
-            self.bad_losses = 0
             self.scaler.scale(loss).backward()
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.train_config.clip_norm)
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train_config.clip_norm)
+            if not self.scaler.is_enabled() and self._is_bad(norm):  # the scaler skips such steps by itself
+                continue
+            self.bad_steps = 0
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.scheduler.step()
             total_loss += loss.item() * tokens
             total_tokens += tokens
-            bar.set_postfix(loss=f"{total_loss / total_tokens:.3f}", lr=f"{self.scheduler.get_last_lr()[0]:.1e}")
+            shown = dict(loss=f"{total_loss / total_tokens:.3f}", lr=f"{max(self.scheduler.get_last_lr()):.1e}")
+            bar.set_postfix(shown, refresh=False)
+            bar.update(len(batch[0]))
         bar.close()
         return total_loss / max(total_tokens, 1)
+
+    def _is_bad(self, value):
+        """True when a loss or gradient norm is not finite; too many of them in a row end the run."""
+        if math.isfinite(value.item()):
+            return False
+        self.bad_steps += 1
+        if self.bad_steps >= self.train_config.max_bad_steps:
+            raise FloatingPointError(f"{self.bad_steps} steps in a row were not finite: try a lower --lr")
+        return True
 
     @torch.inference_mode()
     def valid_one_epoch(self, epoch):
@@ -674,21 +700,16 @@ class Trainer:
             if self.best["best_epoch"] is None:
                 raise
             print(f"stopped early: {reason or 'interrupted'}; the best epoch is kept")
+        if self.best["best_epoch"] is None:
+            raise FloatingPointError("the validation perplexity was never finite: try a lower --lr")
         return dict(self.best)
 
     def _record(self, epoch, train_loss, valid_perplexity):
         """Add the epoch to metrics.csv and print it."""
-        self.metrics.append(
-            {
-                "epoch": epoch + 1,
-                "stage": self.stage,
-                "lr": self.scheduler.get_last_lr()[0],
-                "train_loss": train_loss,
-                "valid_loss": math.log(valid_perplexity),
-                "train_perplexity": perplexity(train_loss),
-                "valid_perplexity": valid_perplexity,
-            }
-        )
+        row = dict(epoch=epoch + 1, stage=self.stage, lr=max(self.scheduler.get_last_lr()))
+        row |= dict(train_loss=train_loss, valid_loss=math.log(valid_perplexity))
+        row |= dict(train_perplexity=perplexity(train_loss), valid_perplexity=valid_perplexity)
+        self.metrics.append(row)
         self.model_path.mkdir(parents=True, exist_ok=True)
         table = pd.DataFrame(self.metrics)
         checkpoint.write_atomically(self.model_path / "metrics.csv", lambda path: table.to_csv(path, index=False))
@@ -700,7 +721,8 @@ class Trainer:
             "model_config": vars(self.model.config),
             "preprocessing": self.model.preprocessing,
             "train_config": {key: _portable(value) for key, value in vars(self.train_config).items()},
-            **self.best,
+            "best_epoch": self.best["best_epoch"],
+            "best_perplexity": self.best["best_perplexity"] if self.best["best_epoch"] is not None else None,
         }
         checkpoint.save_checkpoint(self.model_path, self.model.state_dict(), config, self.tokenizer)
 
@@ -754,9 +776,7 @@ def score_shapes(model, tokenizer, folder):
     new_paths, new_scenes = shapes.read_scenes(folder, held_out=True)
     scores = {
         "unseen scenes": shapes.exact_rate(captions, scenes),
-        "unseen combinations of colour and shape": shapes.exact_rate(
-            caption_images(model, tokenizer, new_paths), new_scenes
-        ),
+        "unseen combinations of attributes": shapes.exact_rate(caption_images(model, tokenizer, new_paths), new_scenes),
         "images shuffled among scenes": shapes.exact_rate(captions[1:] + captions[:1], scenes),
         "chance level": shapes.chance_level(),
     }
@@ -821,7 +841,7 @@ def main(argv=None):
     on_shapes = train_cfg.data_dir == SHAPES_DIR
     torch.manual_seed(train_cfg.seed)
     if on_shapes:
-        shapes.write_dataset(SHAPES_DIR, train_cfg.shapes_scenes, train_cfg.seed)
+        shapes.write_dataset(SHAPES_DIR, train_cfg.shapes_scenes)
     df = _load_flickr_dataframe(train_cfg.data_dir, train_cfg.image_dir)
     df = sources.drop_unusable(df, sources.find_captions_file(train_cfg.data_dir))
     print(", ".join(f"{split}: {n:,} photos" for split, n in df.groupby("split")["image"].nunique().items()))
@@ -849,5 +869,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted before an epoch was complete; nothing was saved")

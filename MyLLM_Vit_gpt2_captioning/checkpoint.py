@@ -79,11 +79,12 @@ def load_weights(path):
 
 
 def set_aside(folder):
-    """Move an earlier run's files to `folder`/earlier/<its date>, so that a new run overwrites nothing.
+    """Make `folder`; move an earlier run in it to `folder`/earlier/<its date>, so that a new run overwrites nothing.
 
     Returns the new place, or None when there was no earlier run.
     """
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     config = folder / CONFIG_FILE
     if not config.is_file():
         return None

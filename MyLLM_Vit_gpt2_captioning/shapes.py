@@ -1,8 +1,8 @@
 """Shapes: the built-in dataset. Rendered scenes of two objects, with captions that are true by construction.
 
 A scene has one object above another; each is small or large, has one of six colours and one of four shapes. Because
-the truth is known, a caption is not scored by its words but checked: is every attribute right? Four (colour, shape)
-pairs are held out of training, which shows whether a model has learnt colours and shapes or only combinations.
+the truth is known, a caption is not scored by its words but checked: is every attribute right? Six combinations of
+size, colour and shape are held out of training: they show whether a model has learnt attributes or only combinations.
 
 The files lie in the Flickr30k layout (`results.csv`, a folder of photos, a Karpathy split file), so that the reader,
 transforms and loader are those of a real dataset.
@@ -26,7 +26,11 @@ COLOURS = {
     "white": (250, 250, 250),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-HELD_OUT = {("red", "triangle"), ("green", "circle"), ("blue", "cross"), ("yellow", "square")}  # never in training
+# Never in training, though every pair of their attributes is: small red things, small triangles, red triangles.
+HELD_OUT = {
+    ("small", "red", "triangle"), ("large", "green", "circle"), ("small", "blue", "cross"),
+    ("large", "yellow", "square"), ("small", "purple", "circle"), ("large", "white", "triangle"),
+}  # fmt: skip
 
 # The first word tells which object comes first, so that no caption begins with a coin toss between the two.
 WORDINGS = (
@@ -48,17 +52,17 @@ _PATTERNS = [
 
 
 def draw_object(rng, held_out=None):
-    """A random (size, colour, shape). `held_out` True: only held-out pairs, False: none of them, None: any."""
+    """A random (size, colour, shape). `held_out` True: one of `HELD_OUT`, False: none of them, None: any."""
     while True:
-        size, colour, shape = rng.choice(list(SIZES)), rng.choice(list(COLOURS)), rng.choice(SHAPES)
-        if held_out is None or held_out == ((colour, shape) in HELD_OUT):
-            return size, colour, shape
+        thing = rng.choice(list(SIZES)), rng.choice(list(COLOURS)), rng.choice(SHAPES)
+        if held_out is None or held_out == (thing in HELD_OUT):
+            return thing
 
 
 def draw_scene(rng, held_out):
     """A random scene ((size, colour, shape) on top, (size, colour, shape) at the bottom).
 
-    `held_out` True: at least one object has a held-out pair; False: neither has.
+    `held_out` True: at least one object is one of `HELD_OUT`; False: neither is.
     """
     if not held_out:
         return draw_object(rng, False), draw_object(rng, False)
@@ -126,10 +130,10 @@ def write_dataset(folder, train_scenes, seed=0):
     """Render Shapes into `folder` (replaced as a whole) unless it already holds just this dataset.
 
     Beside `train_scenes` there are 1/12 as many validation scenes, 1/6 test scenes and 1/12 test scenes with held-out
-    pairs, at least 2 each. The split file also holds the truth of each scene.
+    combinations, at least 2 each. The split file also holds the truth of each scene.
     """
     folder = Path(folder)
-    settings = {"version": 2, "train_scenes": train_scenes, "seed": seed}
+    settings = {"version": 3, "train_scenes": train_scenes, "seed": seed}
     split_file = folder / SPLIT_FILE
     if split_file.is_file() and json.loads(split_file.read_text()).get("settings") == settings:
         return
@@ -159,7 +163,7 @@ def write_dataset(folder, train_scenes, seed=0):
 
 
 def read_scenes(folder, held_out):
-    """The test scenes: list of image paths, list of their scenes; with held-out pairs or without."""
+    """The test scenes: list of image paths, list of their scenes; with held-out combinations or without."""
     folder = Path(folder)
     images = json.loads((folder / SPLIT_FILE).read_text())["images"]
     chosen = [image for image in images if image["split"] == "test" and image["held_out"] == held_out]

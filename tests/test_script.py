@@ -130,7 +130,7 @@ def test_without_a_dataset_it_says_so_and_trains_on_shapes(script, tmp_path, cap
     assert said.startswith(f"{tmp_path / 'no_data' / 'results.csv'} not found: training on the built-in Shapes")
     assert (tmp_path / "no_data" / "shapes" / "results.csv").is_file()
     assert set(result["scores"]) == {
-        "unseen scenes", "unseen combinations of colour and shape", "images shuffled among scenes", "chance level"
+        "unseen scenes", "unseen combinations of attributes", "images shuffled among scenes", "chance level"
     }  # fmt: skip
     assert all(f"{name} " in said for name in result["scores"])
     config = json.loads((tmp_path / "captioner" / "config.json").read_text())

@@ -156,9 +156,32 @@ def test_one_bad_loss_is_skipped(trainer, monkeypatch):
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
+def test_one_bad_gradient_is_skipped(trainer):
+    """Clipping would turn an infinite gradient into NaN weights."""
+    calls = []
+    trainer.model.gpt.tok_emb.weight.register_hook(lambda grad: calls.append(1) or (grad * math.inf))
+    with pytest.raises(FloatingPointError, match="10 steps in a row were not finite"):
+        for epoch in range(10):
+            trainer.train_one_epoch(epoch)
+    assert len(calls) == 10
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_validation_that_is_never_finite_is_an_error(trainer, monkeypatch):
+    monkeypatch.setattr(trainer, "valid_one_epoch", lambda epoch: math.nan)
+    with pytest.raises(FloatingPointError, match="never finite"):
+        trainer.run_training()
+
+
+def test_too_small_a_vocabulary_is_refused(script, tiny_config, tiny_train_config, dls):
+    tiny_config.vocab_size = 10
+    with pytest.raises(ValueError, match="tokens, vocab_size is 10"):
+        script.Trainer(tiny_config, tiny_train_config, dls)
+
+
 def test_losses_that_stay_bad_end_the_run(trainer, monkeypatch, capsys):
     """The best epoch so far is kept; without one the error is raised."""
-    trainer.train_config.max_bad_losses = 3
+    trainer.train_config.max_bad_steps = 3
     trainer.rebuild_schedule(epochs=3)
     real_loss = trainer._loss
 
@@ -168,8 +191,8 @@ def test_losses_that_stay_bad_end_the_run(trainer, monkeypatch, capsys):
 
     monkeypatch.setattr(trainer, "_loss", loss)
     assert trainer.run_training()["best_epoch"] == 0
-    assert "3 losses in a row were not finite: try a lower --lr" in capsys.readouterr().out
-    trainer.best["best_epoch"], trainer.bad_losses = None, 0
+    assert "3 steps in a row were not finite: try a lower --lr" in capsys.readouterr().out
+    trainer.best["best_epoch"], trainer.bad_steps = None, 0
     with pytest.raises(FloatingPointError):
         trainer.run_training()
 
