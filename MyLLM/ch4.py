@@ -90,16 +90,20 @@ class GPTModel(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """GPT-2's random start: normal with std 0.02, biases 0, the layers that write into the residual stream scaled
-        down by sqrt(2 * depth), so that the stream's variance does not grow with the number of blocks."""
-        for name, parameter in self.named_parameters():
-            if parameter.ndim < 2:
-                if name.endswith("bias"):
-                    nn.init.zeros_(parameter)
-            elif name.endswith(("self_attn.out_proj.weight", "mlp.contract.weight")):
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * len(self.trf_blocks)))
-            else:
-                nn.init.normal_(parameter, std=0.02)
+        """GPT-2's random start: weights normal, biases 0. The layers that write into the residual stream start smaller
+        by sqrt(2 * depth), so that the stream's variance does not grow with the number of blocks.
+
+        GPT-2's std of 0.02 is meant for 768 channels; in a narrower model it grows, so that a layer's output keeps its
+        size: 0.02 would leave a model of 128 channels in the dark for epochs.
+        """
+        embed_dim, depth = self.tok_emb.embedding_dim, len(self.trf_blocks)
+        std = 0.02 * math.sqrt(768 / embed_dim)
+        for name, layer in self.named_modules():
+            if isinstance(layer, (nn.Linear, nn.Embedding)):
+                into_stream = name.endswith(("self_attn.out_proj", "mlp.contract"))
+                nn.init.normal_(layer.weight, std=std / math.sqrt(2 * depth) if into_stream else std)
+            if isinstance(layer, nn.Linear):
+                nn.init.zeros_(layer.bias)
 
     def embed(self, token_ids, start=0):
         """token_ids (B, T) -> (B, T, embed_dim): what the token is plus where it stands (`start`, `start` + 1, ...).

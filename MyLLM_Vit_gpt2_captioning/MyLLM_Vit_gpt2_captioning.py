@@ -102,12 +102,12 @@ train_config = SimpleNamespace(
 SHAPES_MODEL = dict(
     embed_dim=128, num_heads=4, depth=3, seq_len=32, vocab_size=512, tokenizer="bpe", decoder_weights="scratch",
     encoder="vit_tiny_patch16_224", encoder_weights="scratch",
-    encoder_options=dict(img_size=48, patch_size=8, embed_dim=128, depth=3, num_heads=4),
-    emb_dropout=0.0, attention_dropout=0.0, mlp_dropout=0.0, residual_dropout=0.0,
+    encoder_options=dict(img_size=48, patch_size=8, embed_dim=128, depth=3, num_heads=4, weight_init="jax"),
+    emb_dropout=0.1, attention_dropout=0.0, mlp_dropout=0.0, residual_dropout=0.0,
 )
 # fmt: on
 SHAPES_TRAIN = dict(
-    epochs=10, freeze_epochs_gpt=0, freeze_epochs_all=0, lr=1e-3, batch_size=32, captions_per_image=2, crop_scale=0.9
+    epochs=9, freeze_epochs_gpt=0, freeze_epochs_all=0, lr=1e-3, batch_size=32, captions_per_image=2, crop_scale=1.0
 )
 
 IGNORED_LABEL = -100  # what cross_entropy skips

@@ -13,16 +13,11 @@ from pathlib import Path
 
 import torch
 
-from MyLLM_Vit_gpt2_captioning import (
-    OUTPUT_DIR,
-    CaptionTokenizer,
-    VisionGPT2Model,
-    caption_images,
-    checkpoint,
-    load_image,
-    plots,
-    train_config,
-)
+import checkpoint
+import plots
+from captions_tokenizer import CaptionTokenizer
+from MyLLM_Vit_gpt2_captioning import OUTPUT_DIR, VisionGPT2Model, caption_images, train_config
+from preprocessing import load_image
 
 
 def main(argv=None):

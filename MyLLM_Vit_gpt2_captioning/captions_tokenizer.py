@@ -4,9 +4,12 @@ Both have one special token, `<|endoftext|>`, that begins a caption, ends it and
 names are those of Hugging Face tokenizers, but only the light `tokenizers` library is imported.
 """
 
+import os
 from functools import cached_property
 from pathlib import Path
 
+# Data workers are forked after the tokenizer was used; without this the library warns in each of them.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"

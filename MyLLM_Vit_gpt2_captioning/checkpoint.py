@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from captions_tokenizer import TOKENIZER_FILE
 
@@ -45,7 +45,8 @@ def save_checkpoint(folder, state_dict, config, tokenizer):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
-    write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(state_dict, path))
+    # `save_file` would make it readable for its owner only, unlike the files beside it.
+    write_atomically(folder / WEIGHTS_FILE, lambda path: path.write_bytes(save(state_dict)))
     write_atomically(folder / TORCH_FILE, lambda path: torch.save(state_dict, path))
     write_atomically(folder / TOKENIZER_FILE, lambda path: path.write_text(tokenizer.to_json()))
     write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
