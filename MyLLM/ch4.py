@@ -94,7 +94,7 @@ class GPTModel(nn.Module):
         by sqrt(2 * depth), so that the stream's variance does not grow with the number of blocks.
 
         GPT-2's std of 0.02 is meant for 768 channels; in a narrower model it grows, so that a layer's output keeps its
-        size: 0.02 would leave a model of 128 channels in the dark for epochs.
+        size.
         """
         embed_dim, depth = self.tok_emb.embedding_dim, len(self.trf_blocks)
         std = 0.02 * math.sqrt(768 / embed_dim)

@@ -1,7 +1,7 @@
 """Caption photos with a trained captioner.
 
     python MyLLM_Vit_gpt2_captioning/caption_image.py photo.jpg                            the model in captioner/
-    python MyLLM_Vit_gpt2_captioning/caption_image.py examples/shapes/*.png --checkpoint examples/shapes
+    python MyLLM_Vit_gpt2_captioning/caption_image.py examples/shapes/scene_*.png --checkpoint examples/shapes
     python MyLLM_Vit_gpt2_captioning/caption_image.py *.jpg --grid captions.png            also draw them
 
 Captions are greedy unless a temperature is given.

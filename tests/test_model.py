@@ -200,6 +200,17 @@ def test_encoder_weights_without_network():
         build_encoder("vit_tiny_patch16_224", 2, weights="pretrained")
 
 
+def test_random_vit_starts_with_2d_positions(tiny_config):
+    """Rows and columns are told apart from the start: patches of one row share half of their position."""
+    vit = build_encoder("vit_tiny_patch16_224", 2, "stepped", {**TINY_ENCODER, "patch_size": 8}).vit
+    positions = vit.pos_embed[0, 1:].view(4, 4, 24)
+    assert positions.requires_grad and not positions[0, 0].equal(positions[3, 3])
+    same_in_row = (positions == positions[:, :1]).all(dim=(0, 1))
+    same_in_column = (positions == positions[:1]).all(dim=(0, 1))
+    assert same_in_row.sum() >= 12
+    assert same_in_column.sum() >= 12
+
+
 def test_vit_parts_are_reachable(tiny_model, images):
     patches = tiny_model.patch_embed(images)
     tokens = tiny_model._pos_embed(patches)

@@ -230,3 +230,12 @@ def test_command_line_continues_a_prompt(bpe, tmp_path, capsys):
 def test_too_long_a_sequence_is_an_error(gpt):
     with pytest.raises(ValueError, match="25 tokens do not fit into seq_len 24"):
         gpt(torch.zeros(1, 25, dtype=torch.long))
+
+
+def test_random_start_keeps_the_size_of_outputs():
+    """std 0.02 at GPT-2's width, more in a narrower model; less by sqrt(2 * depth) in what writes into the stream."""
+    for embed_dim, std in ((768, 0.02), (192, 0.04)):
+        block = GPTModel(no_dropout(vocab_size=50, seq_len=8, embed_dim=embed_dim, num_heads=4, depth=2)).trf_blocks[0]
+        assert block.mlp.expand.weight.std().item() == pytest.approx(std, rel=0.05)
+        assert block.mlp.contract.weight.std().item() == pytest.approx(std / 2, rel=0.05)
+        assert not block.self_attn.qkv.bias.any()
