@@ -136,9 +136,13 @@ def read_hf_gpt2(repo):
 def generate(gpt, token_ids, max_new_tokens, temperature=0.0, eos_token_id=None):
     """Continue token_ids (B, T) by up to `max_new_tokens` -> (B, T + new); ends early when all rows made EOS.
 
-    temperature 0 takes the likeliest token, otherwise tokens are drawn from softmax(logits / temperature).
+    temperature 0 takes the likeliest token, otherwise tokens are drawn from softmax(logits / temperature). The text is
+    cut where the model's seq_len ends. Raises ValueError for a negative temperature.
     """
+    if temperature < 0:
+        raise ValueError(f"temperature must not be negative, but is {temperature}")
     gpt.eval()
+    max_new_tokens = min(max_new_tokens, gpt.seq_len - token_ids.size(1))
     caches = gpt.new_caches(token_ids.size(1) + max_new_tokens)
     ended = torch.zeros(len(token_ids), dtype=torch.bool, device=token_ids.device)  # (B,)
     newest = token_ids
@@ -171,12 +175,15 @@ def main(argv=None):
         tokenizer = GPT2Tokenizer.from_pretrained(args.repo)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    gpt = GPTModel(config)
-    load_hf_gpt2_weights(gpt, sd_hf)
     torch.manual_seed(args.seed)
     prompt_ids = torch.tensor([tokenizer.encode(args.prompt) or [tokenizer.eos_token_id]])  # (1, T)
-    text = tokenizer.decode(generate(gpt, prompt_ids, args.max_new_tokens, args.temperature, tokenizer.eos_token_id)[0])
-    print(text.removesuffix(tokenizer.eos_token))
+    try:
+        gpt = GPTModel(config)
+        load_hf_gpt2_weights(gpt, sd_hf)
+        ids = generate(gpt, prompt_ids, args.max_new_tokens, args.temperature, tokenizer.eos_token_id)[0]
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(tokenizer.decode(ids).removesuffix(tokenizer.eos_token))
 
 
 if __name__ == "__main__":

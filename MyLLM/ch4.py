@@ -94,15 +94,17 @@ class GPTModel(nn.Module):
         by sqrt(2 * depth), so that the stream's variance does not grow with the number of blocks.
 
         GPT-2's std of 0.02 is meant for 768 channels; in a narrower model it grows, so that a layer's output keeps its
-        size.
+        size. What a `block_class` adds to a block starts as it was made.
         """
-        embed_dim, depth = self.tok_emb.embedding_dim, len(self.trf_blocks)
-        std = 0.02 * math.sqrt(768 / embed_dim)
-        for name, layer in self.named_modules():
-            if isinstance(layer, (nn.Linear, nn.Embedding)):
-                into_stream = name.endswith(("self_attn.out_proj", "mlp.contract"))
-                nn.init.normal_(layer.weight, std=std / math.sqrt(2 * depth) if into_stream else std)
-            if isinstance(layer, nn.Linear):
+        std = 0.02 * math.sqrt(768 / self.tok_emb.embedding_dim)
+        for embedding in (self.tok_emb, self.pos_emb):
+            nn.init.normal_(embedding.weight, std=std)
+        for block in self.trf_blocks:
+            into_stream = (block.self_attn.out_proj, block.mlp.contract)
+            for layer in (block.self_attn.qkv, block.mlp.expand, *into_stream):
+                nn.init.normal_(
+                    layer.weight, std=std / math.sqrt(2 * len(self.trf_blocks)) if layer in into_stream else std
+                )
                 nn.init.zeros_(layer.bias)
 
     def embed(self, token_ids, start=0):

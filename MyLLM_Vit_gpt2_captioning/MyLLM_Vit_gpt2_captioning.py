@@ -74,6 +74,7 @@ model_config = SimpleNamespace(
     normalize_tokens=True,  # LayerNorm on image tokens that no final norm of the encoder has normalised
 )
 
+# Shapes, the built-in dataset, replaces some of these: see SHAPES_MODEL and SHAPES_TRAIN below.
 train_config = SimpleNamespace(
     epochs=5,  # passes over the training captions
     freeze_epochs_gpt=1,  # epochs before the pretrained GPT-2 blocks train too
@@ -84,9 +85,9 @@ train_config = SimpleNamespace(
     weight_decay=0.01,  # AdamW; not on norms, biases and embeddings
     clip_norm=1.0,  # longest gradient; a longer one is scaled down
     batch_size=32,  # captions a step; a multiple of captions_per_image
-    captions_per_image=1,  # captions that share one encoding of their image; 5 trains several times as fast
+    captions_per_image=1,  # captions that share one encoding of their image; with 5, Flickr encodes each photo once
     crop_scale=0.8,  # smallest share of a photo's area that a training crop keeps
-    max_bad_steps=10,  # consecutive steps with a non-finite loss or gradient after which training stops
+    max_bad_steps=20,  # consecutive steps with a non-finite loss or gradient after which training stops
     num_workers=0 if DEVICE == "cpu" else min(8, os.cpu_count()),  # processes that load images
     device=DEVICE,  # where to train; cuda:1 is a second GPU
     seed=0,  # of weights, order and augmentation; the split stays the same, so that runs can be compared
@@ -251,6 +252,8 @@ def build_dataloaders(df, tokenizer, model_config, train_config):
     transforms = build_transforms(img_size, mean, std, train_config.crop_scale)
     for split, tfms in zip(("train", "val"), transforms, strict=True):
         rows = df[df["split"] == split]
+        if rows.empty:
+            raise ValueError(f"{train_config.data_dir}: no usable caption is in the {split} split")
         training, K = split == "train", train_config.captions_per_image
         if not training:
             K = exact_captions_per_image(rows["image"], K)  # validation counts every caption exactly once
@@ -261,6 +264,7 @@ def build_dataloaders(df, tokenizer, model_config, train_config):
             num_workers=train_config.num_workers,
             persistent_workers=train_config.num_workers > 0,
             pin_memory=train_config.device.startswith("cuda"),
+            generator=torch.Generator(),  # its own: how often workers start must not shift the dropout's random numbers
         )
         loaders.append(loader)
     return tuple(loaders)
@@ -347,7 +351,8 @@ class BlockCache:
 
 class VisionGPT2Model(nn.Module):
     """Image and caption in, loss or next-token scores out. `config` has the attributes of `model_config`; those it
-    lacks have the values they have there. The constructor starts from random weights, `from_pretrained` from real ones.
+    lacks have the values they have there. `from_pretrained` loads the weights that `config` names; the constructor by
+    itself makes the frame for them, with random weights.
     """
 
     NEW_LAYERS = ("ln_cross", "cross_attn")  # what a block has that GPT-2 lacks
@@ -436,7 +441,7 @@ class VisionGPT2Model(nn.Module):
     # --- staged unfreezing --------------------------------------------------------------------------------------------
 
     def pretrained_parameters(self):
-        """Names of the parameters that start from pretrained weights; nothing else is ever frozen."""
+        """Names of the parameters whose weights `config` does not call "scratch"; nothing else is ever frozen."""
         scratch = {
             "encoder.": self.config.encoder_weights == "scratch",
             "gpt.": self.config.decoder_weights == "scratch",
@@ -469,7 +474,10 @@ class VisionGPT2Model(nn.Module):
         for module in self.modules():
             parameters = list(module.parameters())
             if parameters and not any(p.requires_grad for p in parameters):
-                module.eval()
+                for part in module.modules():
+                    part.training = False
+        if not self.gpt.tok_emb.weight.requires_grad:
+            self.gpt.drop_emb.training = False
         return self
 
     # --- weights ------------------------------------------------------------------------------------------------------
@@ -545,13 +553,16 @@ class Trainer:
         self.tokenizer = getattr(self.train_dl.dataset, "tokenizer", tokenizer)
         if len(self.tokenizer) > model_config.vocab_size:
             raise ValueError(f"the tokenizer has {len(self.tokenizer)} tokens, vocab_size is {model_config.vocab_size}")
+        model_config.eos_token_id = self.tokenizer.eos_token_id
+        config.device = str(config.device)  # a torch.device could not be written into config.json
         self.device = torch.device(config.device)
         self.model = VisionGPT2Model.from_pretrained(model_config).to(self.device)
         self.model_path = Path(config.model_path)
 
         # bf16 has the range of float32; fp16 has not, so its loss is scaled. On other devices plain float32.
         cuda = self.device.type == "cuda"
-        self.amp_dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float16
+        bf16 = cuda and torch.cuda.get_device_capability(self.device) >= (8, 0)  # older GPUs only emulate it, slowly
+        self.amp_dtype = torch.bfloat16 if bf16 else torch.float16
         self.autocast = partial(torch.autocast, self.device.type, dtype=self.amp_dtype, enabled=cuda)
         self.scaler = torch.amp.GradScaler(enabled=cuda and self.amp_dtype == torch.float16)
 
@@ -569,7 +580,7 @@ class Trainer:
         config, pretrained = self.train_config, set(self.model.pretrained_parameters())
         groups = {}
         for name, parameter in self.model.named_parameters():
-            embedding = any(part in name for part in ("tok_emb", "pos_emb", "cls_token", "reg_token"))
+            embedding = any(part in name for part in ("tok_emb", "pos_emb", "_token"))  # also the ViT's cls_token
             key = (name in pretrained, parameter.ndim > 1 and not embedding)
             groups.setdefault(key, []).append(parameter)
         return [
@@ -638,6 +649,7 @@ class Trainer:
         total_loss, total_tokens = 0.0, 0
         bar = self._progress(self.train_dl, f"epoch {epoch + 1}/{self.train_config.epochs}")
         for batch in self.train_dl:
+            bar.update(len(batch[0]))
             loss, tokens = self._loss(batch)
             self.optimizer.zero_grad(set_to_none=True)
             if self._is_bad(loss):
@@ -645,19 +657,22 @@ class Trainer:
             self.scaler.scale(loss).backward()
             self.scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train_config.clip_norm)
-            if not self.scaler.is_enabled() and self._is_bad(norm):  # the scaler skips such steps by itself
+            if self._is_bad(norm):
+                if self.scaler.is_enabled():  # it skips the step too, and takes a smaller scale
+                    self.scaler.step(self.optimizer)
+                    self.scaler.update()
                 continue
             self.bad_steps = 0
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            self.scheduler.step()
+            if self.scheduler.last_epoch < self.scheduler.total_steps:  # in more epochs than planned the rate stays low
+                self.scheduler.step()
             total_loss += loss.item() * tokens
             total_tokens += tokens
             shown = dict(loss=f"{total_loss / total_tokens:.3f}", lr=f"{max(self.scheduler.get_last_lr()):.1e}")
             bar.set_postfix(shown, refresh=False)
-            bar.update(len(batch[0]))
         bar.close()
-        return total_loss / max(total_tokens, 1)
+        return total_loss / total_tokens if total_tokens else math.nan
 
     def _is_bad(self, value):
         """True when a loss or gradient norm is not finite; too many of them in a row end the run."""
@@ -693,13 +708,14 @@ class Trainer:
                 valid_perplexity = self.valid_one_epoch(epoch)
                 self._record(epoch, train_loss, valid_perplexity)
                 if valid_perplexity < self.best["best_perplexity"]:
-                    self.best = {"best_perplexity": valid_perplexity, "best_epoch": epoch}
-                    self.save_model()
+                    best = {"best_perplexity": valid_perplexity, "best_epoch": epoch}
+                    self.save_model(best)
+                    self.best = best  # only now: an interrupted save has kept the files of the epoch before
                 self.clean()
         except (FloatingPointError, KeyboardInterrupt) as reason:
             if self.best["best_epoch"] is None:
                 raise
-            print(f"stopped early: {reason or 'interrupted'}; the best epoch is kept")
+            print(f"stopped early: {str(reason) or 'interrupted'}; the best epoch is kept")
         if self.best["best_epoch"] is None:
             raise FloatingPointError("the validation perplexity was never finite: try a lower --lr")
         return dict(self.best)
@@ -715,14 +731,18 @@ class Trainer:
         checkpoint.write_atomically(self.model_path / "metrics.csv", lambda path: table.to_csv(path, index=False))
         print(f"epoch {epoch + 1}: training perplexity {perplexity(train_loss):.3f}, validation {valid_perplexity:.3f}")
 
-    def save_model(self):
-        """Write the checkpoint: captioner.safetensors, captioner.pt, config.json, tokenizer.json."""
+    def save_model(self, best=None):
+        """Write the checkpoint: captioner.safetensors, captioner.pt, config.json, tokenizer.json.
+
+        `best` says what is saved, {"best_perplexity", "best_epoch"}; without it the best so far.
+        """
+        best = best or self.best
         config = {
-            "model_config": vars(self.model.config),
+            "model_config": {key: _portable(value) for key, value in vars(self.model.config).items()},
             "preprocessing": self.model.preprocessing,
             "train_config": {key: _portable(value) for key, value in vars(self.train_config).items()},
-            "best_epoch": self.best["best_epoch"],
-            "best_perplexity": self.best["best_perplexity"] if self.best["best_epoch"] is not None else None,
+            "best_epoch": best["best_epoch"],
+            "best_perplexity": best["best_perplexity"] if best["best_epoch"] is not None else None,
         }
         checkpoint.save_checkpoint(self.model_path, self.model.state_dict(), config, self.tokenizer)
 
@@ -748,10 +768,11 @@ def perplexity(loss):
 
 
 def _portable(value):
-    """A path inside the repository as written from its root, so that a shared config.json names no private folder."""
-    if isinstance(value, Path):
-        value = value.resolve()
-        return str(value.relative_to(REPO_ROOT) if value.is_relative_to(REPO_ROOT) else value.name)
+    """A path inside the repository as seen from its root, another by its name: a shared config.json names no private
+    folder. Everything else as it is."""
+    if isinstance(value, Path) or (isinstance(value, str) and value and Path(value).exists()):
+        path = Path(value).resolve()
+        return path.relative_to(REPO_ROOT).as_posix() if path.is_relative_to(REPO_ROOT) else path.name
     return value
 
 
@@ -763,6 +784,8 @@ def _portable(value):
 def run_demo(model, tokenizer, df, count, path):
     """Caption the first `count` validation photos, print the captions and draw them to `path` (demo.png)."""
     rows = df[df["split"] == "val"].drop_duplicates("image").head(count)
+    if rows.empty:
+        return
     generated = caption_images(model, tokenizer, list(rows["image"]))
     for image, caption, truth in zip(rows["image"], generated, rows["caption"], strict=True):
         print(f"{image.name}\n    generated: {caption}\n    true:      {truth}")
@@ -806,7 +829,7 @@ def read_configs(argv):
     if data_dir.resolve() == SHAPES_DIR.resolve():
         shapes_model, shapes_train = SHAPES_MODEL, SHAPES_TRAIN
         train_given |= dict(data_dir=SHAPES_DIR, image_dir=SHAPES_DIR / shapes.IMAGE_FOLDER)
-    elif "data_dir" in train_given and "image_dir" not in train_given:
+    elif "image_dir" not in train_given and ("data_dir" in train_given or not train_config.image_dir.is_dir()):
         train_given["image_dir"] = sources.find_image_dir(data_dir)
     return (
         SimpleNamespace(**{**vars(model_config), **shapes_model, **model_given}),
@@ -821,18 +844,32 @@ def build_trainer(model_cfg, train_cfg, df):
     """
     try:
         tok = build_tokenizer(model_cfg, df["caption"][df["split"] == "train"])
-        model_cfg.vocab_size, model_cfg.eos_token_id = len(tok), tok.eos_token_id
+        if model_cfg.tokenizer == "bpe" or len(tok) > model_cfg.vocab_size:
+            model_cfg.vocab_size = len(tok)  # a larger one, padded for speed, may stay with GPT-2's tokenizer
         return Trainer(model_cfg, train_cfg, build_dataloaders(df, tok, model_cfg, train_cfg))
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{error}\n\nThis run needs GPT-2's tokenizer and weights ({HF_GPT2_REPO}) and the weights of "
-            f"{model_cfg.encoder}. Without a network, give local copies:\n"
-            "    HF_GPT2_REPO=FOLDER         environment variable; a folder with config.json, model.safetensors,\n"
-            "                                vocab.json and merges.txt\n"
-            "    --encoder_weights FILE      a .safetensors or .pth file with timm's key names\n"
-            "or train from random weights, which takes far longer to get good:\n"
-            "    --tokenizer bpe --decoder_weights scratch --encoder_weights scratch"
-        ) from error
+        raise FileNotFoundError(f"{error}\n\n{_what_to_give(model_cfg)}") from error
+
+
+def _what_to_give(model_cfg):
+    """For a run without network: what it would have downloaded, and how to give it from local files."""
+    needs = []
+    if model_cfg.tokenizer == "gpt2" or model_cfg.decoder_weights == "pretrained":
+        needs.append(
+            f"    GPT-2's tokenizer and weights ({HF_GPT2_REPO}): set the environment variable HF_GPT2_REPO=FOLDER,\n"
+            "        a folder with vocab.json, merges.txt and, unless --decoder_weights scratch, config.json and\n"
+            "        model.safetensors"
+        )
+    if model_cfg.encoder_weights == "pretrained":
+        needs.append(
+            f"    the weights of {model_cfg.encoder}: --encoder_weights FILE, a .safetensors or .pth file with timm's\n"
+            "        key names"
+        )
+    return "\n".join([
+        "This run needs, from the network or from local copies:", *needs,
+        "or train from random weights, which takes far longer to get good:",
+        "    --tokenizer bpe --decoder_weights scratch --encoder_weights scratch",
+    ])  # fmt: skip
 
 
 def main(argv=None):
@@ -872,4 +909,4 @@ if __name__ == "__main__":
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted before an epoch was complete; nothing was saved")
+        sys.exit("interrupted")

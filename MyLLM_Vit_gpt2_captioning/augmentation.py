@@ -2,25 +2,23 @@
 
 A caption is a label for the whole picture, and most augmentations make some captions false. Here the crop keeps at
 least `crop_scale` of the area, colours change only in brightness and contrast (never in hue), and a picture is
-mirrored only when none of its captions speaks of left, right or written text.
+mirrored only when none of its captions speaks of left, right or writing.
 """
 
+import math
 import os
 import random
 import re
 
 import numpy as np
+from PIL import Image
 
 from preprocessing import preprocess, to_normalized_tensor
 
-# albumentations 2.0.8 asks a server for newer versions when it is imported; a training run needs no network.
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-import albumentations as A
-import cv2
-
 # Words that a mirrored picture would make false: directions, and writing, which would become unreadable.
 NOT_MIRRORABLE = re.compile(
-    r"\b(left|right|clockwise|anticlockwise|counterclockwise|reads|letter|word|text|writing|written|number|says|saying)",
+    r"\b(left|right|clockwise|anticlockwise|counterclockwise|read|letter|word|text|writing|written|number|say|spell|"
+    r"print|label|logo|sign)",
     re.IGNORECASE,
 )
 
@@ -30,24 +28,43 @@ def may_mirror(captions):
     return not any(NOT_MIRRORABLE.search(caption) for caption in captions)
 
 
+def random_crop_box(generator, width, height, crop_scale):
+    """A box (left, top, right, bottom) that keeps at least `crop_scale` of the area.
+
+    Its aspect varies by up to 4/3 around that of the photo, as far as the photo allows: like the whole photo in
+    validation, the box is then squeezed into a square.
+    """
+    area = generator.uniform(crop_scale, 1)
+    limit = math.log(min(4 / 3, 1 / area))
+    ratio = math.exp(generator.uniform(-limit, limit))
+    w, h = width * math.sqrt(area * ratio), height * math.sqrt(area / ratio)
+    left, top = generator.uniform(0, width - w), generator.uniform(0, height - h)
+    return left, top, left + w, top + h
+
+
 class TrainingTransforms:
     """`transforms(image=array, captions=[...], seed=...)["image"]` -> float tensor (3, img_size, img_size)."""
 
     def __init__(self, img_size, mean, std, crop_scale=0.8):
-        self.mean, self.std = mean, std
-        crop = A.RandomResizedCrop((img_size, img_size), scale=(crop_scale, 1.0), interpolation=cv2.INTER_AREA)
+        # albumentations 2.0.8 asks a server for newer versions when it is imported; training needs no network.
+        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+        import albumentations as A  # here, so that captioning a photo does not wait for it
+
+        self.img_size, self.mean, self.std, self.crop_scale = img_size, mean, std, crop_scale
         light = A.RandomBrightnessContrast(brightness_limit=0.15, contrast_limit=0.15, p=0.5)
-        self.mirrored = A.Compose([crop, A.HorizontalFlip(p=0.5), light])
-        self.unmirrored = A.Compose([crop, light])
+        self.mirrored = A.Compose([A.HorizontalFlip(p=0.5), light])
+        self.unmirrored = A.Compose([light])
 
     def __call__(self, image, captions=(), seed=None):
         """image (H, W, 3) uint8; `captions` are all captions of the picture; the same `seed` gives the same result."""
+        generator = np.random.default_rng(seed)
+        image = Image.fromarray(np.asarray(image))
+        box = random_crop_box(generator, *image.size, self.crop_scale)
+        image = image.resize((self.img_size,) * 2, Image.Resampling.BICUBIC, box=box)
         transforms = self.mirrored if may_mirror(captions) else self.unmirrored
-        if seed is not None:
-            # One stream for all steps: `set_random_seed` would start each step at the same number, so that every
-            # mirrored picture would also be a brightened one.
-            generator = np.random.default_rng(seed)
-            transforms.set_random_state(generator, random.Random(int(generator.integers(2**63))))
+        # One stream for all steps: `set_random_seed` would start each step at the same number, so that every mirrored
+        # picture would also be a brightened one.
+        transforms.set_random_state(generator, random.Random(int(generator.integers(2**63))))
         pixels = transforms(image=np.asarray(image))["image"]  # (img_size, img_size, 3) uint8
         return {"image": to_normalized_tensor(pixels, self.mean, self.std)}
 

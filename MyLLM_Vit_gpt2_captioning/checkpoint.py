@@ -22,6 +22,16 @@ from captions_tokenizer import TOKENIZER_FILE
 WEIGHTS_FILE = "captioner.safetensors"
 TORCH_FILE = "captioner.pt"
 CONFIG_FILE = "config.json"
+RUN_FILES = (
+    WEIGHTS_FILE,
+    TORCH_FILE,
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    "metrics.csv",
+    "loss.png",
+    "perplexity.png",
+    "demo.png",
+)
 
 
 def write_atomically(path, write):
@@ -48,19 +58,22 @@ def save_checkpoint(folder, state_dict, config, tokenizer):
     # `save_file` would make it readable for its owner only, unlike the files beside it.
     write_atomically(folder / WEIGHTS_FILE, lambda path: path.write_bytes(save(state_dict)))
     write_atomically(folder / TORCH_FILE, lambda path: torch.save(state_dict, path))
-    write_atomically(folder / TOKENIZER_FILE, lambda path: path.write_text(tokenizer.to_json()))
+    write_atomically(folder / TOKENIZER_FILE, lambda path: path.write_text(tokenizer.to_json(), encoding="utf-8"))
     write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 
 def load_config(folder):
-    """config.json of a checkpoint folder, as a dict. Raises FileNotFoundError or ValueError that names the file."""
+    """config.json of a captioner checkpoint, as a dict. Raises FileNotFoundError or ValueError that names the file."""
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; {folder} is no captioner checkpoint")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(config, dict) or not {"model_config", "preprocessing"} <= config.keys():
+        raise ValueError(f"{path}: not the config of a captioner (no model_config and preprocessing in it)")
+    return config
 
 
 def load_weights(path):
@@ -92,9 +105,9 @@ def set_aside(folder):
     date = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(config.stat().st_mtime))
     place = folder / "earlier" / date
     place.mkdir(parents=True)
-    for path in folder.iterdir():
-        if path.name != "earlier":
-            path.rename(place / path.name)
+    for name in RUN_FILES:
+        if (folder / name).exists():
+            (folder / name).rename(place / name)
     return place
 
 

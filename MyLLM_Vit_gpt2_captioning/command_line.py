@@ -18,7 +18,9 @@ def constant_comments(source_file, names):
     return {
         keyword.arg: comment_on.get(keyword.value.end_lineno, "")
         for node in ast.parse(source).body
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and node.targets[0].id in names
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Call)
+        and getattr(node.targets[0], "id", None) in names
         for keyword in node.value.keywords
     }
 
@@ -56,7 +58,7 @@ def parse_overrides(argv, source_file, **sections):
     comments = constant_comments(source_file, set(sections))
     parser = argparse.ArgumentParser(
         prog=Path(source_file).name,
-        description=ast.get_docstring(ast.parse(Path(source_file).read_text())),
+        description=ast.get_docstring(ast.parse(Path(source_file).read_text(encoding="utf-8"))),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         usage="%(prog)s [--key value ...]",

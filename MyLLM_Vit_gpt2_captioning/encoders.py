@@ -5,6 +5,7 @@ step i runs the ViT's i-th share of blocks, so that decoder block i attends to t
 runs the whole encoder, its own final norm included, and `step` hands the tokens on unchanged.
 """
 
+import sys
 from pathlib import Path
 
 import timm
@@ -26,7 +27,11 @@ def input_config(name, options=None):
     if not timm.is_model(name.split(".")[0]):
         near = timm.list_models(f"*{name.split('.')[0][:8]}*")[:5]
         raise ValueError(f"timm has no model {name!r}" + (f"; it has {', '.join(near)}" if near else ""))
-    data_config = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+    try:
+        pretrained_cfg = timm.get_pretrained_cfg(name).to_dict()
+    except RuntimeError as error:  # an unknown tag behind the dot
+        raise ValueError(f"timm cannot make {name}: {error}") from error
+    data_config = resolve_data_config(pretrained_cfg=pretrained_cfg)
     img_size = (options or {}).get("img_size", data_config["input_size"][-1])
     return img_size, tuple(data_config["mean"]), tuple(data_config["std"])
 
@@ -95,17 +100,20 @@ def build_encoder(name, steps, coupling="stepped", options=None, weights="scratc
         raise ValueError(f"coupling {coupling!r} is not one of {', '.join(COUPLINGS)}")
     img_size, _, _ = input_config(name, options)
     options = dict(options or {}, num_classes=0, global_pool="")  # all tokens, no pooling and no classifier
-    if weights not in ("pretrained", "scratch"):
-        if not Path(weights).is_file():
-            raise FileNotFoundError(f"encoder_weights {weights}: no such file")
-        options["pretrained_cfg_overlay"] = dict(file=str(weights))
+    entrypoint = timm.models.model_entrypoint(name.split(".")[0])
+    if not hasattr(sys.modules[entrypoint.__module__], "VisionTransformer"):
+        options.pop("img_size", None)  # a CNN takes any size
     try:
-        model = timm.create_model(name, pretrained=weights != "scratch", **options)
+        model = timm.create_model(name, pretrained=weights == "pretrained", **options)
+    except (RuntimeError, TypeError) as error:  # no published weights, an unknown option
+        raise ValueError(f"timm cannot make {name}: {error}") from error
     except OSError as error:  # what huggingface_hub and urllib raise without a network
         raise FileNotFoundError(
             f"the pretrained weights of {name} could not be downloaded ({type(error).__name__}); "
             "give a local file with --encoder_weights FILE (.safetensors or .pth, timm's key names)"
         ) from error
+    if weights not in ("pretrained", "scratch"):
+        _load_local_weights(model, Path(weights))
     if isinstance(model, VisionTransformer):
         if weights == "scratch":
             _start_positions_from_sincos(model)
@@ -115,6 +123,25 @@ def build_encoder(name, steps, coupling="stepped", options=None, weights="scratc
     if coupling == "stepped":
         raise ValueError(f"{name} is a CNN and has no blocks to step: use --coupling final")
     return GridEncoder(model)
+
+
+def _load_local_weights(model, path):
+    """Load a weights file with timm's key names, strictly: only the classifier and pooling, which the captioner does
+    not have, may be left over. Raises FileNotFoundError, or ValueError that lists what does not fit."""
+    if not path.is_file():
+        raise FileNotFoundError(f"encoder_weights {path}: no such file")
+    try:
+        stored = timm.models.load_state_dict(str(path))
+        adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        if adapt:  # timm's own: older key names, positions for another image size
+            stored = adapt(stored, model)
+        classifier = model.pretrained_cfg.get("classifier") or ()
+        classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+        left_out = tuple(f"{part}." for part in (*classifier, "fc_norm", "attn_pool", "pre_logits"))
+        own = model.state_dict()
+        model.load_state_dict({k: v for k, v in stored.items() if k in own or not k.startswith(left_out)})
+    except Exception as error:  # whatever a foreign or damaged file makes of reading, adapting or loading
+        raise ValueError(f"encoder_weights {path} does not fit {type(model).__name__}: {error}") from error
 
 
 @torch.no_grad()

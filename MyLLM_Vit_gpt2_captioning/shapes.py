@@ -126,7 +126,7 @@ def write_dataset(folder, train_scenes, seed=0):
     folder = Path(folder)
     settings = {"version": 6, "train_scenes": train_scenes, "seed": seed}
     split_file = folder / SPLIT_FILE
-    if split_file.is_file() and json.loads(split_file.read_text()).get("settings") == settings:
+    if split_file.is_file() and json.loads(split_file.read_text(encoding="utf-8")).get("settings") == settings:
         return
     rng = random.Random(seed)
     parts = [
@@ -156,7 +156,7 @@ def write_dataset(folder, train_scenes, seed=0):
 def read_scenes(folder, held_out):
     """The test scenes: list of image paths, list of their scenes; with held-out combinations or without."""
     folder = Path(folder)
-    images = json.loads((folder / SPLIT_FILE).read_text())["images"]
+    images = json.loads((folder / SPLIT_FILE).read_text(encoding="utf-8"))["images"]
     chosen = [image for image in images if image["split"] == "test" and image["held_out"] == held_out]
     scenes = [tuple(tuple(thing) for thing in image["scene"]) for image in chosen]
     return [folder / IMAGE_FOLDER / image["filename"] for image in chosen], scenes

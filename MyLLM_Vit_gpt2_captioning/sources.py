@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 
 import pandas as pd
-from sklearn.model_selection import GroupShuffleSplit
 
 RESULTS_FILE = "results.csv"  # Flickr30k: image_name| comment_number| comment
 CAPTIONS_FILE = "captions.txt"  # Flickr8k: image,caption
@@ -112,6 +111,8 @@ def assign_splits(images, data_dir, seed=0):
             if not (splits == split).any():
                 raise ValueError(f"{data_dir}: the published split puts none of the images with captions into {split}")
         return splits
+    from sklearn.model_selection import GroupShuffleSplit  # here, so that captioning a photo does not wait for it
+
     if images.nunique() < 3:
         raise ValueError(f"{data_dir}: {images.nunique()} image(s) cannot be split into train, val and test")
     splits = pd.Series("train", index=images.index)

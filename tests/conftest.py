@@ -14,6 +14,7 @@ from PIL import Image
 REPO_ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO_ROOT / "MyLLM_Vit_gpt2_captioning"), str(REPO_ROOT)]
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub fails at once
+os.environ["MPLBACKEND"] = "agg"  # no window, also where there is a display
 
 import MyLLM_Vit_gpt2_captioning as script_module
 from captions_tokenizer import CaptionTokenizer

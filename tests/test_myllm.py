@@ -227,6 +227,12 @@ def test_command_line_continues_a_prompt(bpe, tmp_path, capsys):
         MyLLM_nominal.main(["a red dog", "--repo", str(tmp_path / "nothing")])
 
 
+def test_continuation_ends_with_the_positions(gpt, token_ids):
+    assert MyLLM_nominal.generate(gpt, token_ids[:, :20], 100).shape == (5, 24)
+    with pytest.raises(ValueError, match="temperature must not be negative"):
+        MyLLM_nominal.generate(gpt, token_ids[:, :4], 5, temperature=-1)
+
+
 def test_too_long_a_sequence_is_an_error(gpt):
     with pytest.raises(ValueError, match="25 tokens do not fit into seq_len 24"):
         gpt(torch.zeros(1, 25, dtype=torch.long))

@@ -81,6 +81,18 @@ def test_help_shows_every_constant_with_comment_and_default(script, capsys):
     assert "--freeze_epochs_gpt int epochs before the pretrained GPT-2 blocks train too (default: 1)" in shown
 
 
+def test_importing_the_script_uses_no_network():
+    """albumentations would ask for updates, a tokenizer would be downloaded."""
+    code = (
+        "import socket, sys\n"
+        "def refuse(*args, **kwargs): sys.exit('the network was used')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "import MyLLM_Vit_gpt2_captioning\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
@@ -135,6 +147,21 @@ def test_without_a_dataset_it_says_so_and_trains_on_shapes(script, tmp_path, cap
     assert all(f"{name} " in said for name in result["scores"])
     config = json.loads((tmp_path / "captioner" / "config.json").read_text())
     assert config["preprocessing"]["img_size"] == 48
+
+
+def test_flickr8k_in_the_default_folder(script, flickr, monkeypatch):
+    """captions.txt with images/ in data/, as data/README.md says, needs no option."""
+    (flickr / "flickr30k_images").rename(flickr / "images")
+    monkeypatch.setattr(script.train_config, "data_dir", flickr)
+    monkeypatch.setattr(script.train_config, "image_dir", flickr / "flickr30k_images")
+    assert script.read_configs([])[1].image_dir == flickr / "images"
+
+
+def test_a_split_without_photos_is_refused_before_training(script, flickr):
+    for name in ("1008.jpg", "1009.jpg"):
+        (flickr / "flickr30k_images" / name).unlink()
+    with pytest.raises(ValueError, match="no usable caption is in the val split"):
+        script.main(["--data_dir", str(flickr), *TINY])
 
 
 def test_a_named_folder_without_captions_is_an_error(script, tmp_path):
@@ -206,3 +233,12 @@ def test_caption_image_errors_name_the_file(tmp_path):
         caption_image.main([str(tmp_path / "gone.png"), "--checkpoint", str(REPO_ROOT / "examples" / "shapes")])
     with pytest.raises(SystemExit, match=r"config\.json: not found; .* is no captioner checkpoint"):
         caption_image.main(["x.png", "--checkpoint", str(tmp_path)])
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(SystemExit, match=r"config\.json: not the config of a captioner"):
+        caption_image.main(["x.png", "--checkpoint", str(tmp_path)])
+
+
+def test_captioning_a_photo_needs_no_training_library():
+    code = "import caption_image, sys; print(sorted({'albumentations', 'transformers', 'sklearn'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")

@@ -109,32 +109,39 @@ def test_schedule_can_be_rebuilt_at_the_current_step(script, tiny_config, tiny_t
     assert short.scheduler.get_last_lr() == pytest.approx(long.scheduler.get_last_lr())
 
 
-def test_losses_are_weighted_by_tokens(trainer, dls):
-    """Validation perplexity equals one computed over all tokens at once; batch means would give another."""
-    model, total, batch_means = trainer.model.eval(), [], []
+def test_validation_perplexity_is_over_all_tokens_at_once(trainer, dls):
+    model, total = trainer.model.eval(), []
     with torch.no_grad():
         for images, input_ids, labels in dls[1]:
             logits = model.gpt.logits(model.decode(input_ids, model.encoder_states(images)))
             losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
             total.append(losses[labels.flatten() != -100])
-            batch_means.append(total[-1].mean())
     assert trainer.valid_one_epoch(0) == pytest.approx(torch.cat(total).mean().exp().item(), rel=1e-5)
 
 
-def test_validation_weights_batches_by_their_tokens(script, trainer, monkeypatch):
-    """Two batches with losses 1 (30 tokens) and 2 (10 tokens) have the mean 1.25, not 1.5."""
-    monkeypatch.setattr(trainer, "valid_dl", [(torch.zeros(1),), (torch.zeros(1),)])
-    monkeypatch.setattr(trainer, "_progress", lambda loader, title: script.tqdm(disable=True))
-    losses = iter([(torch.tensor(1.0), 30), (torch.tensor(2.0), 10)])
-    monkeypatch.setattr(trainer, "_loss", lambda batch: next(losses))
-    assert trainer.valid_one_epoch(0) == pytest.approx(math.exp(1.25))
+def test_losses_are_weighted_by_tokens(trainer, monkeypatch):
+    """The first batch has loss 1 (30 tokens), the others 2 (10 tokens each): not the mean of the batches' means."""
+    calls = []
+
+    def loss(batch):
+        calls.append(batch)
+        value, tokens = (1.0, 30) if len(calls) == 1 else (2.0, 10)
+        return trainer.model.gpt.tok_emb.weight.sum() * 0 + value, tokens
+
+    monkeypatch.setattr(trainer, "_loss", loss)
+    n = len(trainer.train_dl)
+    assert trainer.train_one_epoch(0) == pytest.approx((30 + 20 * (n - 1)) / (30 + 10 * (n - 1)))
+    assert n > 1
+    trainer.valid_dl = trainer.train_dl
+    calls.clear()
+    assert trainer.valid_one_epoch(0) == pytest.approx(math.exp((30 + 20 * (n - 1)) / (30 + 10 * (n - 1))))
 
 
 def test_run_keeps_the_best_epoch(trainer, tiny_train_config, monkeypatch):
     trainer.rebuild_schedule(epochs=3)
     perplexities, saved = iter([9.0, 5.0, 7.0]), []
     monkeypatch.setattr(trainer, "valid_one_epoch", lambda epoch: next(perplexities))
-    monkeypatch.setattr(trainer, "save_model", lambda: saved.append(trainer.best["best_epoch"]))
+    monkeypatch.setattr(trainer, "save_model", lambda best: saved.append(best["best_epoch"]))
     assert trainer.run_training() == {"best_perplexity": 5.0, "best_epoch": 1}
     assert saved == [0, 1]
     table = pd.read_csv(tiny_train_config.model_path / "metrics.csv")
@@ -156,21 +163,94 @@ def test_one_bad_loss_is_skipped(trainer, monkeypatch):
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
-def test_one_bad_gradient_is_skipped(trainer):
-    """Clipping would turn an infinite gradient into NaN weights."""
+@pytest.mark.parametrize("scaled", [False, True])
+def test_bad_gradients_change_nothing_and_end_the_run(trainer, scaled):
+    """Clipping would turn an infinite gradient into NaN weights. `scaled` is the fp16 path, its scaler on the CPU."""
+    if scaled:
+        trainer.scaler = torch.amp.GradScaler("cpu")
+    before, scale = snapshot(trainer.model), trainer.scaler.get_scale()
     calls = []
     trainer.model.gpt.tok_emb.weight.register_hook(lambda grad: calls.append(1) or (grad * math.inf))
-    with pytest.raises(FloatingPointError, match="10 steps in a row were not finite"):
-        for epoch in range(10):
-            trainer.train_one_epoch(epoch)
-    assert len(calls) == 10
-    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    trainer.train_config.max_bad_steps = 3
+    with pytest.raises(FloatingPointError, match="3 steps in a row were not finite"):
+        trainer.train_one_epoch(0)
+    assert len(calls) == 3
+    assert not changed(trainer.model, before)
+    assert trainer.scheduler.last_epoch == 0
+    assert (trainer.scaler.get_scale() < scale) == scaled  # an overflow makes the scaler take a smaller scale
+
+
+def test_scaled_gradients_give_the_same_steps(script, tiny_config, tiny_train_config, dls):
+    """The fp16 path without overflow: clipping sees unscaled gradients, so the weights are the same."""
+    weights = []
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        trainer = script.Trainer(tiny_config, tiny_train_config, dls)
+        if scaled:
+            trainer.scaler = torch.amp.GradScaler("cpu")
+        trainer.train_one_epoch(0)
+        weights.append(snapshot(trainer.model))
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], atol=1e-5, rtol=1e-4)
+
+
+def test_more_epochs_than_planned(trainer):
+    """The learning rate stays at the end of the schedule."""
+    for epoch in range(2):
+        trainer.train_one_epoch(epoch)
+    assert trainer.scheduler.last_epoch == trainer.scheduler.total_steps
+
+
+def test_an_epoch_without_a_good_step_has_no_loss(trainer, monkeypatch):
+    real_loss = trainer._loss
+    monkeypatch.setattr(trainer, "_loss", lambda batch: (real_loss(batch)[0] * math.nan, 1))
+    assert math.isnan(trainer.train_one_epoch(0))
+
+
+def test_interrupt_keeps_the_best_epoch(trainer, tiny_train_config, monkeypatch, capsys):
+    """Ctrl-C in the second epoch, and in its save: what was saved is the first epoch's."""
+    trainer.rebuild_schedule(epochs=2)
+    perplexities, real_save = iter([9.0, 5.0]), trainer.save_model
+    monkeypatch.setattr(trainer, "valid_one_epoch", lambda epoch: next(perplexities))
+
+    def save(best):
+        if best["best_epoch"] == 1:
+            raise KeyboardInterrupt
+        real_save(best)
+
+    monkeypatch.setattr(trainer, "save_model", save)
+    assert trainer.run_training() == {"best_perplexity": 9.0, "best_epoch": 0}
+    assert "stopped early: interrupted; the best epoch is kept" in capsys.readouterr().out
+    assert json.loads((tiny_train_config.model_path / "config.json").read_text())["best_epoch"] == 0
+
+
+def test_dropout_does_not_depend_on_the_number_of_workers(script, tiny_config, tiny_train_config, flickr, bpe):
+    """Two epochs with dropout, loaded by the process itself and by a worker that lives on."""
+    tiny_config.emb_dropout, tiny_train_config.epochs = 0.2, 2
+    losses = []
+    for workers in (0, 1):
+        tiny_train_config.num_workers = workers
+        df = script._load_flickr_dataframe(flickr, flickr / "flickr30k_images")
+        torch.manual_seed(0)
+        model_config, _ = script.complete_configs(model=tiny_config)
+        dls = script.build_dataloaders(df, bpe, model_config, tiny_train_config)
+        trainer = script.Trainer(tiny_config, tiny_train_config, dls)
+        losses.append([trainer.train_one_epoch(0), trainer.valid_one_epoch(0), trainer.train_one_epoch(1)])
+    assert losses[0] == losses[1]
 
 
 def test_validation_that_is_never_finite_is_an_error(trainer, monkeypatch):
     monkeypatch.setattr(trainer, "valid_one_epoch", lambda epoch: math.nan)
     with pytest.raises(FloatingPointError, match="never finite"):
         trainer.run_training()
+
+
+def test_trainer_takes_eos_from_the_tokenizer(script, tiny_config, tiny_train_config, dls, bpe):
+    tiny_config.eos_token_id = 7
+    tiny_train_config.device = torch.device("cpu")
+    trainer = script.Trainer(tiny_config, tiny_train_config, dls)
+    assert trainer.model.config.eos_token_id == bpe.eos_token_id
+    trainer.save_model()  # config.json can hold a device that was given as an object
 
 
 def test_too_small_a_vocabulary_is_refused(script, tiny_config, tiny_train_config, dls):
@@ -197,7 +277,9 @@ def test_losses_that_stay_bad_end_the_run(trainer, monkeypatch, capsys):
         trainer.run_training()
 
 
-def test_checkpoint_files(script, trainer, tiny_train_config):
+def test_checkpoint_files(script, trainer, tiny_train_config, tmp_path):
+    (tmp_path / "vit.safetensors").touch()
+    trainer.model.config.encoder_weights = str(tmp_path / "vit.safetensors")
     trainer.save_model()
     folder = tiny_train_config.model_path
     own = trainer.model.state_dict()
@@ -209,6 +291,7 @@ def test_checkpoint_files(script, trainer, tiny_train_config):
     config = json.loads((folder / "config.json").read_text())
     assert config["preprocessing"] == {"img_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
     assert config["model_config"]["encoder_options"] == TINY_ENCODER
+    assert config["model_config"]["encoder_weights"] == "vit.safetensors"
     assert str(folder.parent) not in json.dumps(config)  # a shared config names no private folder
 
 
