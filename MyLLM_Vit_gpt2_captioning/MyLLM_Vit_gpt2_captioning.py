@@ -108,7 +108,7 @@ SHAPES_MODEL = dict(
 )
 # fmt: on
 SHAPES_TRAIN = dict(
-    epochs=9, freeze_epochs_gpt=0, freeze_epochs_all=0, lr=1e-3, batch_size=32, captions_per_image=2, crop_scale=1.0
+    epochs=10, freeze_epochs_gpt=0, freeze_epochs_all=0, lr=1e-3, batch_size=32, captions_per_image=2, crop_scale=1.0
 )
 
 IGNORED_LABEL = -100  # what cross_entropy skips

@@ -50,21 +50,19 @@ def plot_captions(images, generated, references, path, columns=5):
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 4.1 * rows), squeeze=False, layout="constrained")
-    for cell in axes.flat:
+    for cell in axes.flat[len(images) :]:
         cell.axis("off")
     for cell, image, caption, truth in zip(axes.flat, images, generated, references, strict=False):
         cell.imshow(image)
-        cell.set_title(textwrap.fill(caption or "(empty)", 30), fontsize=10, loc="left")
+        cell.set(xticks=[], yticks=[])
+        cell.spines[:].set_visible(False)
+        # Title and label, unlike free text, have their room in the layout; a runaway caption is cut after four lines.
+        cell.set_title(
+            textwrap.fill(caption or "(empty)", 32, max_lines=4, placeholder=" ..."), fontsize=10, loc="left"
+        )
         if truth:
-            cell.text(
-                0,
-                -0.03,
-                "true: " + textwrap.fill(truth, 34),
-                transform=cell.transAxes,
-                va="top",
-                fontsize=8,
-                color="dimgrey",
-            )
+            lines = textwrap.fill(f"true: {truth}", 40, max_lines=4, placeholder=" ...")
+            cell.set_xlabel(lines, fontsize=8, color="dimgrey", loc="left")
     figure.savefig(path, dpi=100)
     return figure
 
