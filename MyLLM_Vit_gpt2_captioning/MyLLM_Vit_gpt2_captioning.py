@@ -107,9 +107,7 @@ SHAPES_MODEL = dict(
     emb_dropout=0.1, attention_dropout=0.0, mlp_dropout=0.0, residual_dropout=0.0,
 )
 # fmt: on
-SHAPES_TRAIN = dict(
-    epochs=10, freeze_epochs_gpt=0, freeze_epochs_all=0, lr=1e-3, batch_size=32, captions_per_image=2, crop_scale=1.0
-)
+SHAPES_TRAIN = dict(epochs=10, lr=1e-3, batch_size=32, captions_per_image=2, crop_scale=1.0)
 
 IGNORED_LABEL = -100  # what cross_entropy skips
 
@@ -612,11 +610,13 @@ class Trainer:
         """Make trainable what trains in this epoch, and say so when it changes."""
         config = self.train_config
         stage = "GPT-2 blocks" if epoch >= config.freeze_epochs_gpt else "new layers"
-        if epoch >= config.freeze_epochs_all:
+        if self.model.config.decoder_weights == "scratch":
+            stage = "new layers"  # the whole decoder is new: nothing of it waits
+        if epoch >= config.freeze_epochs_all or not self.model.pretrained_parameters():
             stage = "everything"
         if stage == self.stage:
             return
-        print(f"epoch {epoch + 1}: {stage} train, ", end="")
+        print(f"epoch {epoch + 1}: training {stage}; ", end="")
         if stage == "everything" or self.stage != "new layers":
             self.model.pretrained_layers_trainable(trainable=stage == "everything")
         if stage == "GPT-2 blocks":

@@ -197,8 +197,8 @@ def test_local_gpt2_and_encoder_weights(script, flickr, bpe, tmp_path, monkeypat
     argv = [*TINY, "--tokenizer", "gpt2", "--decoder_weights", "pretrained", "--epochs", "3", "--lr", "1e-3"]
     script.main(["--data_dir", str(flickr), *argv, "--encoder_weights", str(tmp_path / "vit.safetensors")])
     said = capsys.readouterr().out
-    assert [line.split(" train")[0] for line in said.splitlines() if "frozen parameters" in line] == [
-        "epoch 1: new layers", "epoch 2: GPT-2 blocks", "epoch 3: everything"
+    assert [line.split(";")[0] for line in said.splitlines() if "frozen parameters" in line] == [
+        "epoch 1: training new layers", "epoch 2: training GPT-2 blocks", "epoch 3: training everything"
     ]  # fmt: skip
     table = pd.read_csv(tmp_path / "captioner" / "metrics.csv")
     assert table["stage"].tolist() == ["new layers", "GPT-2 blocks", "everything"]

@@ -58,6 +58,27 @@ def test_frozen_parameters_and_buffers_are_bit_identical(
         assert expected - changed(model, before) <= {name for name in names if name.endswith(".k.bias")}
 
 
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "stages"),
+    [
+        ("pretrained", "pretrained", ["new layers", "GPT-2 blocks", "everything"]),
+        ("pretrained", "scratch", ["new layers", "new layers", "everything"]),
+        ("scratch", "scratch", ["everything", "everything", "everything"]),
+    ],
+)
+def test_stages_are_those_that_change_something(
+    script, tiny_config, tiny_train_config, dls, pretend_pretrained, encoder, decoder, stages
+):
+    tiny_config.encoder_weights, tiny_config.decoder_weights = encoder, decoder
+    tiny_train_config.freeze_epochs_gpt, tiny_train_config.freeze_epochs_all = 1, 2
+    trainer = script.Trainer(tiny_config, tiny_train_config, dls)
+    seen = []
+    for epoch in range(3):
+        trainer._enter_stage(epoch)
+        seen.append(trainer.stage)
+    assert seen == stages
+
+
 def test_parameter_groups(script, tiny_config, tiny_train_config, dls, pretend_pretrained):
     tiny_config.encoder_weights = tiny_config.decoder_weights = "pretrained"
     tiny_train_config.pretrained_lr_scale, tiny_train_config.weight_decay = 0.1, 0.05
