@@ -227,7 +227,9 @@ def collate_fn(batch, tokenizer=None, captions_per_image=1):
     length: the pad id is also EOS, and EOS is a target that the model has to learn.
     """
     images, token_ids, labels = zip(*batch, strict=True)
-    input_ids = _pad_token_batch(_gpt2_tokenizer() if tokenizer is None else tokenizer, token_ids)  # (B*K, T)
+    if tokenizer is None:
+        tokenizer = SimpleNamespace(pad_token_id=token_ids[0][-1])  # EOS: what ends a caption pads it, too
+    input_ids = _pad_token_batch(tokenizer, token_ids)  # (B*K, T)
     lengths = torch.tensor([len(ids) for ids in token_ids])  # (B*K,)
     labels = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in labels], batch_first=True)  # (B*K, T)
     labels[torch.arange(labels.size(1)) >= lengths[:, None] - 1] = IGNORED_LABEL

@@ -1,6 +1,7 @@
 """Tokens, labels and masks, on cases written by hand."""
 
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +33,13 @@ def test_masks_go_by_length_and_eos_is_learned(script, bpe):
     assert images.shape == (2, 3, 2, 2)
     assert input_ids.tolist() == [long, [*short, eos, eos]]
     assert labels.tolist() == [[5, 6, 7, eos, -100], [5, eos, -100, -100, -100]]
+
+
+def test_collate_without_a_tokenizer_pads_with_eos(script, bpe):
+    """As in a plain DataLoader(dataset, collate_fn=collate_fn): no tokenizer has to be downloaded for the pad id."""
+    batch = [(torch.zeros(3, 2, 2), ids, script._shift_labels(ids)) for ids in ([7, 5, 6, 7], [7, 7])]
+    plain, given = script.collate_fn(batch), script.collate_fn(batch, SimpleNamespace(pad_token_id=7))
+    assert all(torch.equal(a, b) for a, b in zip(plain, given, strict=True))
 
 
 def test_end_of_text_inside_a_caption_stays_a_target(script, bpe):
