@@ -71,7 +71,7 @@ model_config = SimpleNamespace(
     encoder_weights="pretrained",  # "pretrained" (timm downloads them), a local weights file, or "scratch"
     encoder_options={},  # more arguments of the timm model, as JSON: {"img_size": 48, "patch_size": 8}
     coupling="stepped",  # decoder block i attends to encoder depth i ("stepped") or to the last layer ("final")
-    normalize_tokens=True,  # LayerNorm on image tokens that no final norm of the encoder has normalised
+    normalize_tokens=False,  # LayerNorm on image tokens that no final norm of the encoder has normalised
 )
 
 # Shapes, the built-in dataset, replaces some of these: see SHAPES_MODEL and SHAPES_TRAIN below.
@@ -368,8 +368,8 @@ class VisionGPT2Model(nn.Module):
             zip(("img_size", "mean", "std"), input_config(config.encoder, config.encoder_options), strict=True)
         )
         self.gpt = GPTModel(config, block_class=GPT2Block)
-        # From image tokens to what cross-attention reads. Each depth of a ViT has statistics of its own and gets its
-        # own bridge; with final coupling every block reads the same tokens.
+        # From image tokens to what cross-attention reads: a norm if wanted, a projection where the widths differ. Each
+        # depth of a ViT has statistics of its own and its own bridge; with final coupling all blocks share one.
         self.bridges = nn.ModuleList(
             self._make_bridge() for _ in range(config.depth if config.coupling == "stepped" else 1)
         )

@@ -40,11 +40,11 @@ def configs(script, flickr, *argv):
 
 def test_overrides_are_typed(script, flickr):
     model_cfg, train_cfg = configs(
-        script, flickr, "--depth", "6", "--lr=2e-4", "--batch-size", "8", "--normalize_tokens", "false",
+        script, flickr, "--depth", "6", "--lr=2e-4", "--batch-size", "8", "--normalize_tokens", "true",
         "--encoder_options", '{"img_size": 48}', "--model-path", "somewhere",
     )  # fmt: skip
     assert (model_cfg.depth, train_cfg.lr, train_cfg.batch_size) == (6, 2e-4, 8)
-    assert model_cfg.normalize_tokens is False
+    assert model_cfg.normalize_tokens is True
     assert model_cfg.encoder_options == {"img_size": 48}
     assert train_cfg.model_path == Path("somewhere")
     assert train_cfg.image_dir == flickr / "flickr30k_images"  # found beside the captions
