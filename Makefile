@@ -1,5 +1,6 @@
 # make run     train the captioner and show it; ARGS="--epochs 3" passes options to the script
 # make test    style check and tests
+# make clean   remove .venv and the rendered Shapes
 # Both make .venv and install the requirements the first time (torch brings several GB of CUDA packages on Linux).
 
 PYTHON ?= python3

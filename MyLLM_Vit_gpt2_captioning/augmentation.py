@@ -37,7 +37,8 @@ def random_crop_box(generator, width, height, crop_scale):
     area = generator.uniform(crop_scale, 1)
     limit = math.log(min(4 / 3, 1 / area))
     ratio = math.exp(generator.uniform(-limit, limit))
-    w, h = width * math.sqrt(area * ratio), height * math.sqrt(area / ratio)
+    # The limit keeps both shares below 1 but for rounding, and Pillow refuses a box that is a hair too large.
+    w, h = width * min(1, math.sqrt(area * ratio)), height * min(1, math.sqrt(area / ratio))
     left, top = generator.uniform(0, width - w), generator.uniform(0, height - h)
     return left, top, left + w, top + h
 

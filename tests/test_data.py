@@ -178,6 +178,7 @@ def test_crops_keep_what_they_promise(shape):
         assert left >= 0 and top >= 0 and right <= width + 1e-9 and bottom <= height + 1e-9
         areas.append((right - left) * (bottom - top) / (width * height))
         aspects.append((right - left) / (bottom - top) / (width / height))
+    Image.new("RGB", (width, height)).resize((8, 8), box=random_crop_box(generator, width, height, 1.0))
     assert min(areas) >= 0.8 - 1e-9
     assert max(areas) > 0.97
     assert 0.75 < min(aspects) < 0.9 and 1.1 < max(aspects) < 1.34
