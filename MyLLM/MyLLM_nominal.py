@@ -84,6 +84,36 @@ def load_hf_gpt2_weights(gpt, sd_hf, new_layers=()):
         parameter.copy_(weight)  # in place: a new Parameter would lose optimizer state and ties
 
 
+def gpt2_config(hf, source):
+    """A transformers `GPT2Config` -> config for `GPTModel`.
+
+    Raises ValueError that names `source` when it is not a GPT-2 as published by OpenAI (activation, epsilon, ...).
+    """
+    published = dict(
+        model_type=("gpt2",),
+        activation_function=("gelu_new", "gelu_pytorch_tanh"),
+        layer_norm_epsilon=(1e-5,),
+        scale_attn_weights=(True,),
+        scale_attn_by_inverse_layer_idx=(False,),
+        n_inner=(None, 4 * hf.hidden_size),
+        tie_word_embeddings=(True,),
+    )
+    for key, allowed in published.items():
+        if getattr(hf, key, None) not in allowed:
+            raise ValueError(f"{source}: {key} is {getattr(hf, key, None)!r}, but GPT-2's is {allowed[0]!r}")
+    return SimpleNamespace(
+        vocab_size=hf.vocab_size,
+        seq_len=hf.n_positions,
+        embed_dim=hf.n_embd,
+        num_heads=hf.n_head,
+        depth=hf.n_layer,
+        emb_dropout=hf.embd_pdrop,
+        attention_dropout=hf.attn_pdrop,
+        mlp_dropout=hf.resid_pdrop,
+        residual_dropout=hf.resid_pdrop,
+    )
+
+
 def read_hf_gpt2(repo):
     """Read GPT-2 from a hub id or a local folder -> (config for `GPTModel`, Hugging Face state_dict).
 
@@ -106,30 +136,7 @@ def read_hf_gpt2(repo):
         ) from error
     if report["missing_keys"]:  # transformers would have started them at random
         raise ValueError(f"{repo}: weights missing in the file: {', '.join(sorted(report['missing_keys']))}")
-    hf = model.config
-    published = dict(
-        activation_function=("gelu_new", "gelu_pytorch_tanh"),
-        layer_norm_epsilon=(1e-5,),
-        scale_attn_weights=(True,),
-        scale_attn_by_inverse_layer_idx=(False,),
-        n_inner=(None, 4 * hf.n_embd),
-        tie_word_embeddings=(True,),
-    )
-    for key, allowed in published.items():
-        if getattr(hf, key) not in allowed:
-            raise ValueError(f"{repo}: {key} is {getattr(hf, key)!r}, but GPT-2's is {allowed[0]!r}")
-    config = SimpleNamespace(
-        vocab_size=hf.vocab_size,
-        seq_len=hf.n_positions,
-        embed_dim=hf.n_embd,
-        num_heads=hf.n_head,
-        depth=hf.n_layer,
-        emb_dropout=hf.embd_pdrop,
-        attention_dropout=hf.attn_pdrop,
-        mlp_dropout=hf.resid_pdrop,
-        residual_dropout=hf.resid_pdrop,
-    )
-    return config, model.state_dict()
+    return gpt2_config(model.config, repo), model.state_dict()
 
 
 @torch.inference_mode()

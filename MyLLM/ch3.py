@@ -51,6 +51,11 @@ class KeyValueCache:
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def select(self, rows):
+        """Keep the sequences `rows` (1-D, may repeat), in this order: what beam search goes on with."""
+        if self.keys is not None:
+            self.keys, self.values = self.keys[rows], self.values[rows]
+
 
 class MultiHeadAttention(nn.Module):
     """Causal multi-head self-attention (Vaswani et al. 2017, in GPT-2's form).

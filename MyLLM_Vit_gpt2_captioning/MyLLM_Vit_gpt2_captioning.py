@@ -27,18 +27,19 @@ REPO_ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(REPO_ROOT))  # for MyLLM; this file's own folder is on the path already
 
 import checkpoint
+import hugging_face
 import plots
 import shapes
 import sources
 from augmentation import TrainingTransforms, ValidationTransforms
 from batching import CaptionBatchSampler, exact_captions_per_image
 from captions_tokenizer import CaptionTokenizer
-from command_line import parse_overrides, with_defaults
-from decoding import generate_ids
-from encoders import build_encoder, input_config
+from command_line import parse_overrides, what_to_give, with_defaults
+from decoding import generate_ids, trim
+from encoders import build_encoder, preprocessing_of, resolve_encoder
 from MyLLM.ch3 import KeyValueCache, merge_heads, split_heads
 from MyLLM.ch4 import GPTModel, LayerNorm, TransformerBlock
-from MyLLM.MyLLM_nominal import load_hf_gpt2_weights, read_hf_gpt2
+from MyLLM.MyLLM_nominal import gpt2_config, hf_name, load_hf_gpt2_weights, read_hf_gpt2
 from preprocessing import load_image, preprocess
 
 # ======================================================================================================================
@@ -67,11 +68,14 @@ model_config = SimpleNamespace(
     decoder_weights="pretrained",  # "pretrained" (HF_GPT2_REPO), a hub id, a local folder, or "scratch"
     tokenizer="gpt2",  # "gpt2" (HF_GPT2_REPO) or "bpe", trained on the training captions
     eos_token_id=50256,  # begins, ends and pads captions; set from the tokenizer
-    encoder="vit_base_patch16_224",  # any timm VisionTransformer; with coupling "final" also any timm CNN
-    encoder_weights="pretrained",  # "pretrained" (timm downloads them), a local weights file, or "scratch"
+    encoder="vit_base_patch16_224",  # any timm model, or a transformers ViT or CLIP (hub id or folder)
+    encoder_weights="pretrained",  # "pretrained" (downloaded), a local weights file or folder, or "scratch"
     encoder_options={},  # more arguments of the timm model, as JSON: {"img_size": 48, "patch_size": 8}
+    preprocessing={},  # mean, std, resample of photos, as JSON; what is not given comes with the encoder
     coupling="stepped",  # decoder block i attends to encoder depth i ("stepped") or to the last layer ("final")
     normalize_tokens=False,  # LayerNorm on image tokens that no final norm of the encoder has normalised
+    start_from="",  # trained captioner to go on from: folder or hub id, ours or Hugging Face's ViT + GPT-2; it brings
+    # its own model_config
 )
 
 # Shapes, the built-in dataset, replaces some of these: see SHAPES_MODEL and SHAPES_TRAIN below.
@@ -113,11 +117,14 @@ IGNORED_LABEL = -100  # what cross_entropy skips
 
 
 def complete_configs(model=None, train=None):
-    """Copies of the given configs in which each attribute that they lack has the value it has above."""
-    return tuple(
+    """Copies of the given configs in which each attribute that they lack has the value it has above, and a
+    transformers model as encoder is put into timm's words."""
+    model, train = (
         with_defaults(given or SimpleNamespace(), defaults)
         for given, defaults in ((model, model_config), (train, train_config))
     )
+    resolve_encoder(model)
+    return model, train
 
 
 # ======================================================================================================================
@@ -165,14 +172,17 @@ def _load_flickr_dataframe(data_dir, image_dir):
     return df
 
 
-def build_transforms(img_size=224, norm_mean=None, norm_std=None, crop_scale=0.8):
+def build_transforms(img_size=224, norm_mean=None, norm_std=None, crop_scale=0.8, resample="bicubic"):
     """-> (train_tfms, valid_tfms); each is called `tfms(image=array)["image"]` -> float tensor (3, img_size, img_size).
 
     `norm_mean` and `norm_std` are one value a channel for pixels in 0..1; None means 0.5. `crop_scale`: see
     augmentation.py, which says how captions stay true.
     """
     mean, std = norm_mean or (0.5,) * 3, norm_std or (0.5,) * 3
-    return TrainingTransforms(img_size, mean, std, crop_scale), ValidationTransforms(img_size, mean, std)
+    return (
+        TrainingTransforms(img_size, mean, std, crop_scale, resample),
+        ValidationTransforms(img_size, mean, std, resample),
+    )
 
 
 class Dataset(torch.utils.data.Dataset):
@@ -237,7 +247,10 @@ def collate_fn(batch, tokenizer=None, captions_per_image=1):
 
 
 def build_tokenizer(model_config, captions):
-    """The tokenizer that `model_config.tokenizer` names; "bpe" is trained on `captions`."""
+    """The tokenizer of the captioner to start from, or the one that `model_config.tokenizer` names; "bpe" is trained
+    on `captions`."""
+    if model_config.start_from:
+        return CaptionTokenizer(read_captioner_config(model_config.start_from)[0])
     if model_config.tokenizer == "gpt2":
         return tokenizer
     if model_config.tokenizer == "bpe":
@@ -247,9 +260,11 @@ def build_tokenizer(model_config, captions):
 
 def build_dataloaders(df, tokenizer, model_config, train_config):
     """DataFrame of `_load_flickr_dataframe` -> (training DataLoader, validation DataLoader)."""
-    img_size, mean, std = input_config(model_config.encoder, model_config.encoder_options)
+    photo = preprocessing_of(complete_configs(model=model_config)[0])
     loaders = []
-    transforms = build_transforms(img_size, mean, std, train_config.crop_scale)
+    transforms = build_transforms(
+        photo["img_size"], photo["mean"], photo["std"], train_config.crop_scale, photo["resample"]
+    )
     for split, tfms in zip(("train", "val"), transforms, strict=True):
         rows = df[df["split"] == split]
         if rows.empty:
@@ -348,6 +363,10 @@ class BlockCache:
         self.self_attn = KeyValueCache(max_length)
         self.cross_attn = None  # (keys, values), each (B, heads, N, head_dim), from the first forward
 
+    def select(self, rows):
+        """Keep the captions `rows` (1-D, may repeat), equally many an image; what the image says is shared by them."""
+        self.self_attn.select(rows)
+
 
 class VisionGPT2Model(nn.Module):
     """Image and caption in, loss or next-token scores out. `config` has the attributes of `model_config`; those it
@@ -364,9 +383,8 @@ class VisionGPT2Model(nn.Module):
         self.encoder = build_encoder(
             config.encoder, config.depth, config.coupling, config.encoder_options, encoder_weights
         )
-        self.preprocessing = dict(
-            zip(("img_size", "mean", "std"), input_config(config.encoder, config.encoder_options), strict=True)
-        )
+        config.coupling = self.encoder.coupling  # final where the encoder has no blocks to step
+        self.preprocessing = preprocessing_of(config)
         self.gpt = GPTModel(config, block_class=GPT2Block)
         # From image tokens to what cross-attention reads: a norm if wanted, a projection where the widths differ. Each
         # depth of a ViT has statistics of its own and its own bridge; with final coupling all blocks share one.
@@ -489,50 +507,98 @@ class VisionGPT2Model(nn.Module):
     @classmethod
     def from_pretrained(cls, source):
         """A config -> a captioner with pretrained encoder and GPT-2, ready to be trained; a checkpoint folder or a hub
-        id "user/repo" -> the trained captioner that is stored there.
+        id "user/repo" -> the trained captioner that is stored there, ours or a VisionEncoderDecoderModel of ViT and
+        GPT-2.
 
         Raises FileNotFoundError or ValueError that says what is missing or does not fit.
         """
-        if not isinstance(source, (str, Path)):
-            config, _ = complete_configs(model=source)
-            model = cls(config, encoder_weights=config.encoder_weights)
-            if config.decoder_weights != "scratch":
-                repo = HF_GPT2_REPO if config.decoder_weights == "pretrained" else config.decoder_weights
-                hf_config, sd_hf = read_hf_gpt2(repo)
-                for key in ("vocab_size", "seq_len", "embed_dim", "num_heads", "depth"):
-                    theirs, ours = getattr(hf_config, key), getattr(config, key)
-                    if theirs != ours:
-                        raise ValueError(f"{repo} has {key} {theirs}, model_config {ours}: set --{key} {theirs}")
-                model._load_hf_gpt2_weights(sd_hf)
+        if isinstance(source, (str, Path)):
+            folder, stored = read_captioner_config(source)
+            model = cls(SimpleNamespace(**stored))
+            model._load_captioner(folder)
+            return model.eval()
+        config, _ = complete_configs(model=source)
+        if config.start_from:
+            folder, _ = read_captioner_config(config.start_from)
+            model = cls(config)
+            model._load_captioner(folder)
             return model
-        folder = checkpoint.find_folder(source)
-        stored = checkpoint.load_config(folder)
-        model = cls(SimpleNamespace(**stored["model_config"]))
-        model.preprocessing = stored["preprocessing"]
-        checkpoint.load_strictly(model, folder / checkpoint.WEIGHTS_FILE)
-        return model.eval()
+        model = cls(config, encoder_weights=config.encoder_weights)
+        if config.decoder_weights != "scratch":
+            repo = HF_GPT2_REPO if config.decoder_weights == "pretrained" else config.decoder_weights
+            hf_config, sd_hf = read_hf_gpt2(repo)
+            for key in ("vocab_size", "seq_len", "embed_dim", "num_heads", "depth"):
+                theirs, ours = getattr(hf_config, key), getattr(config, key)
+                if theirs != ours:
+                    raise ValueError(f"{repo} has {key} {theirs}, model_config {ours}: set --{key} {theirs}")
+            model._load_hf_gpt2_weights(sd_hf)
+        return model
 
-    def generate(self, image, sequence, max_tokens=50, temperature=1.0, deterministic=False):
+    def _load_captioner(self, folder):
+        """Load all weights of a captioner, strictly; on ValueError nothing has changed."""
+        if hugging_face.is_captioner(checkpoint.load_config(folder)):
+            self.load_state_dict(hugging_face.read_captioner_weights(folder, self.state_dict(), hf_name))
+        else:
+            checkpoint.load_strictly(self, folder / checkpoint.WEIGHTS_FILE)
+
+    def export_to_transformers(self, folder, tokenizer=None):
+        """Write the captioner so that `transformers.VisionEncoderDecoderModel.from_pretrained(folder)` loads it.
+
+        Raises ValueError for one that has no equal there: stepped coupling, an encoder other than a plain ViT.
+        """
+        hugging_face.write_captioner(folder, self, hf_name, tokenizer)
+
+    def generate(self, image, sequence, max_tokens=50, temperature=1.0, deterministic=False, **options):
         """Caption one image (1, 3, H, W), continuing `sequence` (1, T), which starts with BOS.
 
-        Returns the ids on the CPU, 1-D: the sequence, up to `max_tokens` new tokens, EOS last if it was reached.
-        Greedy when `deterministic`, else sampled at `temperature`.
+        Returns the ids on the CPU, 1-D: the sequence, up to `max_tokens` new tokens, EOS last if it was reached; with
+        `num_return_sequences` above 1 a list of them. Greedy when `deterministic`, else sampled at `temperature`;
+        `options` are the other ones of `decoding.Options`, beam search among them.
         """
         if len(image) != 1 or len(sequence) != 1:
             raise ValueError(f"generate takes one image and one sequence, not {len(image)} and {len(sequence)}")
-        return generate_ids(self, image, sequence, max_tokens, temperature, deterministic)[0].cpu()
+        ids = generate_ids(self, image, sequence, max_tokens, temperature, deterministic, **options)
+        rows = [trim(row, sequence.size(1), self.config.eos_token_id) for row in ids.cpu()]
+        return rows if len(rows) > 1 else rows[0]
 
 
-def caption_images(model, tokenizer, images, max_tokens=50, temperature=1.0, deterministic=True, batch_size=64):
-    """Paths, PIL images or arrays -> a list of captions."""
-    device = next(model.parameters()).device
+def read_captioner_config(source):
+    """A trained captioner (folder or hub id, ours or Hugging Face's) -> (folder, its model_config as a dict)."""
+    folder = checkpoint.find_folder(source)
+    stored = checkpoint.load_config(folder)
+    if hugging_face.is_captioner(stored):
+        folder = hugging_face.fetch(source)
+        config, preprocessing = hugging_face.read_captioner_config(folder, gpt2_config)
+    elif "model_config" in stored:
+        config, preprocessing = stored["model_config"], stored["preprocessing"]
+    else:
+        raise ValueError(f"{folder}: a {stored['model_type']} model, not a captioner")
+    return folder, config | {"preprocessing": preprocessing, "start_from": ""}  # what it started from is history
+
+
+def load_captioner(source):
+    """A trained captioner (folder or hub id, ours or Hugging Face's) -> (model in eval mode, its tokenizer)."""
+    folder, _ = read_captioner_config(source)
+    return VisionGPT2Model.from_pretrained(folder), CaptionTokenizer(folder)
+
+
+def caption_images(
+    model, tokenizer, images, max_tokens=50, temperature=1.0, deterministic=True, batch_size=64, prompt="", **options
+):
+    """Paths, PIL images or arrays -> a list of captions; with `num_return_sequences` above 1 a list of lists.
+
+    Each caption begins with `prompt`. `options`: see `decoding.Options`; with `num_beams` it is beam search.
+    """
+    device, count = next(model.parameters()).device, options.get("num_return_sequences", 1)
+    prompt_ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(prompt.strip())]], device=device)  # (1, T)
     captions = []
     for start in range(0, len(images), batch_size):
         batch = [preprocess(image, **model.preprocessing) for image in images[start : start + batch_size]]
-        sequences = torch.full((len(batch), 1), tokenizer.bos_token_id, device=device)
-        ids = generate_ids(model, torch.stack(batch).to(device), sequences, max_tokens, temperature, deterministic)
+        sequences = prompt_ids.expand(len(batch), -1)  # (B, T)
+        images_on_device = torch.stack(batch).to(device)
+        ids = generate_ids(model, images_on_device, sequences, max_tokens, temperature, deterministic, **options)
         captions += [tokenizer.decode(row).strip() for row in ids.tolist()]
-    return captions
+    return captions if count == 1 else [captions[i : i + count] for i in range(0, len(captions), count)]
 
 
 # ======================================================================================================================
@@ -740,9 +806,9 @@ class Trainer:
         """
         best = best or self.best
         config = {
-            "model_config": {key: _portable(value) for key, value in vars(self.model.config).items()},
+            "model_config": checkpoint.portable(self.model.config, REPO_ROOT),
             "preprocessing": self.model.preprocessing,
-            "train_config": {key: _portable(value) for key, value in vars(self.train_config).items()},
+            "train_config": checkpoint.portable(self.train_config, REPO_ROOT),
             "best_epoch": best["best_epoch"],
             "best_perplexity": best["best_perplexity"] if best["best_epoch"] is not None else None,
         }
@@ -753,9 +819,14 @@ class Trainer:
         path = Path(path or self.model_path)
         checkpoint.load_strictly(self.model, path / checkpoint.WEIGHTS_FILE if path.is_dir() else path)
 
-    def generate_caption(self, image, max_tokens=50, temperature=1.0, deterministic=False):
-        """A path or an opened image -> its caption; greedy when `deterministic`, else sampled at `temperature`."""
-        return caption_images(self.model, self.tokenizer, [image], max_tokens, temperature, deterministic)[0]
+    def generate_caption(self, image, max_tokens=50, temperature=1.0, deterministic=False, **options):
+        """A path or an opened image -> its caption; a list of them -> a list of captions.
+
+        Greedy when `deterministic`, else sampled at `temperature`; `options` as in `caption_images`.
+        """
+        images = list(image) if isinstance(image, (list, tuple)) else [image]
+        captions = caption_images(self.model, self.tokenizer, images, max_tokens, temperature, deterministic, **options)
+        return captions if isinstance(image, (list, tuple)) else captions[0]
 
     def clean(self):
         """Give back memory that an epoch left behind."""
@@ -769,17 +840,8 @@ def perplexity(loss):
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def _portable(value):
-    """A path inside the repository as seen from its root, another by its name: a shared config.json names no private
-    folder. Everything else as it is."""
-    if isinstance(value, Path) or (isinstance(value, str) and value and Path(value).exists()):
-        path = Path(value).resolve()
-        return path.relative_to(REPO_ROOT).as_posix() if path.is_relative_to(REPO_ROOT) else path.name
-    return value
-
-
 # ======================================================================================================================
-# After training: plots, demo, and the truth about Shapes
+# After training: demo
 # ======================================================================================================================
 
 
@@ -792,23 +854,6 @@ def run_demo(model, tokenizer, df, count, path):
     for image, caption, truth in zip(rows["image"], generated, rows["caption"], strict=True):
         print(f"{image.name}\n    generated: {caption}\n    true:      {truth}")
     plots.plot_captions([load_image(image) for image in rows["image"]], generated, list(rows["caption"]), path)
-
-
-def score_shapes(model, tokenizer, folder):
-    """Share of greedy captions that are right in every attribute -> dict; printed beside the chance level."""
-    paths, scenes = shapes.read_scenes(folder, held_out=False)
-    captions = caption_images(model, tokenizer, paths)
-    new_paths, new_scenes = shapes.read_scenes(folder, held_out=True)
-    scores = {
-        "unseen scenes": shapes.exact_rate(captions, scenes),
-        "unseen combinations of attributes": shapes.exact_rate(caption_images(model, tokenizer, new_paths), new_scenes),
-        "images shuffled among scenes": shapes.exact_rate(captions[1:] + captions[:1], scenes),
-        "chance level": shapes.chance_level(),
-    }
-    print(f"captions right in every attribute ({len(scenes):,} and {len(new_scenes):,} scenes, greedy):")
-    for name, value in scores.items():
-        print(f"    {name:40s} {value:8.2%}")
-    return scores
 
 
 # ======================================================================================================================
@@ -833,8 +878,12 @@ def read_configs(argv):
         train_given |= dict(data_dir=SHAPES_DIR, image_dir=SHAPES_DIR / shapes.IMAGE_FOLDER)
     elif "image_dir" not in train_given and ("data_dir" in train_given or not train_config.image_dir.is_dir()):
         train_given["image_dir"] = sources.find_image_dir(data_dir)
+    stored, start_from = {}, model_given.get("start_from", model_config.start_from)
+    if start_from:
+        _, stored = read_captioner_config(start_from)
+        stored["start_from"] = start_from
     return (
-        SimpleNamespace(**{**vars(model_config), **shapes_model, **model_given}),
+        SimpleNamespace(**{**vars(model_config), **shapes_model, **stored, **model_given}),
         SimpleNamespace(**{**vars(train_config), **shapes_train, **train_given}),
     )
 
@@ -850,28 +899,7 @@ def build_trainer(model_cfg, train_cfg, df):
             model_cfg.vocab_size = len(tok)  # a larger one, padded for speed, may stay with GPT-2's tokenizer
         return Trainer(model_cfg, train_cfg, build_dataloaders(df, tok, model_cfg, train_cfg))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}\n\n{_what_to_give(model_cfg)}") from error
-
-
-def _what_to_give(model_cfg):
-    """For a run without network: what it would have downloaded, and how to give it from local files."""
-    needs = []
-    if model_cfg.tokenizer == "gpt2" or model_cfg.decoder_weights == "pretrained":
-        needs.append(
-            f"    GPT-2's tokenizer and weights ({HF_GPT2_REPO}): set the environment variable HF_GPT2_REPO=FOLDER,\n"
-            "        a folder with vocab.json, merges.txt and, unless --decoder_weights scratch, config.json and\n"
-            "        model.safetensors"
-        )
-    if model_cfg.encoder_weights == "pretrained":
-        needs.append(
-            f"    the weights of {model_cfg.encoder}: --encoder_weights FILE, a .safetensors or .pth file with timm's\n"
-            "        key names"
-        )
-    return "\n".join([
-        "This run needs, from the network or from local copies:", *needs,
-        "or train from random weights, which takes far longer to get good:",
-        "    --tokenizer bpe --decoder_weights scratch --encoder_weights scratch",
-    ])  # fmt: skip
+        raise FileNotFoundError(f"{error}\n\n{what_to_give(model_cfg, HF_GPT2_REPO)}") from error
 
 
 def main(argv=None):
@@ -896,7 +924,7 @@ def main(argv=None):
         plots.plot_curve(trainer.metrics, quantity, train_cfg.model_path / f"{quantity}.png")
     run_demo(trainer.model, trainer.tokenizer, df, train_cfg.demo_images, train_cfg.model_path / "demo.png")
     if on_shapes:
-        result["scores"] = score_shapes(trainer.model, trainer.tokenizer, SHAPES_DIR)
+        result["scores"] = shapes.score(partial(caption_images, trainer.model, trainer.tokenizer), SHAPES_DIR)
     print(
         f"best validation perplexity {result['best_perplexity']:.3f} in epoch {result['best_epoch'] + 1}; "
         f"checkpoint and plots are in {train_cfg.model_path}"

@@ -46,12 +46,13 @@ def random_crop_box(generator, width, height, crop_scale):
 class TrainingTransforms:
     """`transforms(image=array, captions=[...], seed=...)["image"]` -> float tensor (3, img_size, img_size)."""
 
-    def __init__(self, img_size, mean, std, crop_scale=0.8):
+    def __init__(self, img_size, mean, std, crop_scale=0.8, resample="bicubic"):
         # albumentations 2.0.8 asks a server for newer versions when it is imported; training needs no network.
         os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
         import albumentations as A  # here, so that captioning a photo does not wait for it
 
         self.img_size, self.mean, self.std, self.crop_scale = img_size, mean, std, crop_scale
+        self.resample = Image.Resampling[resample.upper()]
         light = A.RandomBrightnessContrast(brightness_limit=0.15, contrast_limit=0.15, p=0.5)
         self.mirrored = A.Compose([A.HorizontalFlip(p=0.5), light])
         self.unmirrored = A.Compose([light])
@@ -61,7 +62,7 @@ class TrainingTransforms:
         generator = np.random.default_rng(seed)
         image = Image.fromarray(np.asarray(image))
         box = random_crop_box(generator, *image.size, self.crop_scale)
-        image = image.resize((self.img_size,) * 2, Image.Resampling.BICUBIC, box=box)
+        image = image.resize((self.img_size,) * 2, self.resample, box=box)
         transforms = self.mirrored if may_mirror(captions) else self.unmirrored
         # One stream for all steps: `set_random_seed` would start each step at the same number, so that every mirrored
         # picture would also be a brightened one.
@@ -73,9 +74,9 @@ class TrainingTransforms:
 class ValidationTransforms:
     """The plain preprocessing, called like a training transform; pixel for pixel `preprocessing.preprocess`."""
 
-    def __init__(self, img_size, mean, std):
-        self.img_size, self.mean, self.std = img_size, mean, std
+    def __init__(self, img_size, mean, std, resample="bicubic"):
+        self.preprocessing = dict(img_size=img_size, mean=mean, std=std, resample=resample)
 
     def __call__(self, image, captions=(), seed=None):
         """image (H, W, 3) uint8 -> {"image": float tensor (3, img_size, img_size)}; the rest is not used."""
-        return {"image": preprocess(np.asarray(image), self.img_size, self.mean, self.std)}
+        return {"image": preprocess(np.asarray(image), **self.preprocessing)}

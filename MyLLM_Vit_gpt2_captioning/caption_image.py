@@ -2,46 +2,67 @@
 
     python MyLLM_Vit_gpt2_captioning/caption_image.py photo.jpg                            the model in captioner/
     python MyLLM_Vit_gpt2_captioning/caption_image.py examples/shapes/scene_*.png --checkpoint examples/shapes
+    python MyLLM_Vit_gpt2_captioning/caption_image.py photo.jpg --beam 4 --num 3           the three best of 4 beams
+    python MyLLM_Vit_gpt2_captioning/caption_image.py photo.jpg --sample --top_p 0.9 --num 5
     python MyLLM_Vit_gpt2_captioning/caption_image.py *.jpg --grid captions.png            also draw them
 
-Captions are greedy unless a temperature is given.
+Captions are greedy unless beams or sampling are asked for.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-import torch
-
-import checkpoint
 import plots
-from captions_tokenizer import CaptionTokenizer
-from MyLLM_Vit_gpt2_captioning import OUTPUT_DIR, VisionGPT2Model, caption_images, train_config
+from MyLLM_Vit_gpt2_captioning import OUTPUT_DIR, caption_images, load_captioner, train_config
 from preprocessing import load_image
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", metavar="IMAGE")
-    parser.add_argument("--checkpoint", default=OUTPUT_DIR, help='folder or hub id "user/repo" (default: captioner)')
-    parser.add_argument("--temperature", type=float, default=0.0, help="above 0: sample at this temperature")
-    parser.add_argument("--seed", type=int, default=0, help="for sampling (default: 0)")
+    parser.add_argument(
+        "--checkpoint",
+        default=OUTPUT_DIR,
+        help='folder or hub id "user/repo", ours or a Hugging Face ViT + GPT-2 (default: captioner)',
+    )
+    parser.add_argument("--beam", type=int, metavar="N", help="beam search with N beams")
+    parser.add_argument("--sample", action="store_true", help="draw the words")
+    parser.add_argument("--temperature", type=float, help="of the draws; given, words are drawn (default: 1.0)")
+    parser.add_argument("--top_k", type=int, help="draw from the k likeliest words only")
+    parser.add_argument("--top_p", type=float, help="draw from the likeliest words that have this probability together")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--num", type=int, default=1, help="captions an image (default: 1)")
+    parser.add_argument("--prompt", default="", help="how the caption begins")
     parser.add_argument("--grid", type=Path, metavar="PNG", help="also draw the photos with their captions")
     args = parser.parse_args(argv)
 
     try:
-        folder = checkpoint.find_folder(args.checkpoint)
-        model = VisionGPT2Model.from_pretrained(folder).to(train_config.device)
-        torch.manual_seed(args.seed)
-        sampling = dict(temperature=args.temperature or 1.0, deterministic=args.temperature == 0)
-        captions = caption_images(model, CaptionTokenizer(folder), args.images, **sampling)
+        model, tokenizer = load_captioner(args.checkpoint)
+        found = caption_images(
+            model.to(train_config.device), tokenizer, args.images, prompt=args.prompt, **_decoding_options(args)
+        )
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
-    for image, caption in zip(args.images, captions, strict=True):
-        print(f"{image}: {caption}")
+    captions = [caption if args.num > 1 else [caption] for caption in found]
+    for image, several in zip(args.images, captions, strict=True):
+        for caption in several:
+            print(f"{image}: {caption}")
     if args.grid:
-        plots.plot_captions([load_image(image) for image in args.images], captions, [""] * len(captions), args.grid)
+        photos = [load_image(image) for image in args.images]
+        plots.plot_captions(photos, [several[0] for several in captions], [""] * len(photos), args.grid)
         print(f"drawn to {args.grid}")
+
+
+def _decoding_options(args):
+    """The command line's way to choose words -> options of `decoding.Options`."""
+    draws = {key: value for key in ("temperature", "top_k", "top_p") if (value := getattr(args, key)) is not None}
+    options = dict(num_return_sequences=args.num, deterministic=False, **draws)
+    if args.beam:
+        return options | dict(num_beams=args.beam)
+    if args.sample or draws:
+        return options | dict(seed=args.seed)
+    return options | dict(deterministic=True)
 
 
 if __name__ == "__main__":

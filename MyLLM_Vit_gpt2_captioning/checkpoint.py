@@ -62,8 +62,24 @@ def save_checkpoint(folder, state_dict, config, tokenizer):
     write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 
+def portable(config, root):
+    """The attributes of `config` as a dict for config.json, where a path inside `root` is written as seen from there,
+    another by its name: a shared checkpoint names no private folder."""
+
+    def shown(value):
+        if isinstance(value, Path) or (isinstance(value, str) and value and Path(value).exists()):
+            path, inside = Path(value).resolve(), Path(root).resolve()
+            return path.relative_to(inside).as_posix() if path.is_relative_to(inside) else path.name
+        return value
+
+    return {key: shown(value) for key, value in vars(config).items()}
+
+
 def load_config(folder):
-    """config.json of a captioner checkpoint, as a dict. Raises FileNotFoundError or ValueError that names the file."""
+    """config.json of a checkpoint of ours or of Hugging Face's, as a dict.
+
+    Raises FileNotFoundError or ValueError that names the file.
+    """
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; {folder} is no captioner checkpoint")
@@ -71,9 +87,9 @@ def load_config(folder):
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(config, dict) or not {"model_config", "preprocessing"} <= config.keys():
-        raise ValueError(f"{path}: not the config of a captioner (no model_config and preprocessing in it)")
-    return config
+    if isinstance(config, dict) and ({"model_config", "preprocessing"} <= config.keys() or "model_type" in config):
+        return config
+    raise ValueError(f"{path}: not the config of a captioner (no model_config and preprocessing in it)")
 
 
 def load_weights(path):
@@ -111,8 +127,8 @@ def set_aside(folder):
     return place
 
 
-def find_folder(source):
-    """A checkpoint folder, or a hub id "user/repo" that is then downloaded -> Path of the folder.
+def find_folder(source, files=(WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE)):
+    """A checkpoint folder, or a hub id "user/repo" of which `files` are then downloaded -> Path of the folder.
 
     Raises FileNotFoundError that says what was tried.
     """
@@ -121,7 +137,7 @@ def find_folder(source):
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=[WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE]))
+        return Path(snapshot_download(str(source), allow_patterns=list(files)))
     except (OSError, ValueError) as error:  # network down, no such repository, not a repository name
         raise FileNotFoundError(
             f"{source}: neither a checkpoint folder nor to be had from the Hugging Face hub ({type(error).__name__})"

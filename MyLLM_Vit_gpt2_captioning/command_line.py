@@ -95,3 +95,26 @@ def _with_underscores(word):
 def with_defaults(config, defaults):
     """A copy of `config` in which every attribute it lacks has the value it has in `defaults`."""
     return SimpleNamespace(**{**vars(defaults), **vars(config)})
+
+
+def what_to_give(model_config, gpt2_repo):
+    """For a run without network: what it would have downloaded, and how to give it from local files -> text."""
+    if model_config.start_from:
+        return f"The captioner to start from, {model_config.start_from}, was not to be had: --start_from FOLDER"
+    needs = []
+    if model_config.tokenizer == "gpt2" or model_config.decoder_weights == "pretrained":
+        needs.append(
+            f"    GPT-2's tokenizer and weights ({gpt2_repo}): set the environment variable HF_GPT2_REPO=FOLDER,\n"
+            "        a folder with vocab.json, merges.txt and, unless --decoder_weights scratch, config.json and\n"
+            "        model.safetensors"
+        )
+    if model_config.encoder_weights == "pretrained":
+        needs.append(
+            f"    the weights of {model_config.encoder}: --encoder_weights FILE, a .safetensors or .pth file with\n"
+            "        timm's key names, or the folder of a transformers ViT or CLIP"
+        )
+    return "\n".join([
+        "This run needs, from the network or from local copies:", *needs,
+        "or train from random weights, which takes far longer to get good:",
+        "    --tokenizer bpe --decoder_weights scratch --encoder_weights scratch",
+    ])  # fmt: skip

@@ -1,40 +1,241 @@
-"""Writing captions: the image is encoded once, and each new token costs one token's work."""
+"""Writing captions: greedy, sampled or by beam search.
+
+The image is encoded once, cross-attention's keys and values are projected once per block and shared by all captions
+of an image, and each new token costs one token's work.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 
-@torch.inference_mode()
-def generate_ids(model, images, sequences, max_tokens=50, temperature=1.0, deterministic=False):
-    """Continue each sequence by up to `max_tokens` tokens, for a batch of images.
+@dataclass(frozen=True)
+class Options:
+    """How captions are chosen: greedy (`deterministic`), sampled (the default) or by beam search (`num_beams` above 1).
 
-    images (B, 3, H, W); sequences (B, T) start with BOS. Greedy when `deterministic`, else sampled from
-    softmax(logits / temperature). Returns ids (B, T + new) on the model's device; what follows a row's first
-    generated EOS is EOS. Stops when every row has ended. Dropout is off; the model's mode is restored afterwards.
-    The caption is cut where the decoder's seq_len ends. Raises ValueError when temperature is not positive.
+    The names and the meaning are those of `transformers.GenerationMixin.generate`, and so are the captions.
+    Raises ValueError for options that are out of range or contradict each other.
     """
-    if not deterministic and temperature <= 0:
-        raise ValueError(f"temperature must be positive, not {temperature}; for the likeliest token use deterministic")
-    max_tokens = min(max_tokens, model.config.seq_len - sequences.size(1))
+
+    max_tokens: int = 50  # new tokens, EOS included
+    temperature: float = 1.0  # tokens are drawn from softmax(logits / temperature)
+    deterministic: bool = False  # the likeliest token every time; temperature is then ignored
+    top_k: int = 0  # draw from the k likeliest tokens only; 0: from all
+    top_p: float = 1.0  # draw from the smallest set of tokens with this probability (Holtzman et al. 2020)
+    num_beams: int = 1  # continuations that beam search keeps open
+    length_penalty: float = 1.0  # a beam's score is its log-probability / (new tokens, EOS included) ** length_penalty
+    early_stopping: bool | str = False  # end when num_beams captions are finished (True), when no open one is likely
+    # to beat the worst of them (False), or when none can ("never")
+    repetition_penalty: float = 1.0  # above 1: tokens that are there already get less likely (Keskar et al. 2019); BOS
+    # counts as there, so that with one id for BOS and EOS captions also end later
+    no_repeat_ngram_size: int = 0  # n: no n tokens occur twice; 0: off
+    num_return_sequences: int = 1  # captions an image: as many draws, or the best beams
+    seed: int | None = None  # of the draws, from a generator of their own; None: they come from torch's
+
+    def __post_init__(self):
+        beams = self.num_beams > 1
+        samples = not (self.deterministic or beams)
+        ranges = {
+            "max_tokens": (self.max_tokens >= 0, "0 or more"),
+            "temperature": (self.temperature > 0 or not samples, "positive; for the likeliest token use deterministic"),
+            "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "num_beams": (self.num_beams >= 1, "at least 1"),
+            "early_stopping": (self.early_stopping in (True, False, "never"), 'True, False or "never"'),
+            "repetition_penalty": (self.repetition_penalty > 0, "positive"),
+            "no_repeat_ngram_size": (self.no_repeat_ngram_size >= 0, "0 (off) or more"),
+            "num_return_sequences": (self.num_return_sequences >= 1, "at least 1"),
+        }
+        for name, (fits, wanted) in ranges.items():
+            if not fits:
+                raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
+        if (not samples and (self.top_k or self.top_p < 1)) or (beams and self.temperature != 1):
+            raise ValueError("temperature, top_k and top_p shape sampling; neither greedy nor beam search draws tokens")
+        if self.num_return_sequences > 1 and self.deterministic and not beams:
+            raise ValueError("greedy decoding has one caption an image; for more use beams or sampling")
+        if beams and self.num_beams < self.num_return_sequences:
+            raise ValueError(f"{self.num_beams} beams cannot return {self.num_return_sequences} captions")
+
+    def filters(self):
+        """The functions (ids (rows, T), scores (rows, vocab_size)) -> scores that these options ask for, in the order
+        in which transformers applies them. Its import is slow, so only what needs it waits for it."""
+        filters = []
+        if self.repetition_penalty != 1:
+            from transformers.generation import RepetitionPenaltyLogitsProcessor
+
+            filters.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
+        if self.no_repeat_ngram_size:
+            from transformers.generation import NoRepeatNGramLogitsProcessor
+
+            filters.append(NoRepeatNGramLogitsProcessor(self.no_repeat_ngram_size))
+        if self.temperature != 1 and not self.deterministic:
+            filters.append(lambda ids, scores: scores / self.temperature)
+        if self.top_k:
+            from transformers.generation import TopKLogitsWarper
+
+            filters.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            from transformers.generation import TopPLogitsWarper
+
+            filters.append(TopPLogitsWarper(self.top_p))
+        return filters
+
+
+@torch.inference_mode()
+def generate_ids(model, images, sequences, max_tokens=50, temperature=1.0, deterministic=False, **options):
+    """Continue each sequence by up to `max_tokens` tokens, for a batch of images; see `Options` for how.
+
+    images (B, 3, H, W); sequences (B, T) start with BOS, more tokens are a prompt. Returns ids
+    (B * num_return_sequences, T + new) on the model's device, the captions of an image side by side; what follows a
+    row's first generated EOS is EOS. A caption is cut where the decoder's seq_len ends. Dropout is off; the model's
+    mode is restored afterwards. Raises ValueError for unsuitable options and for a prompt longer than seq_len.
+    """
+    options = Options(max_tokens, temperature, deterministic, **options)
+    room = model.config.seq_len - sequences.size(1)
+    if room < 0:
+        raise ValueError(f"a prompt of {sequences.size(1)} tokens does not fit into seq_len {model.config.seq_len}")
+    max_tokens = min(max_tokens, room)
+    if max_tokens == 0:
+        return sequences.repeat_interleave(options.num_return_sequences, dim=0)
+    eos = model.config.eos_token_id
+    rows_per_image = options.num_beams if options.num_beams > 1 else options.num_return_sequences
+    with _evaluating(model):
+        decoder = _CachedDecoder(model, images, sequences, max_tokens, rows_per_image, options.filters())
+        if options.num_beams > 1:
+            ids = _beam_search(decoder, max_tokens, eos, options)  # (B, num_beams, T + new), best first
+            return ids[:, : options.num_return_sequences].flatten(0, 1)
+        choose = _likeliest
+        if not options.deterministic:
+            generator = None if options.seed is None else torch.Generator(images.device).manual_seed(options.seed)
+            choose = partial(_draw, generator=generator)
+        return _one_by_one(decoder, choose, max_tokens, eos)
+
+
+def trim(ids, prompt_length, eos):
+    """One row of `generate_ids`, cut behind its first generated EOS."""
+    ends = (ids[prompt_length:] == eos).nonzero()
+    return ids[: prompt_length + int(ends[0]) + 1] if len(ends) else ids
+
+
+@contextmanager
+def _evaluating(model):
+    """The model in eval mode, and back in its own afterwards."""
     was_training = model.training
     model.eval()
     try:
-        eos = model.config.eos_token_id
-        encoder_states = model.encoder_states(images)
-        caches = model.new_caches(sequences.size(1) + max_tokens)
-        ended = torch.zeros(len(sequences), dtype=torch.bool, device=sequences.device)  # (B,)
-        newest = sequences
-        for _ in range(max_tokens):
-            hidden = model.decode(newest, encoder_states, caches)[:, -1]  # (B, embed_dim) of the last token
-            logits = model.gpt.logits(hidden).float()  # (B, vocab_size)
-            if deterministic:
-                newest = logits.argmax(-1, keepdim=True)  # (B, 1)
-            else:
-                newest = torch.multinomial((logits / temperature).softmax(-1), 1)  # (B, 1)
-            newest = newest.masked_fill(ended[:, None], eos)
-            sequences = torch.cat([sequences, newest], dim=1)
-            ended |= newest[:, 0] == eos
-            if ended.all():
-                break
-        return sequences
+        yield
     finally:
         model.train(was_training)
+
+
+class _CachedDecoder:
+    """Scores of the next token for `rows_per_image` growing sequences an image, which share the image's tokens.
+
+    `sequences` are the ids so far (rows, T), `scores` the logits (rows, vocab_size) of what follows them.
+    """
+
+    def __init__(self, model, images, prompts, max_tokens, rows_per_image, filters):
+        self.model, self.filters = model, filters
+        self.encoder_states = model.encoder_states(images)
+        self.caches = model.new_caches(prompts.size(1) + max_tokens)
+        self.sequences = prompts
+        self._decode(prompts)  # once for each image, then copied to its rows
+        if rows_per_image > 1:
+            self.select(torch.arange(len(prompts), device=prompts.device).repeat_interleave(rows_per_image))
+            self.scores = self.scores.repeat_interleave(rows_per_image, dim=0)
+
+    def _decode(self, newest):
+        hidden = self.model.decode(newest, self.encoder_states, self.caches)[:, -1]  # (rows, embed_dim), last token
+        self.scores = self.model.gpt.logits(hidden).float()  # (rows, vocab_size)
+
+    def filtered(self, scores):
+        """scores (rows, vocab_size) after all filters."""
+        for apply in self.filters:
+            scores = apply(self.sequences, scores)
+        return scores
+
+    def select(self, rows):
+        """Go on with these rows, which may repeat."""
+        self.sequences = self.sequences[rows]
+        for cache in self.caches:
+            cache.select(rows)
+
+    def append(self, newest, score_next=True):
+        """Add a token (rows, 1) to each sequence; the scores of the next one unless it is the last."""
+        self.sequences = torch.cat([self.sequences, newest], dim=1)
+        if score_next:
+            self._decode(newest)
+
+
+def _likeliest(scores):
+    return scores.argmax(-1, keepdim=True)  # (rows, 1)
+
+
+def _draw(scores, generator):
+    return torch.multinomial(scores.softmax(-1), 1, generator=generator)  # (rows, 1)
+
+
+def _one_by_one(decoder, choose, max_tokens, eos):
+    """Greedy search or sampling: `choose` takes scores (rows, vocab_size) to tokens (rows, 1)."""
+    ended = torch.zeros(len(decoder.sequences), dtype=torch.bool, device=decoder.sequences.device)  # (rows,)
+    for remaining in reversed(range(max_tokens)):
+        newest = choose(decoder.filtered(decoder.scores)).masked_fill(ended[:, None], eos)
+        ended |= newest[:, 0] == eos
+        last = remaining == 0 or bool(ended.all())
+        decoder.append(newest, score_next=not last)
+        if last:
+            break
+    return decoder.sequences
+
+
+def _beam_search(decoder, max_tokens, eos, options):
+    """-> ids (B, num_beams, T + new), best first.
+
+    The search of `transformers.GenerationMixin._beam_search`: in every step the 2 * num_beams best continuations of
+    an image are looked at, so that num_beams open ones remain even if as many end. Those that end are kept if they
+    rank among the first num_beams continuations and among the num_beams best finished captions so far.
+    """
+    num_beams, length_penalty, early_stopping = options.num_beams, options.length_penalty, options.early_stopping
+    B, device, start = len(decoder.sequences) // num_beams, decoder.sequences.device, decoder.sequences.size(1)
+    impossible = -torch.inf
+    open_scores = torch.full((B, num_beams), impossible, device=device)  # sums of log-probabilities
+    open_scores[:, 0] = 0  # all beams start alike: only the first may have continuations in the first step
+    finished = torch.full((B, num_beams, start + max_tokens), eos, device=device)
+    finished[:, :, :start] = decoder.sequences.view(B, num_beams, start)
+    finished_scores = torch.full((B, num_beams), impossible, device=device)
+    done = torch.zeros(B, dtype=torch.bool, device=device)
+    offset = torch.arange(B, device=device)[:, None] * num_beams  # (B, 1): first row of each image
+    ranks_first = torch.arange(2 * num_beams, device=device) < num_beams  # (2 * beams,)
+
+    for new in range(1, max_tokens + 1):
+        log_probs = decoder.filtered(decoder.scores.log_softmax(-1))  # (B * beams, V)
+        V = log_probs.size(-1)
+        totals = (open_scores.view(-1, 1) + log_probs).view(B, num_beams * V)
+        scores, places = totals.topk(min(2 * num_beams, num_beams * V))  # (B, 2 * beams), best first
+        rows, tokens = offset + places // V, places % V  # (B, 2 * beams) each
+        ends = tokens == eos
+        if new == max_tokens:
+            ends = torch.ones_like(ends)  # no room to go on: the caption counts as it stands
+
+        # Captions that end here compete with those that ended before.
+        candidates = torch.full((*rows.shape, finished.size(-1)), eos, device=device)
+        candidates[:, :, : start + new - 1] = decoder.sequences[rows]
+        candidates[:, :, start + new - 1] = tokens
+        admitted = ends & ranks_first[: ends.size(1)] & ~done[:, None]
+        candidate_scores = (scores / new**length_penalty).masked_fill(~admitted, impossible)
+        finished_scores, best = torch.cat([finished_scores, candidate_scores], dim=1).topk(num_beams)  # (B, beams)
+        finished = torch.cat([finished, candidates], dim=1).take_along_dim(best[:, :, None], dim=1)
+
+        # The best that do not end go on.
+        open_scores, best = scores.masked_fill(ends, impossible).topk(num_beams)  # (B, beams)
+        length = max_tokens if early_stopping == "never" and length_penalty > 0 else new
+        hopeless = open_scores[:, 0] / length**length_penalty <= finished_scores[:, -1]
+        full = finished_scores.isfinite().all(1)
+        done |= hopeless | (full if early_stopping is True else False)
+        if new == max_tokens or done.all():
+            break
+        decoder.select(rows.take_along_dim(best, dim=1).flatten())
+        decoder.append(tokens.take_along_dim(best, dim=1).view(-1, 1))
+    return finished[:, :, : start + new]

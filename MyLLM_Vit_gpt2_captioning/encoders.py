@@ -6,14 +6,18 @@ runs the whole encoder, its own final norm included, and `step` hands the tokens
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
 from timm.data import resolve_data_config
 from timm.layers import build_sincos2d_pos_embed
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+
+import hugging_face
 
 COUPLINGS = ("stepped", "final")
 
@@ -36,9 +40,38 @@ def input_config(name, options=None):
     return img_size, tuple(data_config["mean"]), tuple(data_config["std"])
 
 
+def resolve_encoder(config):
+    """Put a captioner's `config` into timm's words, in place.
+
+    A transformers vision model (ViT or CLIP, folder or hub id) as `encoder` becomes the timm architecture that is its
+    equal: its sizes go to `encoder_options`, its weights to `encoder_weights`, mean and std to `preprocessing`. A timm
+    name stays. Raises FileNotFoundError, or ValueError that names an architecture that is neither ViT nor CLIP.
+    """
+    source = str(config.encoder)
+    if timm.is_model(source.split(".")[0]) or not (Path(source).is_dir() or "/" in source):
+        return
+    config.encoder, options, preprocessing, _ = hugging_face.read_tower(source)
+    config.encoder_options = options | config.encoder_options
+    config.preprocessing = preprocessing | config.preprocessing
+    if config.encoder_weights == "pretrained":
+        config.encoder_weights = source
+
+
+def preprocessing_of(config):
+    """The arguments of `preprocessing.preprocess` for a captioner's `config`: what the encoder was trained with, and
+    on top of it what `config.preprocessing` says. Raises ValueError for a key that is not one of them."""
+    img_size, mean, std = input_config(config.encoder, config.encoder_options)
+    own = dict(img_size=img_size, mean=mean, std=std, resample="bicubic")
+    unknown = config.preprocessing.keys() - own.keys()
+    if unknown:
+        raise ValueError(f"preprocessing has no {', '.join(sorted(unknown))}; it has {', '.join(own)}")
+    return own | config.preprocessing
+
+
 class Encoder(nn.Module):
     """The contract, with the `step` of final coupling. `width` is C, the channels of a token."""
 
+    coupling = "final"
     normalized = False  # True when tokens leave `embed` through the encoder's own final norm
 
     def embed(self, images):
@@ -51,60 +84,103 @@ class Encoder(nn.Module):
 
 
 class ViTEncoder(Encoder):
-    """A timm VisionTransformer: class and register tokens, then the patches, as timm orders them."""
+    """A timm VisionTransformer or Eva: class and register tokens, then the patches, as timm orders them."""
 
     def __init__(self, vit, steps, coupling):
         super().__init__()
-        self.vit, self.width = vit, vit.num_features
-        self.stepped = coupling == "stepped"
-        self.normalized = not self.stepped
+        self.vit, self.width, self.coupling = vit, vit.num_features, coupling
+        self.normalized = coupling == "final"
         # Step i runs blocks[bounds[i]:bounds[i + 1]]. With as many blocks as steps that is one block a step.
         self.bounds = [round(i * len(vit.blocks) / steps) for i in range(steps + 1)]
-        if self.stepped:
+        if isinstance(vit.norm, nn.Identity):  # towers that pool keep their norm behind the pooling: here it is due
+            vit.norm = vit.fc_norm  # for each token
+        if coupling == "stepped":
             vit.norm = nn.Identity()  # made for the last depth only: here every depth gets a norm of its own
+        vit.fc_norm, vit.attn_pool = nn.Identity(), None  # no pooling, so no weights for it
+        self.rotary = None
 
     def embed(self, images):
         tokens = self.vit.patch_embed(images)  # (B, N_patches, C)
         tokens = self.vit._pos_embed(tokens)  # (B, N, C): class token in front, position added
-        tokens = self.vit.norm_pre(self.vit.patch_drop(tokens))  # norm_pre: CLIP has one, elsewhere identity
-        return tokens if self.stepped else self.vit.norm(self.vit.blocks(tokens))
+        if isinstance(self.vit, Eva):  # it turns queries and keys in each block by the patch's position
+            tokens, self.rotary = tokens  # the same for all images, so keeping it makes no image depend on another
+        else:
+            tokens = self.vit.patch_drop(tokens)
+        tokens = self.vit.norm_pre(tokens)  # CLIP has one, elsewhere identity
+        if self.coupling == "stepped":
+            return tokens
+        return self.vit.norm(self._run(tokens, 0, len(self.vit.blocks)))
 
     def step(self, i, tokens):
-        if self.stepped:
-            for block in self.vit.blocks[self.bounds[i] : self.bounds[i + 1]]:
-                tokens = block(tokens)
+        return self._run(tokens, *self.bounds[i : i + 2]) if self.coupling == "stepped" else tokens
+
+    def _run(self, tokens, start, end):
+        """tokens (B, N, C) through the blocks start..end-1."""
+        for i in range(start, end):
+            if self.rotary is None:
+                tokens = self.vit.blocks[i](tokens)
+            else:
+                tokens = self.vit.blocks[i](tokens, rope=self.rotary[i] if self.vit.rope_mixed else self.rotary)
         return tokens
 
 
-class GridEncoder(Encoder):
-    """A timm CNN: each cell of its last feature map is a token, row by row."""
+def _has_weights(module):
+    return isinstance(module, nn.Module) and any(True for _ in module.parameters())
 
-    def __init__(self, cnn):
+
+class GridEncoder(Encoder):
+    """Any other timm model: each cell of its last feature map is a token, row by row."""
+
+    def __init__(self, model, img_size):
         super().__init__()
-        self.cnn, self.width = cnn, cnn.num_features
+        self.cnn, self.width = model, model.num_features
+        head = getattr(model, "head", None)
+        # ConvNeXt and its like keep their final norm in the head, BEiT behind the pooling.
+        norms = [norm for norm in (getattr(head, "norm", None), getattr(model, "fc_norm", None)) if _has_weights(norm)]
+        self.normalized = bool(norms)
+        self.norm = norms[0] if norms else nn.Identity()
+        for unused in ("head", "fc_norm"):  # pooling and classifier
+            if hasattr(model, unused):
+                setattr(model, unused, nn.Identity())
+        features = self._features(torch.zeros(1, 3, img_size, img_size))
+        shape = tuple(getattr(features, "shape", ()))
+        # What a model makes of an image: a map with channels first (CNNs) or last (Swin), or already tokens (mixers).
+        if len(shape) == 4 and shape[1] == self.width:
+            self.layout = "NCHW"
+        elif len(shape) in (3, 4) and shape[-1] == self.width:
+            self.layout = "NLC"
+        else:
+            raise ValueError(f"{type(model).__name__} makes no feature map or tokens of {self.width} channels")
+
+    @torch.no_grad()
+    def _features(self, images):
+        self.eval()
+        features = self.cnn.forward_features(images) if hasattr(self.cnn, "forward_features") else None
+        self.train()
+        return features
 
     def embed(self, images):
-        features = self.cnn.forward_features(images)  # (B, C, h, w)
-        return features.flatten(2).transpose(1, 2)  # (B, h*w, C)
+        features = self.norm(self.cnn.forward_features(images))  # (B, C, h, w), or (B, h, w, C), or (B, N, C)
+        if self.layout == "NCHW":
+            return features.flatten(2).transpose(1, 2)  # (B, h*w, C)
+        return features.flatten(1, -2)  # (B, N, C)
 
 
 def build_encoder(name, steps, coupling="stepped", options=None, weights="scratch"):
     """Make the timm model `name` and put it behind the contract.
 
     `options` are keyword arguments of the timm model, such as {"img_size": 48, "depth": 3}. `weights` is "pretrained"
-    (timm downloads them), "scratch" (random) or the path of a local weights file.
+    (timm downloads them), "scratch" (random), the path of a local weights file, or a transformers ViT or CLIP (folder
+    or hub id). `options` may also hold "norm_eps", the epsilon of a ViT's norms. A model without blocks to step gets
+    coupling "final" whatever `coupling` says, and a line is printed about it.
     Raises ValueError for an unknown name, coupling or architecture, and FileNotFoundError that says what to do when
     the weights are not to be had.
     """
     if coupling not in COUPLINGS:
         raise ValueError(f"coupling {coupling!r} is not one of {', '.join(COUPLINGS)}")
     img_size, _, _ = input_config(name, options)
-    options = dict(options or {}, num_classes=0, global_pool="")  # all tokens, no pooling and no classifier
-    entrypoint = timm.models.model_entrypoint(name.split(".")[0])
-    if not hasattr(sys.modules[entrypoint.__module__], "VisionTransformer"):
-        options.pop("img_size", None)  # a CNN takes any size
     try:
-        model = timm.create_model(name, pretrained=weights == "pretrained", **options)
+        model = timm.create_model(name, pretrained=weights == "pretrained", **_timm_options(name, options))
     except (RuntimeError, TypeError) as error:  # no published weights, an unknown option
         raise ValueError(f"timm cannot make {name}: {error}") from error
     except OSError as error:  # what huggingface_hub and urllib raise without a network
@@ -113,21 +189,45 @@ def build_encoder(name, steps, coupling="stepped", options=None, weights="scratc
             "give a local file with --encoder_weights FILE (.safetensors or .pth, timm's key names)"
         ) from error
     if weights not in ("pretrained", "scratch"):
-        _load_local_weights(model, Path(weights))
-    if isinstance(model, VisionTransformer):
+        _load_local_weights(model, weights)
+    if isinstance(model, (VisionTransformer, Eva)):
         if weights == "scratch":
             _start_positions_from_sincos(model)
         return ViTEncoder(model, steps, coupling)
-    if not _makes_feature_map(model, img_size):
-        raise ValueError(f"{name} ({type(model).__name__}) is neither a timm VisionTransformer nor a CNN")
-    if coupling == "stepped":
-        raise ValueError(f"{name} is a CNN and has no blocks to step: use --coupling final")
-    return GridEncoder(model)
+    encoder = GridEncoder(model, img_size)
+    if coupling != encoder.coupling:
+        print(f"{name} cannot be stepped: every decoder block attends to its last layer (coupling final)")
+    return encoder
 
 
-def _load_local_weights(model, path):
-    """Load a weights file with timm's key names, strictly: only the classifier and pooling, which the captioner does
-    not have, may be left over. Raises FileNotFoundError, or ValueError that lists what does not fit."""
+def _timm_options(name, options):
+    """What timm is asked for: our options, without the classifier."""
+    options = dict(options or {}, num_classes=0)
+    entrypoint = timm.models.model_entrypoint(name.split(".")[0])
+    family = vars(sys.modules[entrypoint.__module__])
+    if "norm_eps" in options:  # transformers' ViT has 1e-12; timm takes a layer, which JSON cannot hold
+        options["norm_layer"] = partial(nn.LayerNorm, eps=options.pop("norm_eps"))
+    if "Eva" in family:
+        options["dynamic_img_size"] = False  # all photos have one size here
+    if "img_size" in options and "VisionTransformer" not in family and "Eva" not in family:
+        try:  # a CNN takes any size and has no such option, a Swin has it
+            timm.create_model(name, **options)
+        except TypeError:
+            options.pop("img_size", None)
+    return options
+
+
+def _load_local_weights(model, source):
+    """Load a weights file with timm's key names, or a transformers ViT or CLIP (folder or hub id), strictly: only the
+    classifier, which the captioner does not have, may be left over.
+
+    Raises FileNotFoundError, or ValueError that lists what does not fit.
+    """
+    path = Path(source)
+    if path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
+        *_, read = hugging_face.read_tower(source)
+        model.load_state_dict(read(model.state_dict()))
+        return
     if not path.is_file():
         raise FileNotFoundError(f"encoder_weights {path}: no such file")
     try:
@@ -137,7 +237,7 @@ def _load_local_weights(model, path):
             stored = adapt(stored, model)
         classifier = model.pretrained_cfg.get("classifier") or ()
         classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-        left_out = tuple(f"{part}." for part in (*classifier, "fc_norm", "attn_pool", "pre_logits"))
+        left_out = tuple(f"{part}." for part in (*classifier, "pre_logits"))
         own = model.state_dict()
         model.load_state_dict({k: v for k, v in stored.items() if k in own or not k.startswith(left_out)})
     except Exception as error:  # whatever a foreign or damaged file makes of reading, adapting or loading
@@ -151,13 +251,3 @@ def _start_positions_from_sincos(vit):
     if vit.pos_embed is not None and vit.embed_dim % 4 == 0:
         table = build_sincos2d_pos_embed(vit.patch_embed.grid_size, vit.embed_dim)  # (N_patches, C)
         vit.pos_embed[0, -len(table) :] = table  # behind the positions of class and register tokens, if any
-
-
-def _makes_feature_map(model, img_size):
-    """True when the model turns an image into a map (B, num_features, h, w), as CNNs do."""
-    if not hasattr(model, "forward_features"):
-        return False
-    with torch.no_grad():
-        features = model.eval().forward_features(torch.zeros(1, 3, img_size, img_size))
-    model.train()
-    return features.ndim == 4 and features.size(1) == model.num_features

@@ -34,11 +34,11 @@ def to_normalized_tensor(pixels, mean, std):
     return ((tensor - mean) / std).contiguous()
 
 
-def preprocess(source, img_size, mean, std):
+def preprocess(source, img_size, mean, std, resample="bicubic"):
     """Any image that `load_image` takes -> float tensor (3, img_size, img_size), as in validation.
 
-    The whole photo is squeezed into the square (bicubic, antialiased): a caption may speak of anything in it, so
-    nothing is cropped away.
+    The whole photo is squeezed into the square (antialiased, `resample` is "bicubic" or "bilinear"): a caption may
+    speak of anything in it, so nothing is cropped away.
     """
-    image = load_image(source).resize((img_size, img_size), Image.Resampling.BICUBIC)
+    image = load_image(source).resize((img_size, img_size), Image.Resampling[resample.upper()])
     return to_normalized_tensor(image, mean, std)

@@ -160,3 +160,23 @@ def read_scenes(folder, held_out):
     chosen = [image for image in images if image["split"] == "test" and image["held_out"] == held_out]
     scenes = [tuple(tuple(thing) for thing in image["scene"]) for image in chosen]
     return [folder / IMAGE_FOLDER / image["filename"] for image in chosen], scenes
+
+
+def score(caption, folder):
+    """Share of captions that are right in every attribute, for test scenes -> dict; printed beside the chance level.
+
+    `caption` takes a list of paths to a list of captions.
+    """
+    paths, scenes = read_scenes(folder, held_out=False)
+    captions = caption(paths)
+    new_paths, new_scenes = read_scenes(folder, held_out=True)
+    scores = {
+        "unseen scenes": exact_rate(captions, scenes),
+        "unseen combinations of attributes": exact_rate(caption(new_paths), new_scenes),
+        "images shuffled among scenes": exact_rate(captions[1:] + captions[:1], scenes),
+        "chance level": chance_level(),
+    }
+    print(f"captions right in every attribute ({len(scenes):,} and {len(new_scenes):,} scenes, greedy):")
+    for name, value in scores.items():
+        print(f"    {name:40s} {value:8.2%}")
+    return scores

@@ -21,6 +21,21 @@ from captions_tokenizer import CaptionTokenizer
 
 CAPTIONS = ("a red dog runs across the green grass .", "two young men stand on the left side of a house .")
 TINY_ENCODER = dict(img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=2)
+REDUCED_ENCODERS = {  # every family, its real architecture with fewer and narrower layers or on smaller images
+    "vit_tiny_patch16_224": TINY_ENCODER,
+    "vit_base_patch16_clip_quickgelu_224": TINY_ENCODER,  # norm_pre
+    "vit_small_patch14_reg4_dinov2": TINY_ENCODER,  # register tokens, layer scale
+    "deit3_small_patch16_224": TINY_ENCODER,  # no position on the class token
+    "vit_base_patch16_siglip_224": TINY_ENCODER,  # no class token, its pooling has weights of its own
+    "eva02_tiny_patch14_224": TINY_ENCODER,  # rotary positions, SwiGLU, norm behind the pooling
+    "vit_small_patch16_dinov3": TINY_ENCODER,  # rotary positions only
+    "resnet10t": dict(img_size=64, zero_init_last=False),
+    "convnext_atto": dict(img_size=64),  # its final norm is in the head
+    "tf_efficientnet_lite0": dict(img_size=64),
+    "swin_tiny_patch4_window7_224": dict(img_size=64, window_size=2, embed_dim=24),  # channels last
+    "beit_base_patch16_224": dict(img_size=32, patch_size=16, embed_dim=24, num_heads=2),  # norm behind the pooling
+    "mixer_s32_224": dict(img_size=64),  # makes tokens, has no blocks like a ViT's
+}
 
 
 @pytest.fixture

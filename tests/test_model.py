@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from captions_tokenizer import CaptionTokenizer
-from conftest import TINY_ENCODER, randomize
-from decoding import generate_ids
+from conftest import REDUCED_ENCODERS, TINY_ENCODER, randomize
 from encoders import build_encoder
 from test_myllm import drop_one_bias, exact_gelu, swap_norms, wrong_epsilon
 
@@ -136,19 +135,10 @@ def test_without_labels_last_step_logits(tiny_model, tiny_config, images, input_
 # --- encoder ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("vit_tiny_patch16_224", {}),
-        ("vit_base_patch16_clip_quickgelu_224", {}),  # norm_pre
-        ("vit_small_patch14_reg4_dinov2", {"patch_size": 16}),  # register tokens, layer scale
-        ("deit3_small_patch16_224", {}),  # no position on the class token
-        ("vit_base_patch16_siglip_224", {}),  # no class token
-    ],
-)
-def test_stepped_tokens_equal_timm(script, tiny_config, images, name, options):
+@pytest.mark.parametrize("name", [name for name, options in REDUCED_ENCODERS.items() if "depth" in options])
+def test_stepped_tokens_equal_timm(script, tiny_config, images, name):
     """After step i the tokens are those of timm's own forward after block i, and after the last its features."""
-    tiny_config.encoder, tiny_config.encoder_options = name, {**TINY_ENCODER, "depth": 3, **options}
+    tiny_config.encoder, tiny_config.encoder_options = name, {**REDUCED_ENCODERS[name], "depth": 3}
     tiny_config.depth = 3
     model = script.VisionGPT2Model(tiny_config).eval()
     randomize(model.encoder, std=0.1)
@@ -164,13 +154,31 @@ def test_stepped_tokens_equal_timm(script, tiny_config, images, name, options):
             assert torch.equal(tokens, expected[i])
 
 
-def test_final_tokens_equal_timm_features(tiny_config, images):
-    encoder = build_encoder("vit_tiny_patch16_224", 2, "final", TINY_ENCODER).eval()
-    randomize(encoder, std=0.1)
+@pytest.mark.parametrize("name", REDUCED_ENCODERS)
+def test_final_tokens_equal_timm_features(name):
+    """Of every family: timm's own forward before pooling, then its final norm where that comes behind the pooling."""
+    options = dict(REDUCED_ENCODERS[name])
+    encoder = build_encoder(name, 2, "final", options).eval()
+    size = options.pop("img_size") if "resnet" in name or "conv" in name or "efficientnet" in name else 0
+    pooling = {"global_pool": ""} if hasattr(encoder, "vit") else {}  # with "", timm's ViTs norm before the pooling
+    theirs = timm.create_model(name, num_classes=0, **pooling, **options).eval()
+    images = torch.randn(3, 3, size or options["img_size"], size or options["img_size"])
+    if hasattr(encoder, "vit"):
+        randomize(encoder, std=0.1)
+        theirs.load_state_dict(encoder.vit.state_dict())
+    else:
+        theirs.load_state_dict(encoder.cnn.state_dict(), strict=False)  # without a head
     with torch.no_grad():
-        tokens = encoder.embed(images)
-        torch.testing.assert_close(tokens, encoder.vit.forward_features(images))
+        tokens, expected = encoder.embed(images), theirs.forward_features(images)
+        if name in ("convnext_atto", "beit_base_patch16_224"):
+            randomize(encoder.norm, std=0.1)
+            tokens, expected = encoder.embed(images), encoder.norm(expected)
+        if expected.ndim == 4 and expected.size(1) == encoder.width:
+            expected = expected.permute(0, 2, 3, 1)
+        torch.testing.assert_close(tokens, expected.reshape(3, -1, encoder.width))
         assert encoder.step(0, tokens) is tokens
+    used = torch.autograd.grad(encoder.embed(images).square().sum(), list(encoder.parameters()), allow_unused=True)
+    assert all(gradient is not None for gradient in used)  # no weights of pooling or classifier are carried along
 
 
 @pytest.mark.parametrize(("blocks", "steps"), [(6, 3), (5, 3), (2, 4)])
@@ -196,8 +204,7 @@ def test_cnn_grid_becomes_tokens(script, tiny_config, images):
     ("name", "coupling", "message"),
     [
         ("vit_tiny_patch16_225", "final", "timm has no model 'vit_tiny_patch16_225'; it has"),
-        ("resnet10t", "stepped", "is a CNN and has no blocks to step"),
-        ("mixer_s32_224", "final", "neither a timm VisionTransformer nor a CNN"),
+        ("crossvit_9_240", "final", "CrossVit makes no feature map or tokens of 384 channels"),
         ("vit_tiny_patch16_224", "middle", "coupling 'middle' is not one of stepped, final"),
         ("vit_tiny_patch16_224.bogus", "final", "timm cannot make vit_tiny_patch16_224.bogus: Invalid pretrained tag"),
     ],
@@ -239,6 +246,15 @@ def test_a_classifier_in_the_file_is_left_out(tmp_path):
     save_file(resnet.state_dict(), tmp_path / "resnet.safetensors")
     encoder = build_encoder("resnet10t", 2, "final", weights=tmp_path / "resnet.safetensors")
     assert torch.equal(encoder.cnn.conv1[0].weight, resnet.conv1[0].weight)
+
+
+def test_without_blocks_to_step_the_coupling_is_final(script, tiny_config, capsys):
+    """With the default coupling, which a CNN cannot have; the config that is saved says what the model does."""
+    tiny_config.encoder, tiny_config.encoder_options, tiny_config.coupling = "resnet10t", {}, "stepped"
+    model = script.VisionGPT2Model(tiny_config)
+    assert model.config.coupling == "final"
+    assert "resnet10t cannot be stepped" in capsys.readouterr().out
+    assert len(model.bridges) == 1
 
 
 def test_image_size_of_a_cnn(script, tiny_config):
@@ -339,60 +355,6 @@ def test_frozen_parts_stay_in_eval_mode(pretrained):
     assert block.cross_attn.training
     pretrained.pretrained_layers_trainable(trainable=True)
     assert all(module.training for module in pretrained.modules())
-
-
-# --- generation -------------------------------------------------------------------------------------------------------
-
-
-def naive_greedy(model, image, max_tokens, eos):
-    """Everything again for every token, by the promised `forward`."""
-    sequence = torch.tensor([[eos]])
-    for _ in range(max_tokens):
-        newest = model(image, sequence).argmax(-1)
-        sequence = torch.cat([sequence, newest], dim=1)
-        if newest.item() == eos:
-            break
-    return sequence[0]
-
-
-def test_cached_batched_generation_equals_the_naive_one(tiny_model, tiny_config):
-    eos = tiny_config.eos_token_id
-    images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(5))
-    with torch.no_grad():
-        tiny_model.gpt.tok_emb.weight[eos] *= 3  # so that captions end at different lengths
-        naive = [naive_greedy(tiny_model, image[None], 15, eos).tolist() for image in images]
-    assert len({len(ids) for ids in naive}) > 2
-    assert len({tuple(ids) for ids in naive}) > 6
-    starts = torch.full((12, 1), eos)
-    batched = generate_ids(tiny_model, images, starts, 15, deterministic=True)
-    for image, ids, row in zip(images, naive, batched.tolist(), strict=True):
-        assert row == ids + [eos] * (len(row) - len(ids))
-        single = tiny_model.generate(image[None], starts[:1], max_tokens=15, deterministic=True)
-        assert single.device.type == "cpu"
-        assert single.tolist() == ids
-
-
-def test_sampling_follows_the_temperature(tiny_model, images, tiny_config):
-    starts = torch.full((1, 1), tiny_config.eos_token_id)
-
-    def samples(temperature):
-        torch.manual_seed(0)
-        return {tuple(tiny_model.generate(images[:1], starts, 6, temperature).tolist()) for _ in range(20)}
-
-    assert samples(1.0) == samples(1.0)
-    assert len(samples(1.0)) > len(samples(0.01)) == 1
-    with pytest.raises(ValueError, match="temperature must be positive"):
-        tiny_model.generate(images[:1], starts, temperature=0.0)
-
-
-def test_generation_stops_at_seq_len_and_restores_the_mode(tiny_model, images, tiny_config):
-    tiny_model.train()
-    starts = torch.zeros(3, 20, dtype=torch.long)
-    ids = generate_ids(tiny_model, images, starts, max_tokens=50)
-    assert ids.size(1) <= tiny_config.seq_len
-    assert tiny_model.training
-    with pytest.raises(ValueError, match="one image and one sequence"):
-        tiny_model.generate(images, starts)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -234,8 +234,32 @@ def test_caption_image_errors_name_the_file(tmp_path):
     with pytest.raises(SystemExit, match=r"config\.json: not found; .* is no captioner checkpoint"):
         caption_image.main(["x.png", "--checkpoint", str(tmp_path)])
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(SystemExit, match="a gpt2 model, not a captioner"):
+        caption_image.main(["x.png", "--checkpoint", str(tmp_path)])
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(SystemExit, match=r"config\.json: not the config of a captioner"):
         caption_image.main(["x.png", "--checkpoint", str(tmp_path)])
+
+
+def test_caption_image_searches_and_samples(capsys):
+    import caption_image
+
+    scene = ["examples/shapes/scene_0.png", "--checkpoint", str(REPO_ROOT / "examples" / "shapes")]
+    scene[0] = str(REPO_ROOT / scene[0])
+
+    def lines(*options):
+        caption_image.main([*scene, *options])
+        return capsys.readouterr().out.splitlines()
+
+    beams = lines("--beam", "4", "--num", "3")
+    assert len(set(beams)) == 3
+    assert beams[0] == lines("--beam", "4")[0]
+    draws = lines("--temperature", "3", "--top_k", "50", "--num", "5", "--seed", "1")
+    assert draws == lines("--temperature", "3", "--top_k", "50", "--num", "5", "--seed", "1")
+    assert draws != lines("--temperature", "3", "--top_k", "50", "--num", "5", "--seed", "2")
+    assert lines("--prompt", "below a")[0].startswith(f"{scene[0]}: below a")
+    with pytest.raises(SystemExit, match="greedy decoding has one caption an image"):
+        caption_image.main([*scene, "--num", "2"])
 
 
 def test_captioning_a_photo_needs_no_training_library():

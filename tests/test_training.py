@@ -310,7 +310,9 @@ def test_checkpoint_files(script, trainer, tiny_train_config, tmp_path):
     assert own.keys() == weights.keys() == twin.keys()
     assert all(torch.equal(weights[key], twin[key]) for key in own)
     config = json.loads((folder / "config.json").read_text())
-    assert config["preprocessing"] == {"img_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
+    assert config["preprocessing"] == {
+        "img_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3, "resample": "bicubic"
+    }  # fmt: skip
     assert config["model_config"]["encoder_options"] == TINY_ENCODER
     assert config["model_config"]["encoder_weights"] == "vit.safetensors"
     assert str(folder.parent) not in json.dumps(config)  # a shared config names no private folder
@@ -376,6 +378,10 @@ def test_generate_caption(trainer, flickr):
     caption = trainer.generate_caption(photo, max_tokens=5, deterministic=True)
     assert isinstance(caption, str)
     assert trainer.generate_caption(Image.open(photo), max_tokens=5, deterministic=True) == caption
+    assert trainer.generate_caption([photo, Image.open(photo)], max_tokens=5, deterministic=True) == [caption] * 2
+    several = trainer.generate_caption(photo, 5, num_beams=3, num_return_sequences=2, prompt="a red")
+    assert len(several) == 2
+    assert all(text.startswith("a red") for text in several)
 
 
 def test_configs_may_hold_only_the_promised_fields(script, dls, tmp_path, monkeypatch, pretend_pretrained):
