@@ -71,6 +71,12 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+def initial_std(embed_dim):
+    """Standard deviation of random weights: GPT-2's 0.02 at its 768 channels, larger in a narrower model, so that a
+    layer's output keeps its size."""
+    return 0.02 * math.sqrt(768 / embed_dim)
+
+
 class GPTModel(nn.Module):
     """Token ids in, scores of the next token out.
 
@@ -93,10 +99,9 @@ class GPTModel(nn.Module):
         """GPT-2's random start: weights normal, biases 0. The layers that write into the residual stream start smaller
         by sqrt(2 * depth), so that the stream's variance does not grow with the number of blocks.
 
-        GPT-2's std of 0.02 is meant for 768 channels; in a narrower model it grows, so that a layer's output keeps its
-        size. What a `block_class` adds to a block starts as it was made.
+        What a `block_class` adds to a block starts as it was made.
         """
-        std = 0.02 * math.sqrt(768 / self.tok_emb.embedding_dim)
+        std = initial_std(self.tok_emb.embedding_dim)
         for embedding in (self.tok_emb, self.pos_emb):
             nn.init.normal_(embedding.weight, std=std)
         for block in self.trf_blocks:

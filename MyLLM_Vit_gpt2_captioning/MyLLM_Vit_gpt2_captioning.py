@@ -2,9 +2,10 @@
 
     python MyLLM_Vit_gpt2_captioning/MyLLM_Vit_gpt2_captioning.py                      everything by default
     python MyLLM_Vit_gpt2_captioning/MyLLM_Vit_gpt2_captioning.py --epochs 3 --lr 2e-4   with other constants
+    python MyLLM_Vit_gpt2_captioning/MyLLM_Vit_gpt2_captioning.py --recipe flickr8k      with those of a recipe
 
-Captions are read from data/results.csv (Flickr30k) or data/captions.txt (Flickr8k); without either, a small captioner
-is trained from scratch on the built-in Shapes dataset. Results go to captioner/.
+Captions and photos are read from data/, in any format that sources.py knows; without them, a small captioner is trained
+from scratch on the built-in Shapes dataset. Results go to captioner/.
 """
 
 import gc
@@ -34,12 +35,14 @@ import sources
 from augmentation import TrainingTransforms, ValidationTransforms
 from batching import CaptionBatchSampler, exact_captions_per_image
 from captions_tokenizer import CaptionTokenizer
-from command_line import parse_overrides, what_to_give, with_defaults
+from command_line import as_toml, parse_overrides, read_recipe, what_to_give, with_defaults
 from decoding import generate_ids, trim
 from encoders import build_encoder, preprocessing_of, resolve_encoder
 from MyLLM.ch3 import KeyValueCache, merge_heads, split_heads
-from MyLLM.ch4 import GPTModel, LayerNorm, TransformerBlock
+from MyLLM.ch4 import GPTModel, LayerNorm, TransformerBlock, initial_std
 from MyLLM.MyLLM_nominal import gpt2_config, hf_name, load_hf_gpt2_weights, read_hf_gpt2
+from optimization import one_cycle, parameter_groups
+from positions import SinusoidalPositions
 from preprocessing import load_image, preprocess
 
 # ======================================================================================================================
@@ -49,8 +52,10 @@ from preprocessing import load_image, preprocess
 HF_GPT2_REPO = os.environ.get("HF_GPT2_REPO", "openai-community/gpt2")  # GPT-2 weights, tokenizer: hub id or folder
 DATA_DIR = REPO_ROOT / "data"
 IMAGE_DIR = DATA_DIR / "flickr30k_images"
+CAPTIONS_FILE = ""  # found in DATA_DIR when empty
 OUTPUT_DIR = REPO_ROOT / "captioner"
-SHAPES_DIR = DATA_DIR / "shapes"  # where the built-in dataset is rendered
+RECIPES_DIR = REPO_ROOT / "recipes"
+BUILT_IN = {"shapes": shapes.write_dataset, "vqa_shapes": shapes.write_questions}  # rendered into DATA_DIR / name
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 tokenizer = CaptionTokenizer(HF_GPT2_REPO)  # GPT-2's; pad token = EOS; read on first use, so importing needs no network
@@ -66,11 +71,16 @@ model_config = SimpleNamespace(
     mlp_dropout=0.1,  # dropout behind the MLP
     residual_dropout=0.1,  # dropout behind attention's output projection
     decoder_weights="pretrained",  # "pretrained" (HF_GPT2_REPO), a hub id, a local folder, or "scratch"
-    tokenizer="gpt2",  # "gpt2" (HF_GPT2_REPO) or "bpe", trained on the training captions
-    eos_token_id=50256,  # begins, ends and pads captions; set from the tokenizer
+    positions="learned",  # "learned" as GPT-2's, or "sinusoidal" (from scratch only)
+    activation="gelu",  # of the MLP: "gelu" as GPT-2's, or "relu" (from scratch only)
+    post_norm=False,  # true: norms behind each residual sum as in the first Transformer (from scratch only)
+    tokenizer="gpt2",  # "gpt2" (HF_GPT2_REPO), or "bpe" or "word", learnt from the training captions
+    eos_token_id=50256,  # ends captions; set from the tokenizer
     encoder="vit_base_patch16_224",  # any timm model, or a transformers ViT or CLIP (hub id or folder)
     encoder_weights="pretrained",  # "pretrained" (downloaded), a local weights file or folder, or "scratch"
     encoder_options={},  # more arguments of the timm model, as JSON: {"img_size": 48, "patch_size": 8}
+    trainable_stages=-1,  # last blocks or stages of a pretrained encoder that ever train; -1: all, 0: none
+    refiner={},  # encoder layers from scratch behind a CNN, as JSON: arguments of encoders.ConvolutionalRefiner
     preprocessing={},  # mean, std, resample of photos, as JSON; what is not given comes with the encoder
     coupling="stepped",  # decoder block i attends to encoder depth i ("stepped") or to the last layer ("final")
     normalize_tokens=False,  # LayerNorm on image tokens that no final norm of the encoder has normalised
@@ -78,7 +88,6 @@ model_config = SimpleNamespace(
     # its own model_config
 )
 
-# Shapes, the built-in dataset, replaces some of these: see SHAPES_MODEL and SHAPES_TRAIN below.
 train_config = SimpleNamespace(
     epochs=5,  # passes over the training captions
     freeze_epochs_gpt=1,  # epochs before the pretrained GPT-2 blocks train too
@@ -95,23 +104,15 @@ train_config = SimpleNamespace(
     num_workers=0 if DEVICE == "cpu" else min(8, os.cpu_count()),  # processes that load images
     device=DEVICE,  # where to train; cuda:1 is a second GPU
     seed=0,  # of weights, order and augmentation; the split stays the same, so that runs can be compared
-    data_dir=DATA_DIR,  # folder with results.csv or captions.txt
+    data_dir=DATA_DIR,  # folder with captions and photos
     image_dir=IMAGE_DIR,  # folder with the photos; found in data_dir when only that is given
     model_path=OUTPUT_DIR,  # folder for checkpoint, metrics and plots; an earlier run there is moved aside
+    captions_file=CAPTIONS_FILE,  # annotation file of any format that sources.py reads; found in data_dir when empty
+    dataset="flickr30k",  # what --download puts into data_dir: flickr8k, flickr30k or coco2017
+    keep_epoch_checkpoints=False,  # also keep the weights of every epoch, named by epoch and validation loss
     demo_images=10,  # validation photos in demo.png
-    shapes_scenes=6000,  # training scenes of the built-in dataset
+    shapes_scenes=6000,  # training scenes of the built-in datasets
 )
-
-# What differs for the built-in dataset: a small captioner, all from scratch, that learns in minutes on a CPU.
-# fmt: off
-SHAPES_MODEL = dict(
-    embed_dim=128, num_heads=4, depth=3, seq_len=32, vocab_size=512, tokenizer="bpe", decoder_weights="scratch",
-    encoder="vit_tiny_patch16_224", encoder_weights="scratch",
-    encoder_options=dict(img_size=48, patch_size=8, embed_dim=128, depth=3, num_heads=4, weight_init="jax"),
-    emb_dropout=0.1, attention_dropout=0.0, mlp_dropout=0.0, residual_dropout=0.0,
-)
-# fmt: on
-SHAPES_TRAIN = dict(epochs=10, lr=1e-3, batch_size=32, captions_per_image=2, crop_scale=1.0)
 
 IGNORED_LABEL = -100  # what cross_entropy skips
 
@@ -147,9 +148,19 @@ def _gpt2_tokenizer():
     return tokenizer  # the module's, for functions whose own argument has this name
 
 
-def encode_caption(tokenizer, caption, max_length):
-    """caption -> ids [BOS] caption [EOS], at most `max_length` of them; a longer caption loses words, never EOS."""
-    return [tokenizer.bos_token_id, *tokenizer.encode(caption)[: max_length - 2], tokenizer.eos_token_id]
+def encode_caption(tokenizer, caption, max_length, prompt=""):
+    """caption -> ids [BOS] caption [EOS], at most `max_length` of them; a longer caption loses words, never EOS.
+
+    With a prompt (a question) the ids are [BOS] prompt caption [EOS].
+    """
+    ids = encode_prompt(tokenizer, prompt)[: max_length - 2]
+    caption_ids = tokenizer.encode(f" {caption}" if prompt else caption)
+    return [*ids, *caption_ids[: max_length - 1 - len(ids)], tokenizer.eos_token_id]
+
+
+def encode_prompt(tokenizer, prompt):
+    """prompt -> ids [BOS] prompt: what the model is given before it writes."""
+    return [tokenizer.bos_token_id, *tokenizer.encode(prompt.strip())]
 
 
 # ======================================================================================================================
@@ -157,19 +168,15 @@ def encode_caption(tokenizer, caption, max_length):
 # ======================================================================================================================
 
 
-def _load_flickr_dataframe(data_dir, image_dir):
-    """Read `data_dir`/results.csv (Flickr30k) or captions.txt (Flickr8k) -> DataFrame with a row a caption.
+def _load_flickr_dataframe(data_dir, image_dir, captions_file=None):
+    """Read `data_dir`/results.csv (Flickr30k), or any other dataset that `sources.load` recognises there -> DataFrame
+    with a row a caption.
 
-    Columns: image (Path in `image_dir`), caption (lowercased, stripped, "" where missing) and split (train/val/test,
-    by image). Raises FileNotFoundError when there is no annotation file, ValueError when it cannot be understood.
+    Columns: image (Path in `image_dir`), caption (lowercased, stripped, "" where missing), split (train/val/test, by
+    image) and, for questions, prompt. Raises FileNotFoundError when there is no annotation file, ValueError when it
+    cannot be understood.
     """
-    captions_file = sources.find_captions_file(data_dir)
-    if captions_file is None:
-        raise FileNotFoundError(f"{data_dir}: neither {sources.RESULTS_FILE} nor {sources.CAPTIONS_FILE} is there")
-    df = sources.read_captions(captions_file)
-    df["split"] = sources.assign_splits(df["image"], data_dir)
-    df["image"] = df["image"].map({name: Path(image_dir) / name for name in df["image"].unique()})
-    return df
+    return sources.load(data_dir, captions_file, image_dir)
 
 
 def build_transforms(img_size=224, norm_mean=None, norm_std=None, crop_scale=0.8, resample="bicubic"):
@@ -188,6 +195,8 @@ def build_transforms(img_size=224, norm_mean=None, norm_std=None, crop_scale=0.8
 class Dataset(torch.utils.data.Dataset):
     """One caption with its image: (image_tensor (3, H, W), token_ids, labels), the latter two lists of equal length.
 
+    Where `df` has a column `prompt`, the ids begin with it, and its labels are -100: it is context, never loss.
+
     With `captions_per_image` = K, `__getitems__` expects groups of K captions of one image, as `CaptionBatchSampler`
     makes them, and decodes and augments the image once for all K. The tokenizer is GPT-2's unless one is given.
     """
@@ -195,9 +204,10 @@ class Dataset(torch.utils.data.Dataset):
     def __init__(self, df, tfms, tokenizer=None, captions_per_image=1, max_length=1024, seed=0):
         self.images = [str(path) for path in df["image"]]
         self.captions = list(df["caption"])
-        self.captions_of = {}  # all captions of an image decide how it may be augmented
-        for image, caption in zip(self.images, self.captions, strict=True):
-            self.captions_of.setdefault(image, []).append(caption)
+        self.prompts = list(df["prompt"]) if "prompt" in df else [""] * len(df)
+        self.captions_of = {}  # all captions of an image decide how it may be augmented, questions too
+        for image, *texts in zip(self.images, self.captions, self.prompts, strict=True):
+            self.captions_of.setdefault(image, []).extend(filter(None, texts))
         self.tfms, self.tokenizer = tfms, _gpt2_tokenizer() if tokenizer is None else tokenizer
         self.captions_per_image, self.max_length, self.seed = captions_per_image, max_length, seed
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # shared: workers live longer than an epoch
@@ -225,8 +235,13 @@ class Dataset(torch.utils.data.Dataset):
         image = self.tfms(image=pixels, captions=self.captions_of[path], seed=seed)["image"]
         items = []
         for row in rows:
-            token_ids = encode_caption(self.tokenizer, self.captions[row], self.max_length)
-            items.append((image, token_ids, _shift_labels(token_ids)))
+            prompt = self.prompts[row]
+            token_ids = encode_caption(self.tokenizer, self.captions[row], self.max_length, prompt)
+            labels = _shift_labels(token_ids)
+            if prompt:
+                given = min(len(encode_prompt(self.tokenizer, prompt)), self.max_length - 2) - 1
+                labels[:given] = [IGNORED_LABEL] * given
+            items.append((image, token_ids, labels))
         return items
 
 
@@ -247,15 +262,13 @@ def collate_fn(batch, tokenizer=None, captions_per_image=1):
 
 
 def build_tokenizer(model_config, captions):
-    """The tokenizer of the captioner to start from, or the one that `model_config.tokenizer` names; "bpe" is trained
-    on `captions`."""
+    """The tokenizer of the captioner to start from, or the one that `model_config.tokenizer` names; "bpe" and "word"
+    are learnt from `captions`."""
     if model_config.start_from:
         return CaptionTokenizer(read_captioner_config(model_config.start_from)[0])
     if model_config.tokenizer == "gpt2":
         return tokenizer
-    if model_config.tokenizer == "bpe":
-        return CaptionTokenizer.train(captions, model_config.vocab_size)
-    raise ValueError(f"tokenizer {model_config.tokenizer!r} is neither gpt2 nor bpe")
+    return CaptionTokenizer.train(captions, model_config.vocab_size, model_config.tokenizer)
 
 
 def build_dataloaders(df, tokenizer, model_config, train_config):
@@ -331,28 +344,36 @@ class GPT2Block(TransformerBlock):
     """GPT-2's block with cross-attention between self-attention and the MLP.
 
     x + self_attn(ln_1(x)); x + cross_attn(ln_cross(x), image); x + mlp(ln_2(x)). `ln_2` stays where GPT-2 was trained
-    with it, in front of the MLP: cross-attention brings a norm of its own.
+    with it, in front of the MLP: cross-attention brings a norm of its own. With `config.post_norm` each norm stands
+    behind its sum instead, norm(x + layer(x)), as in the first Transformer (Vaswani et al. 2017).
     """
 
     def __init__(self, config):
         super().__init__(config)
         self.ln_cross = LayerNorm(config.embed_dim)
         self.cross_attn = GPT2CrossAttention(config)
+        self.post_norm = getattr(config, "post_norm", False)
+        if getattr(config, "activation", "gelu") == "relu":
+            self.mlp.activation = nn.ReLU()
 
     def forward(self, hidden_states, encoder_states, cache=None):
         """hidden_states (B*K, T, embed_dim), encoder_states (B, N, embed_dim) -> (B*K, T, embed_dim).
 
         With a `BlockCache`, hidden_states holds the newest tokens only, and encoder_states is projected once.
         """
-        x = hidden_states
-        x = x + self.self_attn(self.ln_1(x), cache.self_attn if cache else None)
         if cache is None:
-            x = x + self.cross_attn(self.ln_cross(x), encoder_states, encoder_states)
+            keys, values = self.cross_attn.project(encoder_states, encoder_states)
         else:
             if cache.cross_attn is None:
                 cache.cross_attn = self.cross_attn.project(encoder_states, encoder_states)
-            x = x + self.cross_attn.attend(self.ln_cross(x), *cache.cross_attn)
-        return x + self.mlp(self.ln_2(x))
+            keys, values = cache.cross_attn
+        x = hidden_states
+        x = self._add(x, self.ln_1, lambda x: self.self_attn(x, cache.self_attn if cache else None))
+        x = self._add(x, self.ln_cross, lambda x: self.cross_attn.attend(x, keys, values))
+        return self._add(x, self.ln_2, self.mlp)
+
+    def _add(self, x, norm, layer):
+        return norm(x + layer(x)) if self.post_norm else x + layer(norm(x))
 
 
 class BlockCache:
@@ -374,18 +395,23 @@ class VisionGPT2Model(nn.Module):
     itself makes the frame for them, with random weights.
     """
 
-    NEW_LAYERS = ("ln_cross", "cross_attn")  # what a block has that GPT-2 lacks
+    NEW_LAYERS = ("ln_cross", "cross_attn", "refiner")  # what GPT-2 and the pretrained encoders lack
 
     def __init__(self, config, encoder_weights="scratch"):
         super().__init__()
         self.config, _ = complete_configs(model=config)
         config = self.config
         self.encoder = build_encoder(
-            config.encoder, config.depth, config.coupling, config.encoder_options, encoder_weights
+            config.encoder, config.depth, config.coupling, config.encoder_options, encoder_weights, config.refiner
         )
         config.coupling = self.encoder.coupling  # final where the encoder has no blocks to step
         self.preprocessing = preprocessing_of(config)
         self.gpt = GPTModel(config, block_class=GPT2Block)
+        if config.positions == "sinusoidal":
+            std = 0.7 * initial_std(config.embed_dim)  # 0.7 is the paper's ratio of positions to tokens
+            self.gpt.pos_emb = SinusoidalPositions(config.seq_len, config.embed_dim, std)
+        if config.post_norm:
+            self.gpt.final_norm = nn.Identity()  # the last block's norm is the last
         # From image tokens to what cross-attention reads: a norm if wanted, a projection where the widths differ. Each
         # depth of a ViT has statistics of its own and its own bridge; with final coupling all blocks share one.
         self.bridges = nn.ModuleList(
@@ -461,20 +487,29 @@ class VisionGPT2Model(nn.Module):
     def pretrained_parameters(self):
         """Names of the parameters whose weights `config` does not call "scratch"; nothing else is ever frozen."""
         scratch = {
-            "encoder.": self.config.encoder_weights == "scratch",
-            "gpt.": self.config.decoder_weights == "scratch",
-            "bridges.": True,
+            "encoder": self.config.encoder_weights == "scratch",
+            "gpt": self.config.decoder_weights == "scratch",
+            "bridges": True,
         }
         return [
             name
             for name, _ in self.named_parameters()
-            if not scratch[name.partition(".")[0] + "."] and not any(f".{new}." in name for new in self.NEW_LAYERS)
+            if not scratch[name.partition(".")[0]] and not any(f".{new}." in name for new in self.NEW_LAYERS)
         ]
 
+    def always_frozen(self):
+        """Names of pretrained parameters that no stage trains: the encoder's in front of its `trainable_stages`."""
+        if self.config.trainable_stages < 0:
+            return set()
+        before = {f"encoder.{name}" for name in self.encoder.parameters_before(self.config.trainable_stages)}
+        return before & set(self.pretrained_parameters())
+
     def pretrained_layers_trainable(self, trainable=False):
-        """Freeze (or thaw) all pretrained parameters, so that only new layers train; print how many are frozen."""
+        """Freeze all pretrained parameters, so that only new layers train, or thaw them but for `always_frozen`; print
+        how many are frozen."""
+        frozen = self.always_frozen()
         for name in self.pretrained_parameters():
-            self.get_parameter(name).requires_grad = trainable
+            self.get_parameter(name).requires_grad = trainable and name not in frozen
         self._trainable_changed()
 
     def unfreeze_gpt_layers(self):
@@ -501,7 +536,13 @@ class VisionGPT2Model(nn.Module):
     # --- weights ------------------------------------------------------------------------------------------------------
 
     def _load_hf_gpt2_weights(self, sd_hf):
-        """Copy a Hugging Face GPT-2 state_dict into the decoder, strictly; cross-attention keeps its values."""
+        """Copy a Hugging Face GPT-2 state_dict into the decoder, strictly; cross-attention keeps its values.
+
+        Raises ValueError when it does not fit, or when the decoder is built unlike GPT-2.
+        """
+        for key in ("positions", "activation", "post_norm"):
+            if getattr(self.config, key) != getattr(model_config, key):
+                raise ValueError(f"GPT-2 has no {key} {getattr(self.config, key)}: set --decoder_weights scratch")
         load_hf_gpt2_weights(self.gpt, sd_hf, new_layers=self.NEW_LAYERS)
 
     @classmethod
@@ -587,18 +628,28 @@ def caption_images(
 ):
     """Paths, PIL images or arrays -> a list of captions; with `num_return_sequences` above 1 a list of lists.
 
-    Each caption begins with `prompt`. `options`: see `decoding.Options`; with `num_beams` it is beam search.
+    Each caption begins with `prompt`; when it is a list, one prompt for each image, the captions are what follows the
+    prompts: answers to questions. `options`: see `decoding.Options`; with `num_beams` it is beam search.
     """
     device, count = next(model.parameters()).device, options.get("num_return_sequences", 1)
-    prompt_ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(prompt.strip())]], device=device)  # (1, T)
-    captions = []
-    for start in range(0, len(images), batch_size):
-        batch = [preprocess(image, **model.preprocessing) for image in images[start : start + batch_size]]
-        sequences = prompt_ids.expand(len(batch), -1)  # (B, T)
-        images_on_device = torch.stack(batch).to(device)
-        ids = generate_ids(model, images_on_device, sequences, max_tokens, temperature, deterministic, **options)
-        captions += [tokenizer.decode(row).strip() for row in ids.tolist()]
-    return captions if count == 1 else [captions[i : i + count] for i in range(0, len(captions), count)]
+    asked = not isinstance(prompt, str)
+    prompts = [encode_prompt(tokenizer, text) for text in (prompt if asked else [prompt] * len(images))]
+    if len(prompts) != len(images):
+        raise ValueError(f"{len(prompts)} prompts for {len(images)} images")
+    captions = [None] * len(images)
+    by_length = {}  # prompts of one length make a batch without padding
+    for i, ids in enumerate(prompts):
+        by_length.setdefault(len(ids), []).append(i)
+    for length, places in by_length.items():
+        for start in range(0, len(places), batch_size):
+            batch = places[start : start + batch_size]
+            photos = torch.stack([preprocess(images[i], **model.preprocessing) for i in batch]).to(device)
+            sequences = torch.tensor([prompts[i] for i in batch], device=device)  # (B, T)
+            ids = generate_ids(model, photos, sequences, max_tokens, temperature, deterministic, **options)
+            texts = [tokenizer.decode(row[length if asked else 1 :]).strip() for row in ids.tolist()]
+            for n, i in enumerate(batch):
+                captions[i] = texts[n] if count == 1 else texts[n * count : (n + 1) * count]
+    return captions
 
 
 # ======================================================================================================================
@@ -632,7 +683,10 @@ class Trainer:
         self.autocast = partial(torch.autocast, self.device.type, dtype=self.amp_dtype, enabled=cuda)
         self.scaler = torch.amp.GradScaler(enabled=cuda and self.amp_dtype == torch.float16)
 
-        self.optimizer = torch.optim.AdamW(self._parameter_groups(), fused=self.device.type in ("cuda", "cpu"))
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, self.model.pretrained_parameters(), config),
+            fused=self.device.type in ("cuda", "cpu"),
+        )
         self.scheduler = None
         self.rebuild_schedule(config.epochs)
         self.metrics = []  # a dict an epoch, the rows of metrics.csv
@@ -641,38 +695,11 @@ class Trainer:
         self.stage = None
         self._enter_stage(epoch=0)
 
-    def _parameter_groups(self):
-        """New layers learn at lr, pretrained ones slower; matrices decay, but norms, biases and embeddings do not."""
-        config, pretrained = self.train_config, set(self.model.pretrained_parameters())
-        groups = {}
-        for name, parameter in self.model.named_parameters():
-            embedding = any(part in name for part in ("tok_emb", "pos_emb", "_token"))  # also the ViT's cls_token
-            key = (name in pretrained, parameter.ndim > 1 and not embedding)
-            groups.setdefault(key, []).append(parameter)
-        return [
-            {
-                "params": parameters,
-                "lr": config.lr * (config.pretrained_lr_scale if is_pretrained else 1.0),
-                "weight_decay": config.weight_decay if decays else 0.0,
-            }
-            for (is_pretrained, decays), parameters in groups.items()
-        ]
-
     def rebuild_schedule(self, epochs):
         """OneCycle over `epochs` epochs, continued at the current step: call it when the number of epochs changes."""
         step = self.scheduler.last_epoch if self.scheduler else 0
-        peaks = [group.get("max_lr", group["lr"]) for group in self.optimizer.param_groups]
         self.train_config.epochs = epochs
-        total = max(epochs * len(self.train_dl), step, 3)  # OneCycleLR divides by zero in shorter runs
-        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer,
-            peaks,
-            total_steps=total,
-            pct_start=max(self.train_config.warmup_share, 2 / total),
-            div_factor=25,
-            cycle_momentum=False,
-            last_epoch=step - 1,
-        )
+        self.scheduler = one_cycle(self.optimizer, epochs * len(self.train_dl), self.train_config.warmup_share, step)
 
     def _enter_stage(self, epoch):
         """Make trainable what trains in this epoch, and say so when it changes."""
@@ -680,7 +707,8 @@ class Trainer:
         stage = "GPT-2 blocks" if epoch >= config.freeze_epochs_gpt else "new layers"
         if self.model.config.decoder_weights == "scratch":
             stage = "new layers"  # the whole decoder is new: nothing of it waits
-        if epoch >= config.freeze_epochs_all or not self.model.pretrained_parameters():
+        thaws = set(self.model.pretrained_parameters()) - self.model.always_frozen()
+        if (thaws and epoch >= config.freeze_epochs_all) or not self.model.pretrained_parameters():
             stage = "everything"
         if stage == self.stage:
             return
@@ -779,6 +807,10 @@ class Trainer:
                     best = {"best_perplexity": valid_perplexity, "best_epoch": epoch}
                     self.save_model(best)
                     self.best = best  # only now: an interrupted save has kept the files of the epoch before
+                if self.train_config.keep_epoch_checkpoints:
+                    checkpoint.save_epoch(
+                        self.model_path, self.model.state_dict(), epoch + 1, self.metrics[-1]["valid_loss"]
+                    )
                 self.clean()
         except (FloatingPointError, KeyboardInterrupt) as reason:
             if self.best["best_epoch"] is None:
@@ -841,51 +873,65 @@ def perplexity(loss):
 
 
 # ======================================================================================================================
-# After training: demo
-# ======================================================================================================================
-
-
-def run_demo(model, tokenizer, df, count, path):
-    """Caption the first `count` validation photos, print the captions and draw them to `path` (demo.png)."""
-    rows = df[df["split"] == "val"].drop_duplicates("image").head(count)
-    if rows.empty:
-        return
-    generated = caption_images(model, tokenizer, list(rows["image"]))
-    for image, caption, truth in zip(rows["image"], generated, rows["caption"], strict=True):
-        print(f"{image.name}\n    generated: {caption}\n    true:      {truth}")
-    plots.plot_captions([load_image(image) for image in rows["image"]], generated, list(rows["caption"]), path)
-
-
-# ======================================================================================================================
 # Main
 # ======================================================================================================================
 
 
 def read_configs(argv):
-    """Command line -> (model_config, train_config): Shapes' constants where there is no dataset, overrides on top."""
-    given = parse_overrides(argv, __file__, model_config=model_config, train_config=train_config)
-    model_given, train_given = given["model_config"], given["train_config"]
-    data_dir = train_given.get("data_dir", train_config.data_dir)
-    if "data_dir" not in train_given and sources.find_captions_file(data_dir) is None:
+    """Command line -> (model_config, train_config, download): the constants, on top of them those of the recipe, of the
+    captioner to start from, and of the command line. Without a dataset the recipe is Shapes'."""
+    sections = dict(model_config=model_config, train_config=train_config)
+    given, recipe, download = parse_overrides(argv, __file__, **sections)
+    given_paths = {"data_dir", "captions_file"} & given["train_config"].keys()
+    if recipe is None and not given_paths and not download and sources.find_captions(train_config.data_dir) is None:
         print(
-            f"{data_dir / sources.RESULTS_FILE} not found: training on the built-in Shapes dataset instead. To train "
-            "on Flickr30k, put results.csv and flickr30k_images/ into data/; data/README.md says where to get them."
+            f"no dataset in {train_config.data_dir}: training on the built-in Shapes instead. To train on Flickr30k, "
+            "add --download, or put results.csv and flickr30k_images/ there; data/README.md says where to get them."
         )
-        data_dir = SHAPES_DIR
-    shapes_model, shapes_train = {}, {}
-    if data_dir.resolve() == SHAPES_DIR.resolve():
-        shapes_model, shapes_train = SHAPES_MODEL, SHAPES_TRAIN
-        train_given |= dict(data_dir=SHAPES_DIR, image_dir=SHAPES_DIR / shapes.IMAGE_FOLDER)
-    elif "image_dir" not in train_given and ("data_dir" in train_given or not train_config.image_dir.is_dir()):
-        train_given["image_dir"] = sources.find_image_dir(data_dir)
-    stored, start_from = {}, model_given.get("start_from", model_config.start_from)
-    if start_from:
-        _, stored = read_captioner_config(start_from)
-        stored["start_from"] = start_from
-    return (
-        SimpleNamespace(**{**vars(model_config), **shapes_model, **stored, **model_given}),
-        SimpleNamespace(**{**vars(train_config), **shapes_train, **train_given}),
-    )
+        recipe = "shapes"
+    if recipe is None and "data_dir" in given_paths:
+        folder = given["train_config"]["data_dir"].resolve()
+        recipe = next((name for name in BUILT_IN if folder == (DATA_DIR / name).resolve()), None)
+    from_recipe = read_recipe(recipe, RECIPES_DIR, **sections) if recipe else dict(model_config={}, train_config={})
+    for key, value in from_recipe["train_config"].items():
+        if isinstance(value, Path):
+            from_recipe["train_config"][key] = REPO_ROOT / value
+    if recipe in BUILT_IN:
+        from_recipe["train_config"].setdefault("data_dir", DATA_DIR / recipe)
+    model_cfg, train_cfg = ({**vars(sections[name]), **from_recipe[name], **given[name]} for name in sections)
+    if model_cfg["start_from"]:
+        _, stored = read_captioner_config(model_cfg["start_from"])
+        model_cfg |= stored | given["model_config"] | dict(start_from=model_cfg["start_from"])
+    chosen = from_recipe["train_config"] | given["train_config"]
+    if "image_dir" not in chosen and ("data_dir" in chosen or not train_config.image_dir.is_dir()):
+        train_cfg["image_dir"] = None  # looked for beside the captions
+    return SimpleNamespace(**model_cfg), SimpleNamespace(**train_cfg), download
+
+
+def load_data(train_cfg, download=False):
+    """The captions that the run trains on, rendered or downloaded first if need be -> DataFrame of usable rows.
+
+    Raises FileNotFoundError with the command that fetches a public dataset that is not there.
+    """
+    data_dir = train_cfg.data_dir
+    built_in = next((name for name in BUILT_IN if data_dir.resolve() == (DATA_DIR / name).resolve()), None)
+    if built_in:
+        BUILT_IN[built_in](data_dir, train_cfg.shapes_scenes)
+    elif download:
+        import downloads  # here, so that nothing else waits for it
+
+        downloads.fetch_dataset(train_cfg.dataset, data_dir)
+    captions_file = train_cfg.captions_file or sources.find_captions(data_dir)
+    try:
+        df = _load_flickr_dataframe(data_dir, train_cfg.image_dir, captions_file)
+        df = sources.drop_unusable(df, captions_file)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}\nTo fetch {train_cfg.dataset}, add --download, or run\n"
+            f"    python MyLLM_Vit_gpt2_captioning/prepare_data.py {train_cfg.dataset} --to {data_dir}"
+        ) from error
+    print(", ".join(f"{split}: {n:,} photos" for split, n in df.groupby("split")["image"].nunique().items()))
+    return df
 
 
 def build_trainer(model_cfg, train_cfg, df):
@@ -893,9 +939,11 @@ def build_trainer(model_cfg, train_cfg, df):
 
     Raises FileNotFoundError that says what the run needed and how to give it locally, where weights cannot be had.
     """
+    training = df[df["split"] == "train"]
+    texts = pd.concat([training[column] for column in ("caption", "prompt") if column in training])
     try:
-        tok = build_tokenizer(model_cfg, df["caption"][df["split"] == "train"])
-        if model_cfg.tokenizer == "bpe" or len(tok) > model_cfg.vocab_size:
+        tok = build_tokenizer(model_cfg, texts)
+        if model_cfg.tokenizer in ("bpe", "word") or len(tok) > model_cfg.vocab_size:
             model_cfg.vocab_size = len(tok)  # a larger one, padded for speed, may stay with GPT-2's tokenizer
         return Trainer(model_cfg, train_cfg, build_dataloaders(df, tok, model_cfg, train_cfg))
     except FileNotFoundError as error:
@@ -904,27 +952,28 @@ def build_trainer(model_cfg, train_cfg, df):
 
 def main(argv=None):
     """Train, plot, demonstrate -> {"best_perplexity", "best_epoch"}, for Shapes also {"scores"}."""
-    model_cfg, train_cfg = read_configs(sys.argv[1:] if argv is None else argv)
-    on_shapes = train_cfg.data_dir == SHAPES_DIR
+    model_cfg, train_cfg, download = read_configs(sys.argv[1:] if argv is None else argv)
     torch.manual_seed(train_cfg.seed)
-    if on_shapes:
-        shapes.write_dataset(SHAPES_DIR, train_cfg.shapes_scenes)
-    df = _load_flickr_dataframe(train_cfg.data_dir, train_cfg.image_dir)
-    df = sources.drop_unusable(df, sources.find_captions_file(train_cfg.data_dir))
-    print(", ".join(f"{split}: {n:,} photos" for split, n in df.groupby("split")["image"].nunique().items()))
-
+    df = load_data(train_cfg, download)
     trainer = build_trainer(model_cfg, train_cfg, df)
     earlier = checkpoint.set_aside(train_cfg.model_path)
     if earlier:
         print(f"an earlier run was moved to {earlier}")
+    resolved = as_toml(model_config=trainer.model.config, train_config=trainer.train_config)
+    print(resolved)
+    checkpoint.write_atomically(
+        train_cfg.model_path / checkpoint.RECIPE_FILE, lambda path: path.write_text(resolved, encoding="utf-8")
+    )
     result = trainer.run_training()
 
     trainer.load_best_model()
     for quantity in ("loss", "perplexity"):
         plots.plot_curve(trainer.metrics, quantity, train_cfg.model_path / f"{quantity}.png")
-    run_demo(trainer.model, trainer.tokenizer, df, train_cfg.demo_images, train_cfg.model_path / "demo.png")
-    if on_shapes:
-        result["scores"] = shapes.score(partial(caption_images, trainer.model, trainer.tokenizer), SHAPES_DIR)
+    caption = partial(caption_images, trainer.model, trainer.tokenizer)
+    plots.draw_demo(caption, df[df["split"] == "val"], train_cfg.demo_images, train_cfg.model_path / "demo.png")
+    if (train_cfg.data_dir / shapes.SPLIT_FILE).is_file():
+        score = shapes.score_answers if "prompt" in df else shapes.score
+        result["scores"] = score(caption, train_cfg.data_dir)
     print(
         f"best validation perplexity {result['best_perplexity']:.3f} in epoch {result['best_epoch'] + 1}; "
         f"checkpoint and plots are in {train_cfg.model_path}"

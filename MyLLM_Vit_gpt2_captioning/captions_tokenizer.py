@@ -1,7 +1,8 @@
-"""Text to token ids and back: GPT-2's byte-level BPE, or a BPE of the same kind trained on your own captions.
+"""Text to token ids and back: GPT-2's byte-level BPE, or a BPE or a list of words learnt from your own captions.
 
-Both have one special token, `<|endoftext|>`, that begins a caption, ends it and pads it, as in GPT-2. The attribute
-names are those of Hugging Face tokenizers, but only the light `tokenizers` library is imported.
+A BPE has one special token, `<|endoftext|>`, that begins a caption, ends it and pads it, as in GPT-2; words have
+`<start>`, `<end>` and `<pad>`, and `<unk>` for a word that is not in the list. Nothing else has to know which it is.
+The attribute names are those of Hugging Face tokenizers, but only the light `tokenizers` library is imported.
 """
 
 import os
@@ -13,6 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
+START, END, PAD, UNKNOWN = "<start>", "<end>", "<pad>", "<unk>"
 TOKENIZER_FILE = "tokenizer.json"
 
 
@@ -37,15 +39,28 @@ class CaptionTokenizer:
             self.backend = backend
 
     @classmethod
-    def train(cls, captions, vocab_size):
-        """Learn a byte-level BPE of at most `vocab_size` tokens (256 bytes, the special token, then merges)."""
-        backend = _byte_level(models.BPE())
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[END_OF_TEXT],
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        )
+    def train(cls, captions, vocab_size, kind="bpe"):
+        """Learn from captions at most `vocab_size` tokens, special ones included.
+
+        "bpe": byte-level, as GPT-2's: 256 bytes, then the commonest merges. "word": the commonest words and marks of
+        punctuation. Raises ValueError for another kind.
+        """
+        if kind == "bpe":
+            backend = _byte_level(models.BPE())
+            trainer = trainers.BpeTrainer(
+                vocab_size=vocab_size,
+                special_tokens=[END_OF_TEXT],
+                show_progress=False,
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            )
+        elif kind == "word":
+            backend = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+            backend.pre_tokenizer = pre_tokenizers.Whitespace()  # words, and marks of punctuation by themselves
+            trainer = trainers.WordLevelTrainer(
+                vocab_size=vocab_size, special_tokens=[PAD, START, END, UNKNOWN], show_progress=False
+            )
+        else:
+            raise ValueError(f"tokenizer {kind!r} is not one of gpt2, bpe, word")
         backend.train_from_iterator(captions, trainer)
         return cls("trained on captions", backend)
 
@@ -70,8 +85,9 @@ class CaptionTokenizer:
                     f"the tokenizer {self.source!r} is neither a local folder nor to be had from the Hugging Face hub "
                     f"({type(error).__name__}); give a folder that holds vocab.json and merges.txt"
                 ) from error
-        if backend.token_to_id(END_OF_TEXT) is None:
-            raise ValueError(f"{self.source}: the tokenizer has no {END_OF_TEXT} token, so it is not GPT-2's kind")
+        has = {token for token in (END_OF_TEXT, START, END, PAD) if backend.token_to_id(token) is not None}
+        if END_OF_TEXT not in has and not {START, END, PAD} <= has:
+            raise ValueError(f"{self.source}: the tokenizer has neither {END_OF_TEXT} nor {START}, {END} and {PAD}")
         return backend
 
     def encode(self, text):
@@ -92,10 +108,14 @@ class CaptionTokenizer:
     def __len__(self):
         return self.backend.get_vocab_size()
 
-    @property
-    def eos_token_id(self):
-        """The id of `<|endoftext|>`; the same as `bos_token_id` and `pad_token_id`."""
-        return self.backend.token_to_id(END_OF_TEXT)
+    def _special(self, name):
+        """The id of a special token of ours; `<|endoftext|>` plays all three roles where it is there."""
+        end_of_text = self.backend.token_to_id(END_OF_TEXT)
+        return self.backend.token_to_id(name) if end_of_text is None else end_of_text
 
-    bos_token_id = pad_token_id = eos_token_id
-    eos_token = bos_token = pad_token = END_OF_TEXT
+    bos_token_id = property(lambda self: self._special(START))
+    eos_token_id = property(lambda self: self._special(END))
+    pad_token_id = property(lambda self: self._special(PAD))
+    bos_token = property(lambda self: self.backend.id_to_token(self.bos_token_id))
+    eos_token = property(lambda self: self.backend.id_to_token(self.eos_token_id))
+    pad_token = property(lambda self: self.backend.id_to_token(self.pad_token_id))

@@ -22,7 +22,11 @@ from captions_tokenizer import TOKENIZER_FILE
 WEIGHTS_FILE = "captioner.safetensors"
 TORCH_FILE = "captioner.pt"
 CONFIG_FILE = "config.json"
+RECIPE_FILE = "recipe.toml"
+EPOCHS_FOLDER = "epochs"
 RUN_FILES = (
+    RECIPE_FILE,
+    EPOCHS_FOLDER,
     WEIGHTS_FILE,
     TORCH_FILE,
     CONFIG_FILE,
@@ -60,6 +64,15 @@ def save_checkpoint(folder, state_dict, config, tokenizer):
     write_atomically(folder / TORCH_FILE, lambda path: torch.save(state_dict, path))
     write_atomically(folder / TOKENIZER_FILE, lambda path: path.write_text(tokenizer.to_json(), encoding="utf-8"))
     write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+
+
+def save_epoch(folder, state_dict, epoch, loss):
+    """Keep the weights of one epoch (counted from 1) beside the best ones: epochs/epoch_03_loss_2.345.safetensors."""
+    place = Path(folder) / EPOCHS_FOLDER
+    place.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    name = f"epoch_{epoch:02d}_loss_{loss:.3f}.safetensors"
+    write_atomically(place / name, lambda path: path.write_bytes(save(weights)))
 
 
 def portable(config, root):

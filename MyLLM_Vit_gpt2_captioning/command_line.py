@@ -1,4 +1,8 @@
-"""Typed `--key value` overrides for the constants at the top of the script, and a `--help` made from their comments."""
+"""Typed overrides for the constants at the top of the script, from a recipe or as `--key value`, and a `--help` made
+from their comments.
+
+A recipe is a TOML file with the constants that differ for one experiment: `key = value`, in any order.
+"""
 
 import argparse
 import ast
@@ -6,6 +10,7 @@ import difflib
 import io
 import json
 import tokenize
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,7 +54,7 @@ def _plain(default):
 
 
 def parse_overrides(argv, source_file, **sections):
-    """Read the overrides in `argv` -> {section: {key: value}}, holding only what was given.
+    """Read `argv` -> ({section: {key: value}}, holding only what was given; recipe, a name, path or None; download).
 
     `sections` are the SimpleNamespaces with the defaults, under their names in `source_file`. `-` and `_` in a key
     are the same. An unknown key ends the program (status 2) with the nearest known one, a value of the wrong type
@@ -61,8 +66,10 @@ def parse_overrides(argv, source_file, **sections):
         description=ast.get_docstring(ast.parse(Path(source_file).read_text(encoding="utf-8"))),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        usage="%(prog)s [--key value ...]",
+        usage="%(prog)s [--recipe NAME] [--download] [--key value ...]",
     )
+    parser.add_argument("--recipe", metavar="NAME", help="constants of recipes/NAME.toml, or of another TOML file")
+    parser.add_argument("--download", action="store_true", help="fetch the public dataset that is not there yet")
     for name, section in sections.items():
         group = parser.add_argument_group(name)
         for key, default in vars(section).items():
@@ -80,10 +87,58 @@ def parse_overrides(argv, source_file, **sections):
         key = unknown[0].partition("=")[0]
         near = difflib.get_close_matches(key, [f"--{key}" for s in sections.values() for key in vars(s)], n=1)
         parser.error(f"unknown option {key}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-    return {
+    overrides = {
         name: {key: value for key, value in vars(given).items() if key in vars(section)}
         for name, section in sections.items()
     }
+    return overrides, given.recipe, given.download
+
+
+def read_recipe(recipe, folder, **sections):
+    """`folder`/NAME.toml, or the path of another TOML file -> {section: {key: value}}, typed as the constants are.
+
+    Raises FileNotFoundError that lists the recipes there are, ValueError that names file and key for one that is
+    unknown or of the wrong type.
+    """
+    path = Path(recipe) if Path(recipe).suffix == ".toml" else Path(folder) / f"{recipe}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in Path(folder).glob("*.toml")))
+        raise FileNotFoundError(f"{path}: no such recipe; there are {known}")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a TOML file ({error})") from error
+    found = {name: {} for name in sections}
+    for key, value in values.items():
+        section = next((name for name in sections if key in vars(sections[name])), None)
+        if section is None:
+            near = difflib.get_close_matches(key, [key for s in sections.values() for key in vars(s)], n=1)
+            raise ValueError(f"{path}: unknown constant {key}" + (f"; did you mean {near[0]}?" if near else ""))
+        default = vars(sections[section])[key]
+        if isinstance(default, Path) and isinstance(value, str):
+            value = Path(value)
+        elif isinstance(default, float) and type(value) is int:
+            value = float(value)
+        if not isinstance(value, type(default)) or (isinstance(value, bool) and not isinstance(default, bool)):
+            raise ValueError(f"{path}: {key} is {value!r}, but must be of type {type(default).__name__}")
+        found[section][key] = value
+    return found
+
+
+def as_toml(**sections):
+    """Configs (SimpleNamespaces) as the text of a recipe that gives them again."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{json.dumps(key)} = {plain(item)}" for key, item in value.items()) + "}"
+        if isinstance(value, (list, tuple)):
+            return "[" + ", ".join(plain(item) for item in value) + "]"
+        return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
+
+    lines = []
+    for name, section in sections.items():
+        lines += [f"# {name}", *(f"{key} = {plain(v)}" for key, v in vars(section).items() if v is not None), ""]
+    return "\n".join(lines)
 
 
 def _with_underscores(word):

@@ -381,6 +381,10 @@ def write_captioner(folder, model, gpt2_name, tokenizer=None):
     config = model.config
     if config.coupling != "final":
         raise ValueError(f'a VisionEncoderDecoderModel has coupling "final", this captioner has "{config.coupling}"')
+    if (config.positions, config.activation, config.post_norm) != ("learned", "gelu", False):
+        raise ValueError("the decoder is built unlike GPT-2 (positions, activation or post_norm)")
+    if tokenizer is not None and tokenizer.bos_token_id != tokenizer.eos_token_id:
+        raise ValueError("GPT-2 has one token for the beginning and the end of a caption, this tokenizer has two")
     vit = getattr(model.encoder, "vit", None)
     if vit is None or type(vit).__name__ != "VisionTransformer":
         raise ValueError(f"{config.encoder} is no ViT: a VisionEncoderDecoderModel of ViT and GPT-2 cannot hold it")

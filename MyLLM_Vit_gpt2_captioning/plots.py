@@ -6,6 +6,8 @@ from itertools import pairwise
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
+from preprocessing import load_image
+
 
 def plot_curve(metrics, quantity, path):
     """Training and validation `quantity` ("loss" or "perplexity") by epoch -> PNG.
@@ -58,11 +60,14 @@ def plot_captions(images, generated, references, path, columns=5):
         cell.spines[:].set_visible(False)
         # Title and label, unlike free text, have their room in the layout; a runaway caption is cut after four lines.
         cell.set_title(
-            textwrap.fill(caption or "(empty)", 32, max_lines=4, placeholder=" ..."), fontsize=10, loc="left"
+            textwrap.fill(caption or "(empty)", 32, max_lines=4, placeholder=" ..."),
+            fontsize=10,
+            loc="left",
+            parse_math=False,
         )
         if truth:
             lines = textwrap.fill(f"true: {truth}", 40, max_lines=4, placeholder=" ...")
-            cell.set_xlabel(lines, fontsize=8, color="dimgrey", loc="left")
+            cell.set_xlabel(lines, fontsize=8, color="dimgrey", loc="left", parse_math=False)
     figure.savefig(path, dpi=100)
     return figure
 
@@ -72,3 +77,19 @@ def show_windows():
     if plt.get_backend().lower() not in ("agg", "template", "pdf", "svg", "ps", "cairo"):
         plt.show()
     plt.close("all")
+
+
+def draw_demo(caption, rows, count, path):
+    """Caption the first `count` photos of `rows` (or answer a question about each), print it and draw it to `path`.
+
+    `rows`: a DataFrame with image, caption and maybe prompt; `caption(images, prompt=[...])` gives the texts.
+    """
+    rows = rows.drop_duplicates("image").head(count)
+    if rows.empty:
+        return
+    questions = list(rows["prompt"]) if "prompt" in rows else [""] * len(rows)
+    generated = caption(list(rows["image"]), prompt=questions)
+    for image, question, text, truth in zip(rows["image"], questions, generated, rows["caption"], strict=True):
+        print(f"{image.name} {question}\n    generated: {text}\n    true:      {truth}")
+    shown = [f"{question} {text}".strip() for question, text in zip(questions, generated, strict=True)]
+    plot_captions([load_image(image) for image in rows["image"]], shown, list(rows["caption"]), path)

@@ -5,7 +5,8 @@ the truth is known, a caption is not scored by its words but checked: is every a
 are held out of training: they show whether a model has learnt what it sees or only what usually goes together.
 
 The files lie in the Flickr30k layout (`results.csv`, a folder of photos, a Karpathy split file), so that the reader,
-transforms and loader are those of a real dataset.
+transforms and loader are those of a real dataset. The same scenes also come with questions and answers
+(`captions.jsonl` with the columns image, prompt, caption and split).
 """
 
 import json
@@ -41,6 +42,7 @@ WORDINGS = (
 )
 SCENE_PIXELS = 48
 CAPTIONS_PER_SCENE = 2
+QUESTIONS_PER_SCENE = 8
 SPLIT_FILE = "dataset_shapes.json"
 IMAGE_FOLDER = "images"
 
@@ -117,37 +119,78 @@ def chance_level():
     return 1 / (len(SIZES) * len(COLOURS) * len(SHAPES)) ** 2
 
 
+def questions(rng, scene):
+    """Questions about a scene that have one right answer -> list of (question, answer), in random order."""
+    pairs = []
+    for (size, colour, shape), other in (scene, scene[::-1]):
+        if (size, shape) != (other[0], other[2]):
+            pairs.append((f"what colour is the {size} {shape} ?", colour))
+        if (size, colour) != other[:2]:
+            pairs.append((f"what shape is the {size} {colour} thing ?", shape))
+        if (colour, shape) != other[1:]:
+            pairs.append((f"what size is the {colour} {shape} ?", size))
+    top, bottom = (" ".join(thing) for thing in scene)
+    if top != bottom:
+        pairs += [(f"what is above the {bottom} ?", top), (f"what is below the {top} ?", bottom)]
+    seen = {thing[1:] for thing in scene}
+    absent = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in seen]
+    for (colour, shape), answer in ((rng.choice(sorted(seen)), "yes"), (rng.choice(absent), "no")):
+        pairs.append((f"is there a {colour} {shape} ?", answer))
+    rng.shuffle(pairs)
+    return pairs
+
+
 def write_dataset(folder, train_scenes, seed=0):
     """Render Shapes into `folder` (replaced as a whole) unless it already holds just this dataset.
 
     Beside `train_scenes` there are 1/12 as many validation scenes, 1/6 test scenes and 1/12 test scenes with held-out
     combinations, at least 2 each. The split file also holds the truth of each scene.
     """
+
+    def write(draft, images, rng):
+        rows = ["image_name| comment_number| comment"]
+        for image in images:
+            for number, wording in enumerate(rng.sample(WORDINGS, CAPTIONS_PER_SCENE)):
+                rows.append(f"{image['filename']}| {number}| {describe(image['scene'], wording)}")
+        (draft / "results.csv").write_text("\n".join(rows) + "\n")
+
+    _write(folder, {"version": 7, "train_scenes": train_scenes, "seed": seed}, write)
+
+
+def write_questions(folder, train_scenes, seed=0):
+    """The same with questions in the place of captions: `captions.jsonl`."""
+
+    def write(draft, images, rng):
+        with open(draft / "captions.jsonl", "w", encoding="utf-8") as file:
+            for image in images:
+                for question, answer in questions(rng, image["scene"])[:QUESTIONS_PER_SCENE]:
+                    row = dict(image=image["filename"], prompt=question, caption=answer, split=image["split"])
+                    file.write(json.dumps(row) + "\n")
+
+    _write(folder, {"questions": QUESTIONS_PER_SCENE, "train_scenes": train_scenes, "seed": seed}, write)
+
+
+def _write(folder, settings, write_captions):
+    """Scenes, split file, and what `write_captions(folder, images, rng)` writes, unless they are there already."""
     folder = Path(folder)
-    settings = {"version": 6, "train_scenes": train_scenes, "seed": seed}
     split_file = folder / SPLIT_FILE
     if split_file.is_file() and json.loads(split_file.read_text(encoding="utf-8")).get("settings") == settings:
         return
-    rng = random.Random(seed)
-    parts = [
-        ("train", False, train_scenes),
-        ("val", False, train_scenes // 12),
-        ("test", False, train_scenes // 6),
-        ("test", True, train_scenes // 12),
-    ]
+    rng = random.Random(settings["seed"])
+    scenes = settings["train_scenes"]
+    parts = [("train", False, scenes), ("val", False, scenes // 12), ("test", False, scenes // 6),
+             ("test", True, scenes // 12)]  # fmt: skip
     draft = folder.with_name(folder.name + ".part")  # renamed when complete: an interrupted run leaves no half dataset
     shutil.rmtree(draft, ignore_errors=True)
     (draft / IMAGE_FOLDER).mkdir(parents=True)
-    rows, images = ["image_name| comment_number| comment"], []
+    images = []
     for split, held_out, count in parts:
         for _ in range(max(count, 2)):
             scene = draw_scene(rng, held_out)
             name = f"scene_{len(images):05d}.png"
             render_scene(rng, scene).save(draft / IMAGE_FOLDER / name)
-            for number, wording in enumerate(rng.sample(WORDINGS, CAPTIONS_PER_SCENE)):
-                rows.append(f"{name}| {number}| {describe(scene, wording)}")
             images.append({"filename": name, "split": split, "scene": scene, "held_out": held_out})
-    (draft / "results.csv").write_text("\n".join(rows) + "\n")
+    write_captions(draft, images, rng)
     (draft / SPLIT_FILE).write_text(json.dumps({"dataset": "shapes", "settings": settings, "images": images}))
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
@@ -180,3 +223,31 @@ def score(caption, folder):
     for name, value in scores.items():
         print(f"    {name:40s} {value:8.2%}")
     return scores
+
+
+def score_answers(answer, folder):
+    """Share of right answers to all questions about test scenes -> dict; printed beside what needs no image.
+
+    `answer(paths, prompt=questions)` gives a list of answers.
+    """
+    rng = random.Random(0)
+    scores, by_kind = {}, {}
+    for name, held_out in (("unseen scenes", False), ("unseen combinations of attributes", True)):
+        paths, scenes = read_scenes(folder, held_out)
+        asked = [(path, *pair) for path, scene in zip(paths, scenes, strict=True) for pair in questions(rng, scene)]
+        images, prompts, truth = zip(*asked, strict=True)
+        answers = answer(list(images), prompt=list(prompts))
+        scores[name] = _share(answers, truth)
+        if not held_out:
+            shuffled = answer([*images[len(images) // 2 :], *images[: len(images) // 2]], prompt=list(prompts))
+            scores["images shuffled among questions"] = _share(shuffled, truth)
+            for prompt, given, right in zip(prompts, answers, truth, strict=True):
+                by_kind.setdefault(" ".join(prompt.split()[:2]), []).append(given == right)
+    print("right answers to questions about test scenes (greedy):")
+    for name, value in [*scores.items(), *((f"    {kind} ...", sum(v) / len(v)) for kind, v in by_kind.items())]:
+        print(f"    {name:40s} {value:8.2%}")
+    return scores
+
+
+def _share(answers, truth):
+    return sum(given == right for given, right in zip(answers, truth, strict=True)) / len(truth)

@@ -1,30 +1,103 @@
-"""Annotation files -> one DataFrame with the columns `image` (Path), `caption` (str) and `split` (train/val/test).
+"""Annotation files of every common format -> one DataFrame: `image` (Path), `caption`, `split` (train/val/test) and,
+for questions about images, `prompt`.
+
+    Flickr30k      results.csv                    image_name| comment_number| comment
+    Flickr8k       captions.txt                   image,caption
+                   Flickr8k.token.txt             1.jpg#0 <tab> caption
+    COCO           annotations/captions_*.json    train2017 is train, val2017 is val
+    Karpathy       dataset_*.json                 with sentences in it; without, it only splits another file's images
+    mapping        captions.json                  {"1.jpg": ["caption", ...]}
+    records        *.jsonl, *.json, *.csv, *.tsv  columns image and caption, optionally prompt and split
+    side by side   a folder of photos             1.jpg beside 1.txt, a caption a line
+    datasets       a Hugging Face folder          written by `save_to_disk`
 
 Captions are lowercased and stripped; a missing one is "". Splits are made by image, never by caption: two captions of
 one photo in different splits would let validation see a training photo.
 """
 
+import io
 import json
 import re
 from pathlib import Path
 
 import pandas as pd
 
-RESULTS_FILE = "results.csv"  # Flickr30k: image_name| comment_number| comment
-CAPTIONS_FILE = "captions.txt"  # Flickr8k: image,caption
-IMAGE_FOLDERS = ("flickr30k_images", "images", "Images")  # looked for in this order in the data folder
+RESULTS_FILE = "results.csv"
+CAPTIONS_FILE = "captions.txt"
+FLICKR_TOKENS = ("Flickr8k.token.txt", "results_20130124.token")
+# Annotation files that are recognised in a data folder, the first that is there.
+KNOWN_FILES = (RESULTS_FILE, CAPTIONS_FILE, *FLICKR_TOKENS, "captions.json", "captions.jsonl", "captions.csv",
+               "metadata.jsonl", "metadata.csv")  # fmt: skip
+KARPATHY_FILES = "dataset*.json"
+COCO_FILES = "captions_*.json"
+DATASETS_FILES = ("dataset_dict.json", "dataset_info.json")  # what `datasets` writes
+IMAGE_FOLDERS = ("flickr30k_images", "images", "Images", "Flicker8k_Dataset")  # looked for in this order
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SPLITS = ("train", "val", "test")
+SPLIT_NAMES = {"training": "train", "restval": "train", "valid": "val", "validation": "val", "dev": "val"}
 SPLIT_LISTS = {
     "train": ("train.txt", "Flickr_8k.trainImages.txt"),
     "val": ("val.txt", "Flickr_8k.devImages.txt"),
     "test": ("test.txt", "Flickr_8k.testImages.txt"),
 }
+COLUMN_NAMES = {
+    "image": ("image_name", "file_name", "filename", "image_path", "filepath", "img", "path"),
+    "caption": ("comment", "text", "sentence", "answer", "captions", "answers"),
+    "prompt": ("question",),
+}
+NOT_UTF8 = "\ufffd"  # what stands in a caption for bytes that are no UTF-8
 
 
-def find_captions_file(data_dir):
-    """The annotation file in `data_dir`, or None."""
-    candidates = [Path(data_dir) / name for name in (RESULTS_FILE, CAPTIONS_FILE)]
-    return next((path for path in candidates if path.is_file()), None)
+# --- the one entrance -------------------------------------------------------------------------------------------------
+
+
+def load(data_dir, captions_file=None, image_dir=None):
+    """Read a dataset -> DataFrame with the columns image, caption, split and, where the file has one, prompt.
+
+    `captions_file`: the annotation file or folder, found in `data_dir` when not given; `image_dir`: the folder of
+    photos, likewise. The index tells the row: line, annotation id, ... as `index.name` says. Rows that cannot be used
+    are still there: see `drop_unusable`. Raises FileNotFoundError when there is no annotation file, ValueError that
+    names file and row when it cannot be understood or names an image outside the image folder.
+    """
+    data_dir = Path(data_dir)
+    source = Path(captions_file) if captions_file else find_captions(data_dir)
+    if source is None or not source.exists():
+        raise FileNotFoundError(
+            f"{source or data_dir}: no captions there: looked for {', '.join(KNOWN_FILES)}, {COCO_FILES}, "
+            f"{KARPATHY_FILES}, photos with .txt files beside them, or a folder written by Hugging Face datasets"
+        )
+    df = read_captions(source)
+    if source.is_dir() and _is_saved_dataset(source):
+        roots = [source / EXTRACTED_IMAGES]
+    else:
+        roots = [Path(image_dir)] if image_dir else _image_roots(data_dir, source)
+    given = df.pop("split") if "split" in df else None
+    df["split"] = assign_splits(df["image"], data_dir, given=given)
+    df["image"] = _find_images(df["image"], roots, source, df.index.name)
+    columns = ["image", "caption", "split", "prompt"]
+    return df[[column for column in columns if column in df]]
+
+
+def find_captions(data_dir):
+    """The annotation file (or folder) in `data_dir`, or None."""
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir():
+        return None
+    for path in (data_dir / name for name in KNOWN_FILES):
+        if path.is_file():
+            return path
+    for folder in (data_dir / "annotations", data_dir):
+        if any(folder.glob(COCO_FILES)):
+            return folder
+    if _is_saved_dataset(data_dir):
+        return data_dir
+    for path in sorted(data_dir.glob(KARPATHY_FILES)):
+        if '"sentences"' in path.read_text(encoding="utf-8", errors="replace"):
+            return path
+    for folder in (data_dir, *(data_dir / name for name in IMAGE_FOLDERS)):
+        if folder.is_dir() and any(path.with_suffix(".txt").is_file() for path in _photos(folder)):
+            return folder
+    return None
 
 
 def find_image_dir(data_dir):
@@ -33,35 +106,119 @@ def find_image_dir(data_dir):
     return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
-def read_captions(path):
-    """Read `results.csv` or `captions.txt` -> DataFrame with the columns image (file name) and caption (str).
+def _image_roots(data_dir, source):
+    """Where an image's name may start, in the order in which it is looked for."""
+    if source.is_dir() and source.name != "annotations":
+        return [source, data_dir]
+    found = find_image_dir(data_dir)
+    return [found, data_dir] if found.is_dir() else [data_dir, found]
 
-    Raises ValueError that names the file when its columns are not the expected ones or it holds no row.
-    """
+
+def _find_images(names, roots, source, row_name):
+    """Image names as in the file -> Paths; a name that leads out of the folder is refused, with its row."""
+    found = {}
+    for row, name in zip(names.index, names, strict=True):
+        if name in found:
+            continue
+        candidates = [root / name for root in roots]  # an absolute name stays what it is
+        within = zip(candidates, roots, strict=True)
+        suspicious = Path(name).is_absolute() or ".." in Path(name).parts
+        if suspicious and not any(path.resolve().is_relative_to(root.resolve()) for path, root in within):
+            raise ValueError(f"{source}, {row_name} {row}: the image {name!r} lies outside of {roots[0]}")
+        # COCO's names come with their folder (train2017/1.jpg), which is left out when the image folder is that folder.
+        candidates += [root / Path(name).name for root in roots if "/" in name and not Path(name).is_absolute()]
+        found[name] = next((path for path in candidates if path.is_file()), candidates[0])
+    return names.map(found)
+
+
+# --- readers: path -> DataFrame with image (name), caption, maybe split and prompt ------------------------------------
+
+
+def read_captions(path):
+    """Read any of the formats above -> DataFrame with the columns image (name as in the file), caption, and split and
+    prompt where the file has them. Raises ValueError that names the file, and the row where one is wrong."""
     path = Path(path)
-    flickr30k = path.name == RESULTS_FILE
-    # In Flickr30k's file a quotation mark is just a character of the caption; in a CSV it protects commas.
-    options = dict(sep="|", skipinitialspace=True, quoting=3) if flickr30k else dict(sep=",", skipinitialspace=True)
-    try:
-        df = pd.read_csv(path, encoding="utf-8-sig", dtype=str, keep_default_na=False, na_values=[""], **options)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {str(error).strip()}") from error
-    df.columns = [str(column).strip() for column in df.columns]
-    df = df.rename(columns={"image_name": "image", "comment": "caption"})
-    missing = {"image", "caption"} - set(df.columns)
-    if missing:
-        expected = "image_name| comment_number| comment" if flickr30k else "image,caption"
-        raise ValueError(f"{path}: the first line must be '{expected}', not '{', '.join(df.columns)}'")
+    if path.is_dir():
+        df = _read_folder(path)
+    elif path.suffix == ".json":
+        df = _read_json(path)
+    elif path.suffix in (".jsonl", ".ndjson"):
+        df = _read_json_lines(path)
+    elif path.name in FLICKR_TOKENS or path.suffix == ".token":
+        df = read_flickr_tokens(path)
+    elif path.suffix in (".csv", ".tsv", ".txt"):
+        df = read_table(path)
+    else:
+        raise ValueError(f"{path}: unknown format; expected .csv, .tsv, .json, .jsonl, Flickr's .token or a folder")
     if df.empty:
         raise ValueError(f"{path}: holds no captions")
+    return _cleaned(df, path)
+
+
+def _cleaned(df, path):
+    """Names and captions stripped, captions lowercased, splits under their usual names."""
+    blank = df["image"].isna() | (df["image"].astype(str).str.strip() == "")
+    if blank.any():
+        raise ValueError(f"{path}, {df.index.name} {df.index[blank.argmax()]}: no image name")
+    df["image"] = df["image"].astype(str).str.strip()
+    for column in {"caption", "prompt"} & set(df.columns):
+        df[column] = df[column].fillna("").astype(str).str.strip().str.lower()
+    if "split" in df:
+        if df["split"].isna().all():
+            return df.drop(columns="split")
+        df["split"] = df["split"].astype(str).str.strip().str.lower().replace(SPLIT_NAMES)
+        strange = ~df["split"].isin(SPLITS)
+        if strange.any():
+            row = df.index[strange.argmax()]
+            raise ValueError(
+                f"{path}, {df.index.name} {row}: unknown split {df['split'][strange].iloc[0]!r}; "
+                f"expected {', '.join(SPLITS)}"
+            )
+    return df
+
+
+def _text(path):
+    """The text of a file; bytes that are no UTF-8 become NOT_UTF8, so that their rows can be counted and named."""
+    text = path.read_bytes().decode("utf-8-sig", errors="replace")
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty")
+    return text
+
+
+def _named(columns, path, expected=("image", "caption")):
+    """Column names of the file -> ours. Raises ValueError when one of `expected` is there under none of its names."""
+    renamed = {}
+    for ours, others in COLUMN_NAMES.items():
+        for name in (ours, *others):
+            if name in columns and ours not in renamed.values():
+                renamed[name] = ours
+    missing = set(expected) - set(renamed.values())
+    if missing:
+        raise ValueError(f"{path}: no column {' and '.join(sorted(missing))}; it has {', '.join(map(str, columns))}")
+    return renamed
+
+
+def read_table(path):
+    """A table with a header line: Flickr30k's (separated by "|", where a quotation mark is just a character), CSV, or
+    TSV."""
+    text = _text(path)
+    header = text.split("\n", 1)[0]
+    if "|" in header:
+        options = dict(sep="|", skipinitialspace=True, quoting=3)
+    elif "\t" in header:
+        options = dict(sep="\t", quoting=3)
+    else:
+        options = dict(sep=",", skipinitialspace=True)
+    try:
+        df = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, na_values=[""], **options)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise ValueError(f"{path}: {str(error).strip()}") from error
+    df.columns = [str(column).strip() for column in df.columns]
+    df = df.rename(columns=_named(list(df.columns), path))
+    df.index = pd.RangeIndex(2, len(df) + 2, name="line")  # lines count from 1, and the first holds the column names
     if "comment_number" in df.columns:
         df["caption"] = _repair_missing_delimiter(df["comment_number"], df["caption"])
-    df["caption"] = df["caption"].fillna("").str.strip().str.lower()
-    if df["image"].isna().any():
-        # +2: lines count from 1, and the first holds the column names.
-        raise ValueError(f"{path}, line {df['image'].isna().idxmax() + 2}: no image name")
-    df["image"] = df["image"].str.strip()
-    return df[["image", "caption"]]
+    return df
 
 
 def _repair_missing_delimiter(numbers, captions):
@@ -71,16 +228,189 @@ def _repair_missing_delimiter(numbers, captions):
     return captions.where(captions.notna(), repaired)
 
 
+def read_flickr_tokens(path):
+    """`1000.jpg#0 <tab> caption` a line."""
+    rows = []
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        name, tab, caption = line.partition("\t")
+        if not tab:
+            raise ValueError(f"{path}, line {number}: expected 'photo.jpg#0', a tab and the caption, not {line[:60]!r}")
+        rows.append((number, re.sub(r"#\w+$", "", name), caption))
+    return _frame(rows, "line")
+
+
+def _frame(rows, row_name, columns=("image", "caption")):
+    """Rows (number, *values) -> DataFrame whose index is the number."""
+    numbers = [row[0] for row in rows]
+    return pd.DataFrame([row[1:] for row in rows], columns=list(columns), index=pd.Index(numbers, name=row_name))
+
+
+def _read_json(path):
+    """COCO, Karpathy, a mapping from image to captions, or a list of records."""
+    try:
+        content = json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    try:
+        if isinstance(content, list):
+            return _records(enumerate(content), path, "record")
+        if "annotations" in content and "images" in content:
+            return read_coco(content, path)
+        if "images" in content:
+            return read_karpathy(content, path)
+        return read_mapping(content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not in a format that is known ({error!r})") from error
+
+
+def read_coco(content, path):
+    """COCO's captions_*.json, read already. The split, and the folder of the photos, come from the file's name."""
+    match = re.fullmatch(r"captions_((train|val|test)\w*)", path.stem)
+    folder, split = (f"{match[1]}/", match[2]) if match else ("", None)
+    names = {image["id"]: image["file_name"] for image in content["images"]}
+    rows = []
+    for annotation in content["annotations"]:
+        if annotation["image_id"] not in names:
+            raise ValueError(f"{path}, annotation {annotation['id']}: no image has the id {annotation['image_id']}")
+        name = names[annotation["image_id"]]
+        rows.append((annotation["id"], name if "/" in name else folder + name, annotation.get("caption"), split))
+    return _frame(rows, "annotation", ("image", "caption", "split"))
+
+
+def read_karpathy(content, path):
+    """dataset_*.json, read already: captions and Karpathy's split in one file."""
+    rows = []
+    for number, image in enumerate(content["images"]):
+        if "sentences" not in image:
+            raise ValueError(f"{path}, entry {number}: no sentences; this file only splits another file's images")
+        name = f"{image['filepath']}/{image['filename']}" if image.get("filepath") else image["filename"]
+        rows += [(number, name, sentence["raw"], image.get("split")) for sentence in image["sentences"]]
+    return _frame(rows, "entry", ("image", "caption", "split"))
+
+
+def read_mapping(content):
+    """{"1.jpg": ["caption", ...], ...}, read already; a single caption may stand without a list."""
+    rows = []
+    for number, (name, captions) in enumerate(content.items()):
+        rows += [(number, name, caption) for caption in ([captions] if isinstance(captions, str) else captions)]
+    return _frame(rows, "entry")
+
+
+def _read_json_lines(path):
+    def records():
+        for number, line in enumerate(_text(path).splitlines(), 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
+
+    return _records(records(), path, "line")
+
+
+def _records(numbered, path, row_name):
+    """Pairs (number, {"image": ..., "caption": ...}); a list of captions makes a row for each."""
+    rows, renamed = [], None
+    for number, record in numbered:
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, {row_name} {number}: expected an object with image and caption")
+        try:
+            renamed = _named(list(record), path)
+        except ValueError as error:
+            raise ValueError(f"{path}, {row_name} {number}:{str(error).removeprefix(f'{path}:')}") from None
+        values = {ours: record[name] for name, ours in renamed.items()}
+        captions = values["caption"] if isinstance(values["caption"], list) else [values["caption"]]
+        rows += [(number, values["image"], text, record.get("split"), values.get("prompt")) for text in captions]
+    df = _frame(rows, row_name, ("image", "caption", "split", "prompt"))
+    return df.drop(columns=[name for name in ("split", "prompt") if df[name].isna().all()])
+
+
+def _photos(folder):
+    return (path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _read_folder(folder):
+    """COCO's annotations, a dataset saved by `datasets`, or photos with a .txt beside each."""
+    if any(folder.glob(COCO_FILES)):
+        return pd.concat([_read_json(path) for path in sorted(folder.glob(COCO_FILES))])
+    if _is_saved_dataset(folder):
+        return read_saved_dataset(folder)
+    rows, number = [], 0
+    for photo in _photos(folder):
+        text = photo.with_suffix(".txt")
+        if text.is_file():
+            for line in text.read_bytes().decode("utf-8-sig", errors="replace").splitlines() or [""]:
+                number += 1
+                rows.append((number, photo.name, line))
+    if not rows:
+        raise ValueError(f"{folder}: no photo with a .txt file of the same name is in this folder")
+    return _frame(rows, "caption")
+
+
+EXTRACTED_IMAGES = "extracted_images"
+
+
+def _is_saved_dataset(folder):
+    return any((folder / name).is_file() for name in DATASETS_FILES)
+
+
+def read_saved_dataset(folder):
+    """A folder written by `datasets.save_to_disk`, with the columns image and caption (or their other names).
+
+    Photos that lie inside the dataset's own files are written to `folder`/extracted_images, as they are, once.
+    Raises ValueError when the `datasets` library is not installed.
+    """
+    try:
+        import datasets  # heavy, and only needed for this format
+    except ImportError as error:
+        raise ValueError(f"{folder}: reading it needs the datasets library: pip install datasets") from error
+    stored = datasets.load_from_disk(str(folder))
+    parts = stored if isinstance(stored, datasets.DatasetDict) else {None: stored}
+    rows = []
+    for split, part in parts.items():
+        renamed = {ours: name for name, ours in _named(part.column_names, folder).items()}
+        if isinstance(part.features[renamed["image"]], datasets.Image):
+            part = part.cast_column(renamed["image"], datasets.Image(decode=False))  # the bytes as they are
+        for number, record in enumerate(part):
+            image, captions = record[renamed["image"]], record[renamed["caption"]]
+            if isinstance(image, dict):
+                image = _extract(image, folder / EXTRACTED_IMAGES, f"{split or 'image'}_{number:08d}")
+            prompt = record[renamed["prompt"]] if "prompt" in renamed else None
+            for caption in captions if isinstance(captions, list) else [captions]:
+                rows.append((number, image, caption, record.get("split", split), prompt))
+    df = _frame(rows, "row", ("image", "caption", "split", "prompt"))
+    return df.drop(columns=[name for name in ("split", "prompt") if df[name].isna().all()])
+
+
+def _extract(image, folder, name):
+    """Write the bytes of a `datasets` image to a file, unless that was done before -> its name."""
+    if image["bytes"] is None:
+        return image["path"]
+    suffix = Path(image["path"] or "").suffix or ".jpg"
+    path = folder / (name + suffix)
+    if not path.is_file() or path.stat().st_size != len(image["bytes"]):
+        folder.mkdir(exist_ok=True)
+        path.write_bytes(image["bytes"])
+    return path.name
+
+
+# --- splits -----------------------------------------------------------------------------------------------------------
+
+
 def split_by_lists(data_dir):
     """Published splits in `data_dir` -> {file name: split}; empty when there are none.
 
     Reads a Karpathy file (`dataset_*.json`; his `restval` counts as train) or lists of file names (`train.txt`, ...).
     """
     data_dir = Path(data_dir)
-    for path in sorted(data_dir.glob("dataset*.json")):
+    for path in sorted(data_dir.glob(KARPATHY_FILES)):
+        if path.name in DATASETS_FILES:
+            continue
         try:
             images = json.loads(path.read_text(encoding="utf-8"))["images"]
-            split_of = {image["filename"]: image["split"].replace("restval", "train") for image in images}
+            split_of = {image["filename"]: SPLIT_NAMES.get(image["split"], image["split"]) for image in images}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not a Karpathy split file ({error!r})") from error
         strange = set(split_of.values()) - set(SPLITS)
@@ -97,47 +427,64 @@ def split_by_lists(data_dir):
     return split_of
 
 
-def assign_splits(images, data_dir, seed=0):
-    """File names (one a caption) -> their splits, in the same order.
+def assign_splits(images, data_dir, seed=0, given=None):
+    """Image names (one a caption) -> their splits, in the same order.
 
-    Published splits are used where they are given; an image in none of their lists is test, so that nothing held out
-    by its publisher is ever trained on. Otherwise about 5% of the images each become val and test, chosen by `seed`.
-    Raises ValueError when fewer than three images are to be split, or a published split leaves train or val empty.
+    `given` are the splits that the annotation file itself has; otherwise published lists are used where they lie in
+    `data_dir`, and an image in none of them is test, so that nothing held out by its publisher is ever trained on.
+    Otherwise about 5% of the images each become val and test, chosen by `seed`; so does the val part of a file that has
+    only train, as COCO's may. Raises ValueError when fewer than three images are to be split, when a published split
+    leaves train or val empty, or when it puts one image into two parts.
     """
-    split_of = split_by_lists(data_dir)
-    if split_of:
-        splits = images.map(split_of).fillna("test")
-        for split in ("train", "val"):
+    split_of = {} if given is not None else split_by_lists(data_dir)
+    if split_of or given is not None:
+        splits = given if given is not None else images.map(lambda name: split_of.get(Path(name).name, "test"))
+        parts = splits.groupby(images.to_numpy()).nunique()
+        if (parts > 1).any():
+            raise ValueError(f"{data_dir}: the image {parts.index[(parts > 1).argmax()]} is in more than one split")
+        for split in ("train", "val") if given is None else ():
             if not (splits == split).any():
                 raise ValueError(f"{data_dir}: the published split puts none of the images with captions into {split}")
-        return splits
+        if given is None or set(splits) != {"train"}:
+            return splits
     from sklearn.model_selection import GroupShuffleSplit  # here, so that captioning a photo does not wait for it
 
     if images.nunique() < 3:
         raise ValueError(f"{data_dir}: {images.nunique()} image(s) cannot be split into train, val and test")
-    splits = pd.Series("train", index=images.index)
+    names, splits = images.to_numpy(), pd.Series("train", index=range(len(images)))
     for split, share in (("test", 0.05), ("val", 0.05 / 0.95)):
-        rest = images[splits == "train"]
-        _, chosen = next(GroupShuffleSplit(1, test_size=share, random_state=seed).split(rest, groups=rest))
-        splits[rest.index[chosen]] = split
-    return splits
+        rest = splits.index[splits == "train"]
+        _, chosen = next(GroupShuffleSplit(1, test_size=share, random_state=seed).split(rest, groups=names[rest]))
+        splits[rest[chosen]] = split
+    return splits.set_axis(images.index)
 
 
-def drop_unusable(df, captions_file):
-    """Drop rows without a caption or whose photo is missing; say how many and name the first of each kind.
+# --- rows that cannot be used -----------------------------------------------------------------------------------------
 
-    Raises FileNotFoundError when no photo is there at all.
+
+def drop_unusable(df, source):
+    """Drop rows without a caption, with a caption that is not UTF-8, or whose photo is missing; say how many, and name
+    the first of each kind with its row in `source` -> DataFrame with a fresh index.
+
+    Raises FileNotFoundError when no photo is there at all, ValueError when no caption is usable.
     """
-    empty = df["caption"] == ""
     exists = {image: Path(image).is_file() for image in df["image"].unique()}
-    missing = ~df["image"].map(exists)
-    if missing.all():
-        raise FileNotFoundError(f"{df['image'].iloc[0].parent}: none of the photos named in {captions_file} is here")
-    for rows, what in ((empty, "has no caption"), (missing, "names a photo that is not there")):
+    problems = {
+        "has no caption": df["caption"] == "",
+        "has a caption that is not UTF-8": df["caption"].str.contains(NOT_UTF8, regex=False),
+        "names a photo that is not there": ~df["image"].map(exists).astype(bool),
+    }
+    if problems["names a photo that is not there"].all():
+        raise FileNotFoundError(f"{df['image'].iloc[0].parent}: none of the photos named in {source} is here")
+    usable = pd.Series(True, index=range(len(df)))
+    for what, rows in problems.items():
         if rows.any():
-            first = rows.idxmax()
+            first = rows.to_numpy().argmax()
             print(
-                f"warning: {captions_file}: left out {rows.sum():,} of {len(df):,} rows; the first, on line "
-                f"{first + 2}, {what}: {df['image'][first]}"
+                f"warning: {source}: left out {rows.sum():,} of {len(df):,} rows; the first, "
+                f"{df.index.name or 'row'} {df.index[first]}, {what}: {df['image'].iloc[first]}"
             )
-    return df[~empty & ~missing].reset_index(drop=True)
+            usable &= ~rows.to_numpy()
+    if not usable.any():
+        raise ValueError(f"{source}: no row has both a caption and a photo")
+    return df[usable.to_numpy()].reset_index(drop=True)

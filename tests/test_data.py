@@ -47,7 +47,7 @@ def test_captions_txt(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a|b\n1|2\n", "the first line must be 'image_name"),
+        ("a|b\n1|2\n", r"results\.csv: no column caption and image; it has a, b"),
         ("image_name| comment_number| comment\n", "holds no captions"),
         ("", "results.csv"),
         ("image_name| comment_number| comment\n1.jpg| 0| a\n| 1| b\n", "line 3: no image name"),
@@ -67,7 +67,7 @@ def test_load_flickr_dataframe(script, flickr):
 
 
 def test_missing_annotations(script, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"neither results\.csv nor captions\.txt"):
+    with pytest.raises(FileNotFoundError, match=r"no captions there: looked for results\.csv, captions\.txt"):
         script._load_flickr_dataframe(tmp_path, tmp_path)
 
 
@@ -78,8 +78,8 @@ def test_unusable_rows_are_counted_and_named(script, flickr, capsys):
     df = script._load_flickr_dataframe(flickr, flickr / "flickr30k_images")
     assert len(sources.drop_unusable(df, "results.csv")) == 22
     said = capsys.readouterr().out
-    assert "left out 1 of 25 rows; the first, on line 26, has no caption" in said
-    assert "left out 2 of 25 rows; the first, on line 8, names a photo that is not there" in said
+    assert "left out 1 of 25 rows; the first, line 26, has no caption" in said
+    assert "left out 2 of 25 rows; the first, line 8, names a photo that is not there" in said
     with pytest.raises(FileNotFoundError, match=r"none of the photos named in results\.csv"):
         sources.drop_unusable(df.assign(image=df["image"].map(lambda path: path / "gone")), "results.csv")
 

@@ -175,7 +175,8 @@ def test_final_tokens_equal_timm_features(name):
             tokens, expected = encoder.embed(images), encoder.norm(expected)
         if expected.ndim == 4 and expected.size(1) == encoder.width:
             expected = expected.permute(0, 2, 3, 1)
-        torch.testing.assert_close(tokens, expected.reshape(3, -1, encoder.width))
+        # Channels last adds up in another order: float32 rounding.
+        torch.testing.assert_close(tokens, expected.reshape(3, -1, encoder.width), atol=1e-4, rtol=1e-4)
         assert encoder.step(0, tokens) is tokens
     used = torch.autograd.grad(encoder.embed(images).square().sum(), list(encoder.parameters()), allow_unused=True)
     assert all(gradient is not None for gradient in used)  # no weights of pooling or classifier are carried along

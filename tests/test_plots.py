@@ -22,3 +22,10 @@ def test_stages_are_marked(tmp_path):
     assert [text.get_text() for text in axes.texts] == ["b"]
     assert [list(line.get_ydata()) for line in axes.lines[:2]] == [[3, 2, 1], [3.5, 2.5, 1.5]]
     plots.show_windows()  # without a display: returns at once
+
+
+def test_dollars_in_a_caption_are_no_formula(tmp_path):
+    """matplotlib would read "$...$" as mathematics and stop at what it cannot parse."""
+    photo = Image.new("RGB", (8, 8))
+    plots.plot_captions([photo], [r"a sign says $\foo$ twice"], [r"$\bar"], tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").stat().st_size > 1000

@@ -28,7 +28,7 @@ def test_imports_never_go_upward():
     """Tools import the script, the script imports leaves; leaves import neither, and MyLLM nothing of the captioner."""
     own = {name: imports(path) & set(MODULES) for name, path in MODULES.items()}
     tools = {name for name, used in own.items() if SCRIPT in used}
-    assert tools >= {"caption_image", "convert_captioner"}
+    assert tools >= {"caption_image", "convert_captioner", "prepare_data"}
     assert not own[SCRIPT] & tools
     for name, used in own.items():
         assert not used & tools, f"{name} imports a tool"
@@ -81,4 +81,4 @@ def test_commands_in_the_readmes_name_real_files_and_options(script):
             assert (REPO_ROOT / path).is_file(), f"{readme}: {path}"
         for command in re.findall(rf"{SCRIPT}\.py((?: .*| \\\n.*)+)", text):
             for key in re.findall(r"--(\w+)", command):
-                assert key in keys | {"help"}, f"{readme}: --{key}"
+                assert key in keys | {"help", "recipe", "download"}, f"{readme}: --{key}"

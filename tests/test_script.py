@@ -25,7 +25,7 @@ TINY = [
 @pytest.fixture(autouse=True)
 def nothing_in_the_repository(script, monkeypatch, tmp_path):
     """Default folders under tmp_path, so that a developer's own data/ and captioner/ are neither read nor written."""
-    monkeypatch.setattr(script, "SHAPES_DIR", tmp_path / "no_data" / "shapes")
+    monkeypatch.setattr(script, "DATA_DIR", tmp_path / "no_data")
     monkeypatch.setattr(script.train_config, "data_dir", tmp_path / "no_data")
     monkeypatch.setattr(script.train_config, "model_path", tmp_path / "captioner")
     (tmp_path / "no_data").mkdir()
@@ -35,7 +35,7 @@ def nothing_in_the_repository(script, monkeypatch, tmp_path):
 
 
 def configs(script, flickr, *argv):
-    return script.read_configs(["--data_dir", str(flickr), *argv])
+    return script.read_configs(["--data_dir", str(flickr), *argv])[:2]
 
 
 def test_overrides_are_typed(script, flickr):
@@ -47,7 +47,7 @@ def test_overrides_are_typed(script, flickr):
     assert model_cfg.normalize_tokens is True
     assert model_cfg.encoder_options == {"img_size": 48}
     assert train_cfg.model_path == Path("somewhere")
-    assert train_cfg.image_dir == flickr / "flickr30k_images"  # found beside the captions
+    assert train_cfg.image_dir is None  # looked for beside the captions
     assert script.model_config.depth == 12  # the constants themselves are untouched
 
 
@@ -102,7 +102,7 @@ def test_whole_script_on_twelve_photos(script, flickr, tmp_path, capsys):
     assert set(result) == {"best_perplexity", "best_epoch"}
     assert sorted(path.name for path in output.iterdir()) == [
         "captioner.pt", "captioner.safetensors", "config.json", "demo.png", "loss.png", "metrics.csv",
-        "perplexity.png", "tokenizer.json",
+        "perplexity.png", "recipe.toml", "tokenizer.json",
     ]  # fmt: skip
     table = pd.read_csv(output / "metrics.csv")
     assert table["epoch"].tolist() == [1, 2]
@@ -139,7 +139,7 @@ def test_without_a_dataset_it_says_so_and_trains_on_shapes(script, tmp_path, cap
     # TINY without its tokenizer and encoder: those of the Shapes preset are used
     result = script.main([*TINY[:10], "--epochs", "1", "--shapes_scenes", "24", "--demo_images", "2"])
     said = capsys.readouterr().out
-    assert said.startswith(f"{tmp_path / 'no_data' / 'results.csv'} not found: training on the built-in Shapes")
+    assert said.startswith(f"no dataset in {tmp_path / 'no_data'}: training on the built-in Shapes")
     assert (tmp_path / "no_data" / "shapes" / "results.csv").is_file()
     assert set(result["scores"]) == {
         "unseen scenes", "unseen combinations of attributes", "images shuffled among scenes", "chance level"
@@ -154,7 +154,10 @@ def test_flickr8k_in_the_default_folder(script, flickr, monkeypatch):
     (flickr / "flickr30k_images").rename(flickr / "images")
     monkeypatch.setattr(script.train_config, "data_dir", flickr)
     monkeypatch.setattr(script.train_config, "image_dir", flickr / "flickr30k_images")
-    assert script.read_configs([])[1].image_dir == flickr / "images"
+    _, train_cfg, _ = script.read_configs([])
+    df = script.load_data(train_cfg)
+    assert len(df) == 24
+    assert df["image"].map(lambda path: path.parent == flickr / "images").all()
 
 
 def test_a_split_without_photos_is_refused_before_training(script, flickr):
@@ -165,7 +168,7 @@ def test_a_split_without_photos_is_refused_before_training(script, flickr):
 
 
 def test_a_named_folder_without_captions_is_an_error(script, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"neither results\.csv nor captions\.txt"):
+    with pytest.raises(FileNotFoundError, match=r"no captions there(.|\n)*prepare_data\.py flickr30k --to"):
         script.main(["--data_dir", str(tmp_path)])
 
 

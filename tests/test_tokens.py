@@ -3,6 +3,7 @@
 import pickle
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -102,3 +103,64 @@ def test_module_tokenizer_is_read_on_first_use(script):
     """Importing the script must need neither network nor files."""
     assert script.tokenizer.source == script.HF_GPT2_REPO
     assert "backend" not in vars(script.tokenizer)
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def words():
+    return CaptionTokenizer.train(["a red dog runs .", "two red dogs run .", "a red dog"], vocab_size=9, kind="word")
+
+
+def test_words_and_their_special_tokens(words, tmp_path):
+    """Four special tokens, the commonest words, `<unk>` for others; also after a trip through tokenizer.json."""
+    (tmp_path / "tokenizer.json").write_text(words.to_json())
+    for tokenizer in (words, CaptionTokenizer(tmp_path), pickle.loads(pickle.dumps(words))):
+        assert len(tokenizer) == 9
+        assert [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token] == ["<start>", "<end>", "<pad>"]
+        ids = tokenizer.encode("a red zebra.")
+        assert len(ids) == 4
+        assert tokenizer.decode([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]) == "a red ."
+        assert tokenizer.backend.id_to_token(ids[2]) == "<unk>"
+        assert tokenizer.bos_token_id not in tokenizer.encode("<start> <end>")  # a caption cannot end itself
+
+
+def test_masks_with_three_special_tokens(script, words):
+    """Padding has its own id; labels are masked by length all the same."""
+    image = torch.zeros(3, 2, 2)
+    ids = [script.encode_caption(words, caption, 32) for caption in ("a red dog", "red")]
+    batch = [(image, row, script._shift_labels(row)) for row in ids]
+    _, input_ids, labels = script.collate_fn(batch, words)
+    assert input_ids[1].tolist() == [*ids[1], words.pad_token_id, words.pad_token_id]
+    assert labels[1].tolist() == [ids[1][1], words.eos_token_id, -100, -100, -100]
+    assert labels[0, 3] == words.eos_token_id
+
+
+def test_another_kind_of_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="tokenizer 'char' is not one of gpt2, bpe, word"):
+        CaptionTokenizer.train(["a"], 300, "char")
+
+
+# --- questions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bpe", "word"])
+def test_a_prompt_is_context_and_never_loss(script, kind, monkeypatch):
+    tokenizer = CaptionTokenizer.train(["what is red ? a dog"], 300, kind)
+    df = pd.DataFrame({"image": ["1.jpg"], "caption": ["a dog"], "prompt": ["what is red ?"]})
+    monkeypatch.setattr(script, "load_image", lambda path: torch.zeros(2, 2, 3))
+    dataset = script.Dataset(df, lambda image, captions, seed: {"image": image}, tokenizer, max_length=64)
+    _, ids, labels = dataset[0]
+    prompt = script.encode_prompt(tokenizer, "what is red ?")
+    assert ids[: len(prompt)] == prompt
+    assert tokenizer.decode(ids) == "what is red ? a dog"
+    assert labels[: len(prompt) - 1] == [-100] * (len(prompt) - 1)
+    assert tokenizer.decode(labels[len(prompt) - 1 : -1]).strip() == "a dog"
+    assert labels[-2] == tokenizer.eos_token_id
+
+
+def test_a_long_prompt_leaves_room_for_an_answer(script, bpe):
+    ids = script.encode_caption(bpe, "yes", 8, "two young men stand on the left side of a house ?")
+    assert len(ids) == 8
+    assert ids[-1] == bpe.eos_token_id

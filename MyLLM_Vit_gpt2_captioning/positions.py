@@ -1,0 +1,29 @@
+"""Fixed positions for a decoder that is trained from scratch."""
+
+import math
+
+import torch
+from torch import nn
+
+
+class SinusoidalPositions(nn.Module):
+    """Sines and cosines of the position at wavelengths from 2 pi to 20,000 pi (Vaswani et al. 2017, section 3.5).
+
+    Takes the place of `GPTModel.pos_emb` and has nothing to learn. The paper scales token embeddings up to the size of
+    these positions; here the positions are scaled down instead, to `std`: tied embeddings and logits keep their size.
+    """
+
+    def __init__(self, seq_len, embed_dim, std):
+        super().__init__()
+        if embed_dim % 2:
+            raise ValueError(f"sinusoidal positions need an even embed_dim, not {embed_dim}")
+        frequencies = torch.exp(-math.log(10_000) * torch.arange(0, embed_dim, 2) / embed_dim)  # (embed_dim / 2,)
+        angles = torch.arange(seq_len)[:, None] * frequencies  # (seq_len, embed_dim / 2)
+        table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(
+            1
+        )  # (seq_len, embed_dim), sines at even places
+        self.register_buffer("table", table * std * math.sqrt(2), persistent=False)  # a sine's own std is sqrt(1/2)
+
+    def forward(self, positions):
+        """positions (T,) -> (T, embed_dim)."""
+        return self.table[positions]
