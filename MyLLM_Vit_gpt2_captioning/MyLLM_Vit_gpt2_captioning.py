@@ -34,7 +34,7 @@ import shapes
 import sources
 from augmentation import TrainingTransforms, ValidationTransforms
 from batching import CaptionBatchSampler, exact_captions_per_image
-from captions_tokenizer import CaptionTokenizer
+from captions_tokenizer import CaptionTokenizer, encode_caption, encode_prompt
 from command_line import as_toml, parse_overrides, read_recipe, what_to_give, with_defaults
 from decoding import generate_ids, trim
 from encoders import build_encoder, preprocessing_of, resolve_encoder
@@ -84,8 +84,7 @@ model_config = SimpleNamespace(
     preprocessing={},  # mean, std, resample of photos, as JSON; what is not given comes with the encoder
     coupling="stepped",  # decoder block i attends to encoder depth i ("stepped") or to the last layer ("final")
     normalize_tokens=False,  # LayerNorm on image tokens that no final norm of the encoder has normalised
-    start_from="",  # trained captioner to go on from: folder or hub id, ours or Hugging Face's ViT + GPT-2; it brings
-    # its own model_config
+    start_from="",  # trained captioner to go on from, ours or Hugging Face's; it brings the model constants not given
 )
 
 train_config = SimpleNamespace(
@@ -118,14 +117,17 @@ IGNORED_LABEL = -100  # what cross_entropy skips
 
 
 def complete_configs(model=None, train=None):
-    """Copies of the given configs in which each attribute that they lack has the value it has above, and a
-    transformers model as encoder is put into timm's words."""
-    model, train = (
-        with_defaults(given or SimpleNamespace(), defaults)
-        for given, defaults in ((model, model_config), (train, train_config))
-    )
+    """Copies of the given configs in which each attribute that they lack has the value it has above, or that it has in
+    the captioner to start from, and a transformers model as encoder is put into timm's words."""
+    model, defaults = model or SimpleNamespace(), model_config
+    if getattr(model, "start_from", "") and not vars(defaults).keys() <= vars(model).keys():
+        stored = SimpleNamespace(**read_captioner_config(model.start_from)[1])
+        defaults = with_defaults(stored, model_config)
+        model = SimpleNamespace(**vars(model))
+        model.preprocessing = stored.preprocessing | getattr(model, "preprocessing", {})
+    model = with_defaults(model, defaults)
     resolve_encoder(model)
-    return model, train
+    return model, with_defaults(train or SimpleNamespace(), train_config)
 
 
 # ======================================================================================================================
@@ -146,21 +148,6 @@ def _pad_token_batch(tokenizer, token_id_batch):
 
 def _gpt2_tokenizer():
     return tokenizer  # the module's, for functions whose own argument has this name
-
-
-def encode_caption(tokenizer, caption, max_length, prompt=""):
-    """caption -> ids [BOS] caption [EOS], at most `max_length` of them; a longer caption loses words, never EOS.
-
-    With a prompt (a question) the ids are [BOS] prompt caption [EOS].
-    """
-    ids = encode_prompt(tokenizer, prompt)[: max_length - 2]
-    caption_ids = tokenizer.encode(f" {caption}" if prompt else caption)
-    return [*ids, *caption_ids[: max_length - 1 - len(ids)], tokenizer.eos_token_id]
-
-
-def encode_prompt(tokenizer, prompt):
-    """prompt -> ids [BOS] prompt: what the model is given before it writes."""
-    return [tokenizer.bos_token_id, *tokenizer.encode(prompt.strip())]
 
 
 # ======================================================================================================================
@@ -620,7 +607,18 @@ def read_captioner_config(source):
 def load_captioner(source):
     """A trained captioner (folder or hub id, ours or Hugging Face's) -> (model in eval mode, its tokenizer)."""
     folder, _ = read_captioner_config(source)
-    return VisionGPT2Model.from_pretrained(folder), CaptionTokenizer(folder)
+    model, tok = VisionGPT2Model.from_pretrained(folder), CaptionTokenizer(folder)
+    _check_eos(tok, model.config)
+    return model, tok
+
+
+def _check_eos(tokenizer, config):
+    """Raise ValueError when a trained captioner ends its captions with another id than its tokenizer."""
+    if tokenizer.eos_token_id != config.eos_token_id:
+        raise ValueError(
+            f"{tokenizer.source}: the tokenizer ends captions with id {tokenizer.eos_token_id}, the captioner with "
+            f"{config.eos_token_id}: they do not belong together"
+        )
 
 
 def caption_images(
@@ -637,6 +635,8 @@ def caption_images(
     if len(prompts) != len(images):
         raise ValueError(f"{len(prompts)} prompts for {len(images)} images")
     captions = [None] * len(images)
+    if isinstance(options.get("seed"), int):  # one stream for all batches
+        options["seed"] = torch.Generator(device).manual_seed(options["seed"])
     by_length = {}  # prompts of one length make a batch without padding
     for i, ids in enumerate(prompts):
         by_length.setdefault(len(ids), []).append(i)
@@ -670,6 +670,8 @@ class Trainer:
         self.tokenizer = getattr(self.train_dl.dataset, "tokenizer", tokenizer)
         if len(self.tokenizer) > model_config.vocab_size:
             raise ValueError(f"the tokenizer has {len(self.tokenizer)} tokens, vocab_size is {model_config.vocab_size}")
+        if model_config.start_from:
+            _check_eos(self.tokenizer, model_config)
         model_config.eos_token_id = self.tokenizer.eos_token_id
         config.device = str(config.device)  # a torch.device could not be written into config.json
         self.device = torch.device(config.device)
@@ -898,10 +900,13 @@ def read_configs(argv):
             from_recipe["train_config"][key] = REPO_ROOT / value
     if recipe in BUILT_IN:
         from_recipe["train_config"].setdefault("data_dir", DATA_DIR / recipe)
+    if "encoder" in given["model_config"]:  # another encoder than the recipe's has other options and weights
+        for key in ("encoder_options", "encoder_weights", "preprocessing"):
+            from_recipe["model_config"].pop(key, None)
     model_cfg, train_cfg = ({**vars(sections[name]), **from_recipe[name], **given[name]} for name in sections)
-    if model_cfg["start_from"]:
-        _, stored = read_captioner_config(model_cfg["start_from"])
-        model_cfg |= stored | given["model_config"] | dict(start_from=model_cfg["start_from"])
+    if model_cfg["start_from"]:  # the captioner brings the rest
+        chosen = given["model_config"] | dict(start_from=model_cfg["start_from"])
+        model_cfg = vars(complete_configs(model=SimpleNamespace(**chosen))[0])
     chosen = from_recipe["train_config"] | given["train_config"]
     if "image_dir" not in chosen and ("data_dir" in chosen or not train_config.image_dir.is_dir()):
         train_cfg["image_dir"] = None  # looked for beside the captions
@@ -943,7 +948,8 @@ def build_trainer(model_cfg, train_cfg, df):
     texts = pd.concat([training[column] for column in ("caption", "prompt") if column in training])
     try:
         tok = build_tokenizer(model_cfg, texts)
-        if model_cfg.tokenizer in ("bpe", "word") or len(tok) > model_cfg.vocab_size:
+        learnt = model_cfg.tokenizer in ("bpe", "word") and not model_cfg.start_from
+        if learnt or len(tok) > model_cfg.vocab_size:
             model_cfg.vocab_size = len(tok)  # a larger one, padded for speed, may stay with GPT-2's tokenizer
         return Trainer(model_cfg, train_cfg, build_dataloaders(df, tok, model_cfg, train_cfg))
     except FileNotFoundError as error:

@@ -49,6 +49,7 @@ def main(argv=None):
         for caption in several:
             print(f"{image}: {caption}")
     if args.grid:
+        args.grid.parent.mkdir(parents=True, exist_ok=True)
         photos = [load_image(image) for image in args.images]
         plots.plot_captions(photos, [several[0] for several in captions], [""] * len(photos), args.grid)
         print(f"drawn to {args.grid}")
@@ -57,12 +58,13 @@ def main(argv=None):
 def _decoding_options(args):
     """The command line's way to choose words -> options of `decoding.Options`."""
     draws = {key: value for key in ("temperature", "top_k", "top_p") if (value := getattr(args, key)) is not None}
-    options = dict(num_return_sequences=args.num, deterministic=False, **draws)
-    if args.beam:
-        return options | dict(num_beams=args.beam)
-    if args.sample or draws:
-        return options | dict(seed=args.seed)
-    return options | dict(deterministic=True)
+    sample = args.sample or bool(draws)
+    if sample and args.beam is not None:
+        raise ValueError(
+            "choose beam search or sampling: --beam goes with none of --sample, --temperature, --top_k, --top_p"
+        )
+    options = dict(num_return_sequences=args.num, deterministic=not sample, **draws)
+    return options | (dict(seed=args.seed) if sample else dict(num_beams=1 if args.beam is None else args.beam))
 
 
 if __name__ == "__main__":

@@ -85,6 +85,8 @@ class CaptionTokenizer:
                     f"the tokenizer {self.source!r} is neither a local folder nor to be had from the Hugging Face hub "
                     f"({type(error).__name__}); give a folder that holds vocab.json and merges.txt"
                 ) from error
+        backend.no_padding()  # transformers stores what a call asked for last; here every caption keeps its own length
+        backend.no_truncation()
         has = {token for token in (END_OF_TEXT, START, END, PAD) if backend.token_to_id(token) is not None}
         if END_OF_TEXT not in has and not {START, END, PAD} <= has:
             raise ValueError(f"{self.source}: the tokenizer has neither {END_OF_TEXT} nor {START}, {END} and {PAD}")
@@ -119,3 +121,18 @@ class CaptionTokenizer:
     bos_token = property(lambda self: self.backend.id_to_token(self.bos_token_id))
     eos_token = property(lambda self: self.backend.id_to_token(self.eos_token_id))
     pad_token = property(lambda self: self.backend.id_to_token(self.pad_token_id))
+
+
+def encode_caption(tokenizer, caption, max_length, prompt=""):
+    """caption -> ids [BOS] caption [EOS], at most `max_length` of them; a longer caption loses words, never EOS.
+
+    With a prompt (a question) the ids are [BOS] prompt caption [EOS].
+    """
+    ids = encode_prompt(tokenizer, prompt)[: max_length - 2]
+    caption_ids = tokenizer.encode(f" {caption}" if prompt else caption)
+    return [*ids, *caption_ids[: max_length - 1 - len(ids)], tokenizer.eos_token_id]
+
+
+def encode_prompt(tokenizer, prompt):
+    """prompt -> ids [BOS] prompt: what the model is given before it writes."""
+    return [tokenizer.bos_token_id, *tokenizer.encode(prompt.strip())]

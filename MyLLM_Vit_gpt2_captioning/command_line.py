@@ -163,10 +163,14 @@ def what_to_give(model_config, gpt2_repo):
             "        a folder with vocab.json, merges.txt and, unless --decoder_weights scratch, config.json and\n"
             "        model.safetensors"
         )
-    if model_config.encoder_weights == "pretrained":
+    if "/" in str(model_config.encoder):
+        needs.append(
+            f"    the vision model {model_config.encoder}: --encoder FOLDER, its folder as transformers saves it"
+        )
+    elif model_config.encoder_weights == "pretrained":
         needs.append(
             f"    the weights of {model_config.encoder}: --encoder_weights FILE, a .safetensors or .pth file with\n"
-            "        timm's key names, or the folder of a transformers ViT or CLIP"
+            "        timm's key names"
         )
     return "\n".join([
         "This run needs, from the network or from local copies:", *needs,

@@ -53,8 +53,9 @@ def verify(model, hf_folder, images=8, tokens=20, tolerance=1e-4):
     """
     from transformers import VisionEncoderDecoderModel
 
-    theirs = VisionEncoderDecoderModel.from_pretrained(hf_folder).eval()
+    theirs = VisionEncoderDecoderModel.from_pretrained(hf_folder).float().eval()
     generator = torch.Generator().manual_seed(0)
+    tokens = min(tokens, model.config.seq_len - 1)
     size, eos = model.preprocessing["img_size"], model.config.eos_token_id
     photos = torch.randn(images, 3, size, size, generator=generator)  # (B, 3, H, W)
     ids = torch.randint(0, model.config.vocab_size, (images, tokens), generator=generator)  # (B, T)

@@ -32,18 +32,24 @@ class Options:
     # counts as there, so that with one id for BOS and EOS captions also end later
     no_repeat_ngram_size: int = 0  # n: no n tokens occur twice; 0: off
     num_return_sequences: int = 1  # captions an image: as many draws, or the best beams
-    seed: int | None = None  # of the draws, from a generator of their own; None: they come from torch's
+    seed: int | torch.Generator | None = None  # of the draws, or where to take them; None: from torch's own generator
 
     def __post_init__(self):
         beams = self.num_beams > 1
         samples = not (self.deterministic or beams)
         ranges = {
             "max_tokens": (self.max_tokens >= 0, "0 or more"),
-            "temperature": (self.temperature > 0 or not samples, "positive; for the likeliest token use deterministic"),
+            "temperature": (
+                self.temperature > 0 or not samples,
+                "positive; the likeliest token every time is greedy decoding (deterministic)",
+            ),
             "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "num_beams": (self.num_beams >= 1, "at least 1"),
-            "early_stopping": (self.early_stopping in (True, False, "never"), 'True, False or "never"'),
+            "early_stopping": (
+                any(self.early_stopping is v for v in (True, False)) or self.early_stopping == "never",
+                'True, False or "never"',
+            ),
             "repetition_penalty": (self.repetition_penalty > 0, "positive"),
             "no_repeat_ngram_size": (self.no_repeat_ngram_size >= 0, "0 (off) or more"),
             "num_return_sequences": (self.num_return_sequences >= 1, "at least 1"),
@@ -108,7 +114,9 @@ def generate_ids(model, images, sequences, max_tokens=50, temperature=1.0, deter
             return ids[:, : options.num_return_sequences].flatten(0, 1)
         choose = _likeliest
         if not options.deterministic:
-            generator = None if options.seed is None else torch.Generator(images.device).manual_seed(options.seed)
+            generator = options.seed
+            if isinstance(generator, int):
+                generator = torch.Generator(images.device).manual_seed(generator)
             choose = partial(_draw, generator=generator)
         return _one_by_one(decoder, choose, max_tokens, eos)
 

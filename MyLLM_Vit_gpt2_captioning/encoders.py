@@ -47,7 +47,8 @@ def resolve_encoder(config):
     equal: its sizes go to `encoder_options`, its weights to `encoder_weights`, mean and std to `preprocessing`. A timm
     name stays. Raises FileNotFoundError, or ValueError that names an architecture that is neither ViT nor CLIP.
     """
-    source = str(config.encoder)
+    source = str(config.encoder).removeprefix("timm/")  # timm's models on the hub are called by their names
+    config.encoder = source
     if timm.is_model(source.split(".")[0]) or not (Path(source).is_dir() or "/" in source):
         return
     config.encoder, options, preprocessing, _ = hugging_face.read_tower(source)
@@ -64,8 +65,19 @@ def preprocessing_of(config):
     own = dict(img_size=img_size, mean=mean, std=std, resample="bicubic")
     unknown = config.preprocessing.keys() - own.keys()
     if unknown:
-        raise ValueError(f"preprocessing has no {', '.join(sorted(unknown))}; it has {', '.join(own)}")
-    return own | config.preprocessing
+        raise ValueError(f"preprocessing has no {', '.join(sorted(unknown))}; it has mean, std and resample")
+    chosen = own | config.preprocessing
+    if chosen["img_size"] != img_size:
+        raise ValueError(f"preprocessing: img_size is the encoder's, {img_size}; change it in encoder_options")
+    if chosen["resample"] not in ("bicubic", "bilinear"):
+        raise ValueError(f"preprocessing: resample {chosen['resample']!r} is neither bicubic nor bilinear")
+    for key in ("mean", "std"):
+        value = chosen[key]
+        if not (
+            isinstance(value, (list, tuple)) and len(value) == 3 and all(isinstance(v, (int, float)) for v in value)
+        ):
+            raise ValueError(f"preprocessing: {key} {value!r} is not one number for each of three channels")
+    return chosen
 
 
 class Encoder(nn.Module):
@@ -143,6 +155,8 @@ class ViTEncoder(Encoder):
                 tokens = self.vit.blocks[i](tokens)
             else:
                 tokens = self.vit.blocks[i](tokens, rope=self.rotary[i] if self.vit.rope_mixed else self.rotary)
+        if end == len(self.vit.blocks):
+            self.rotary = None  # done with these images
         return tokens
 
 
@@ -158,23 +172,26 @@ class GridEncoder(Encoder):
         super().__init__()
         # Channels last in memory: EfficientNet's convolutions are then 1.8 times as fast on a CPU; GPUs like it too.
         self.cnn, self.width = model.to(memory_format=torch.channels_last), model.num_features
-        head = getattr(model, "head", None)
-        # ConvNeXt and its like keep their final norm in the head, BEiT behind the pooling.
-        norms = [norm for norm in (getattr(head, "norm", None), getattr(model, "fc_norm", None)) if _has_weights(norm)]
-        self.normalized = bool(norms)
-        self.norm = norms[0] if norms else nn.Identity()
-        for unused in ("head", "fc_norm"):  # pooling and classifier
-            if hasattr(model, unused):
-                setattr(model, unused, nn.Identity())
-        features = self._features(torch.zeros(1, 3, img_size, img_size))
+        features = self._probe(img_size)
         shape = tuple(getattr(features, "shape", ()))
         # What a model makes of an image: a map with channels first (CNNs) or last (Swin), or already tokens (mixers).
         if len(shape) == 4 and shape[1] == self.width:
             self.channels_first = True
-        elif len(shape) in (3, 4) and shape[-1] == self.width:
+        elif (len(shape) == 4 or (len(shape) == 3 and shape[1] > 1)) and shape[-1] == self.width:
             self.channels_first = False
         else:
             raise ValueError(f"{type(model).__name__} makes no feature map or tokens of {self.width} channels")
+        # ConvNeXt and its like keep their final norm in the head, BEiT behind the pooling.
+        places = (getattr(getattr(model, "head", None), "norm", None), getattr(model, "fc_norm", None))
+        norms = [norm for norm in places if _has_weights(norm) and next(norm.parameters()).shape == (self.width,)]
+        self.normalized = bool(norms)
+        self.norm = norms[0] if norms else nn.Identity()
+        for part in ("head", "fc_norm"):  # pooling and classifier, unless a model calls something else so
+            kept = getattr(model, part, None)
+            if kept is not None:
+                setattr(model, part, nn.Identity())
+                if not torch.equal(features, self._probe(img_size)):
+                    setattr(model, part, kept)
         self.refiner = None  # what is trained from scratch behind a pretrained encoder
         if refiner:
             if not self.channels_first:
@@ -183,8 +200,10 @@ class GridEncoder(Encoder):
             self.width, self.normalized = self.refiner.width, True
 
     @torch.no_grad()
-    def _features(self, images):
+    def _probe(self, img_size):
+        """What the model makes of an image without content; None when it has no `forward_features`."""
         self.eval()
+        images = torch.zeros(1, 3, img_size, img_size)
         features = self.cnn.forward_features(images) if hasattr(self.cnn, "forward_features") else None
         self.train()
         return features
@@ -272,7 +291,7 @@ def build_encoder(name, steps, coupling="stepped", options=None, weights="scratc
             "give a local file with --encoder_weights FILE (.safetensors or .pth, timm's key names)"
         ) from error
     if weights not in ("pretrained", "scratch"):
-        _load_local_weights(model, weights)
+        _load_local_weights(model, weights, name, options or {})
     if isinstance(model, (VisionTransformer, Eva)):
         if refiner:
             raise ValueError(f"a refiner needs the feature map of a CNN; {name} makes none")
@@ -302,15 +321,17 @@ def _timm_options(name, options):
     return options
 
 
-def _load_local_weights(model, source):
+def _load_local_weights(model, source, name, options):
     """Load a weights file with timm's key names, or a transformers ViT or CLIP (folder or hub id), strictly: only the
     classifier, which the captioner does not have, may be left over.
 
     Raises FileNotFoundError, or ValueError that lists what does not fit.
     """
     path = Path(source)
-    if path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
-        *_, read = hugging_face.read_tower(source)
+    if not path.is_file() and path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
+        tower, tower_options, _, read = hugging_face.read_tower(source)
+        if name != tower or not tower_options.items() <= options.items():
+            raise ValueError(f"encoder_weights {source} is a transformers model: give it as --encoder {source}")
         model.load_state_dict(read(model.state_dict()))
         return
     if not path.is_file():

@@ -194,7 +194,8 @@ def fetch(source):
     if Path(source).is_dir():
         return Path(source)
     folder = find_folder(source, (*SMALL_FILES, WEIGHTS_FILE, "model-*.safetensors"))
-    if not _weights_files(folder):
+    files = _weights_files(folder)
+    if not files or not all(file.is_file() for file in files):
         folder = find_folder(source, (*SMALL_FILES, TORCH_FILE, "pytorch_model-*.bin"))  # an older upload
     return folder
 
@@ -231,24 +232,34 @@ def _transformers_config(folder):
 
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # huggingface_hub validates with classes of its own, which changed over time
         raise ValueError(f"{folder / CONFIG_FILE}: not a config that transformers reads ({error})") from error
 
 
 def read_preprocessing(folder):
-    """preprocessor_config.json -> the keys of our preprocessing that it gives: mean, std, resample."""
+    """preprocessor_config.json -> the keys of our preprocessing that it gives: mean, std, resample.
+
+    Raises ValueError that names the file for what our preprocessing does not do.
+    """
     path = folder / PREPROCESSOR_FILE
-    if not path.is_file():
-        return {}
-    stored, found = _read_json(path), {}
-    if stored.get("do_normalize", True):
-        found |= {
-            ours: tuple(stored[key]) for ours, key in (("mean", "image_mean"), ("std", "image_std")) if stored.get(key)
-        }
-    else:
-        found |= dict(mean=(0.0,) * 3, std=(1.0,) * 3)
-    if stored.get("resample") in RESAMPLING:
-        found["resample"] = RESAMPLING[stored["resample"]]
+    stored = _read_json(path) if path.is_file() else {}
+    if not stored and (folder / "processor_config.json").is_file():  # where transformers 5 keeps it for some models
+        path = folder / "processor_config.json"
+        stored = _read_json(path).get("image_processor", {})
+    found = {}
+    if not stored.get("do_rescale", True) or abs(stored.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
+        raise ValueError(f"{path}: pixels are to be scaled by {stored.get('rescale_factor')}, here it is always 1/255")
+    if not stored.get("do_normalize", True):
+        stored |= dict(image_mean=0.0, image_std=1.0)
+    for ours, key in (("mean", "image_mean"), ("std", "image_std")):
+        value = stored.get(key)
+        if value is not None:
+            found[ours] = tuple(value) if isinstance(value, list) else (float(value),) * 3
+    resample = stored.get("resample")
+    if resample is not None:
+        if resample not in RESAMPLING:
+            raise ValueError(f"{path}: resample {resample} is none of {RESAMPLING}")
+        found["resample"] = RESAMPLING[resample]
     return found
 
 
@@ -262,18 +273,21 @@ def _vit_options(vit, source):
         ("clip_vision_model", "gelu"): ("vit_base_patch16_clip_224", clip_pairs),
         ("clip_vision_model", "quick_gelu"): ("vit_base_patch16_clip_quickgelu_224", clip_pairs),
     }
-    kind = (vit.model_type, vit.hidden_act)
+    kind = (vit.model_type, getattr(vit, "hidden_act", None))
     if kind not in kinds:
         known = ", ".join(f"{model_type} with {act}" for model_type, act in kinds)
         raise ValueError(f"{source}: the encoder is {kind[0]} with {kind[1]}; only these can be read: {known}")
     name, pairs = kinds[kind]
+    size = vit.image_size if isinstance(vit.image_size, int) else vit.image_size[0]
+    if vit.image_size not in (size, [size, size], (size, size)):
+        raise ValueError(f"{source}: image_size {vit.image_size} is not a square")
     return name, dict(
-        img_size=vit.image_size,
+        img_size=size,
         patch_size=vit.patch_size,
         embed_dim=vit.hidden_size,
         depth=vit.num_hidden_layers,
         num_heads=vit.num_attention_heads,
-        mlp_ratio=vit.intermediate_size / vit.hidden_size,
+        mlp_ratio=(vit.intermediate_size + 0.5) / vit.hidden_size,  # timm multiplies and cuts off the fraction
         qkv_bias=getattr(vit, "qkv_bias", True),
         norm_eps=vit.layer_norm_eps,
     ), pairs  # fmt: skip
@@ -286,13 +300,13 @@ def read_tower(source):
     The function takes a state_dict of the timm model and returns one to load. Raises FileNotFoundError, or ValueError
     that names an architecture that is neither.
     """
-    folder = fetch(source)
+    folder = find_folder(source, SMALL_FILES)
     config = _transformers_config(folder)
     config = getattr(config, "vision_config", config)  # a whole CLIP
     name, options, pairs = _vit_options(config, source)
 
     def read(own):
-        theirs = read_weights(folder)
+        theirs = read_weights(fetch(source))
         prefixes = [prefix for prefix in ("vision_model.", "vit.") if any(key.startswith(prefix) for key in theirs)]
         for prefix in prefixes:
             theirs = {key.removeprefix(prefix): tensor for key, tensor in theirs.items()}
@@ -320,7 +334,7 @@ def read_captioner_config(folder, read_decoder):
     decoder = config.decoder
     model_config = vars(read_decoder(decoder, folder))
     eos, start = _special_tokens(folder, config)
-    if eos != start:
+    if eos != start or eos is None:
         raise ValueError(f"{folder}: captions begin with id {start} and end with {eos}; here one id does both")
     width = getattr(decoder, "cross_attention_hidden_size", None)
     if width not in (None, decoder.n_embd):
@@ -388,12 +402,17 @@ def write_captioner(folder, model, gpt2_name, tokenizer=None):
     vit = getattr(model.encoder, "vit", None)
     if vit is None or type(vit).__name__ != "VisionTransformer":
         raise ValueError(f"{config.encoder} is no ViT: a VisionEncoderDecoderModel of ViT and GPT-2 cannot hold it")
-    block, eps = vit.blocks[0], vit.norm.eps
-    activation = block.mlp.act
+    block = vit.blocks[0]
+    if type(block).__name__ != "Block" or not isinstance(vit.norm, torch.nn.LayerNorm):
+        raise ValueError(f"{config.encoder} is built of {type(block).__name__}, not of ViT's blocks and norm")
+    activation, eps = block.mlp.act, vit.norm.eps
     if not isinstance(activation, torch.nn.GELU) or activation.approximate != "none":
         raise ValueError(f"{config.encoder} has the activation {activation}, transformers' ViT the exact GELU")
-    if config.coupling == "final" and vit.num_prefix_tokens != 1:
+    if vit.num_prefix_tokens != 1:
         raise ValueError(f"{config.encoder} has {vit.num_prefix_tokens} tokens before its patches, ViT has one")
+    positions = (1, 1 + vit.patch_embed.num_patches, vit.embed_dim)
+    if vit.pos_embed is None or vit.pos_embed.shape != positions:
+        raise ValueError(f"{config.encoder} has no learned positions {positions} for class token and patches, ViT has")
     own = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     weights = to_theirs(own, captioner_pairs(own, gpt2_name))
     width = model.encoder.width

@@ -204,11 +204,12 @@ def test_several_captions_of_an_image(ending, images):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(temperature=0.0), "temperature must be positive; for the likeliest token use deterministic, not 0.0"),
+        (dict(temperature=0.0), "temperature must be positive; the likeliest token every time is greedy decoding"),
         (dict(top_k=-1), "top_k must be 0"),
         (dict(top_p=0.0), "top_p must be above 0 and at most 1"),
         (dict(num_beams=0), "num_beams must be at least 1"),
         (dict(repetition_penalty=0), "repetition_penalty must be positive"),
+        (dict(early_stopping=1), 'early_stopping must be True, False or "never", not 1'),
         (dict(early_stopping="soon"), "early_stopping must be True, False or \"never\", not 'soon'"),
         (dict(num_beams=2, top_k=5), "neither greedy nor beam search draws tokens"),
         (dict(num_beams=2, temperature=0.5), "neither greedy nor beam search draws tokens"),
@@ -231,5 +232,8 @@ def test_caption_images_takes_all_options(script, tiny_model, bpe):
     )
     assert [len(several) for several in lists] == [2, 2, 2]
     assert all(caption.startswith("a red dog") for several in lists for caption in several)
+    draws = script.caption_images(tiny_model, bpe, [photos[0]] * 4, 6, deterministic=False, batch_size=2, seed=1)
+    assert draws[:2] != draws[2:]  # the second batch draws new numbers
+    assert draws == script.caption_images(tiny_model, bpe, [photos[0]] * 4, 6, 1.0, False, batch_size=2, seed=1)
     in_batches = script.caption_images(tiny_model, bpe, photos, 6, batch_size=2)
     assert in_batches == script.caption_images(tiny_model, bpe, photos, 6)

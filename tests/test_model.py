@@ -265,6 +265,21 @@ def test_image_size_of_a_cnn(script, tiny_config):
     assert model.encoder_states(torch.zeros(1, 3, 64, 64))[0].shape == (1, 4, 32)
 
 
+@pytest.mark.parametrize(
+    ("preprocessing", "message"),
+    [
+        ({"resample": "lanczos"}, "resample 'lanczos' is neither bicubic nor bilinear"),
+        ({"mean": 0.5}, "mean 0.5 is not one number for each of three channels"),
+        ({"img_size": 64}, "img_size is the encoder's, 32; change it in encoder_options"),
+        ({"crop": 0.9}, "preprocessing has no crop; it has mean, std and resample"),
+    ],
+)
+def test_bad_preprocessing_is_refused(script, tiny_config, preprocessing, message):
+    tiny_config.preprocessing = preprocessing
+    with pytest.raises(ValueError, match=message):
+        script.VisionGPT2Model(tiny_config)
+
+
 def test_encoder_weights_without_network():
     with pytest.raises(FileNotFoundError, match=r"could not be downloaded .* --encoder_weights FILE"):
         build_encoder("vit_tiny_patch16_224", 2, weights="pretrained")

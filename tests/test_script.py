@@ -69,6 +69,13 @@ def test_bad_overrides_are_refused(script, flickr, capsys, argv, message):
     assert message in capsys.readouterr().err
 
 
+def test_another_encoder_than_the_recipes_brings_its_own_options(script):
+    """Without a dataset the recipe is Shapes', with a tiny ViT from scratch; an encoder asked for is not that one."""
+    model_cfg, _, _ = script.read_configs(["--encoder", "resnet50"])
+    assert (model_cfg.encoder, model_cfg.encoder_weights, model_cfg.encoder_options) == ("resnet50", "pretrained", {})
+    assert model_cfg.decoder_weights == "scratch"
+
+
 def test_help_shows_every_constant_with_comment_and_default(script, capsys):
     with pytest.raises(SystemExit) as stop:
         script.main(["--help"])
@@ -261,6 +268,11 @@ def test_caption_image_searches_and_samples(capsys):
     assert draws == lines("--temperature", "3", "--top_k", "50", "--num", "5", "--seed", "1")
     assert draws != lines("--temperature", "3", "--top_k", "50", "--num", "5", "--seed", "2")
     assert lines("--prompt", "below a")[0].startswith(f"{scene[0]}: below a")
+    assert lines("--beam", "1") == lines()
+    with pytest.raises(SystemExit, match="choose beam search or sampling"):
+        caption_image.main([*scene, "--beam", "4", "--sample"])
+    with pytest.raises(SystemExit, match="num_beams must be at least 1"):
+        caption_image.main([*scene, "--beam", "0"])
     with pytest.raises(SystemExit, match="greedy decoding has one caption an image"):
         caption_image.main([*scene, "--num", "2"])
 

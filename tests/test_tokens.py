@@ -142,6 +142,17 @@ def test_another_kind_of_tokenizer_is_refused(tmp_path):
         CaptionTokenizer.train(["a"], 300, "char")
 
 
+def test_padding_stored_in_a_foreign_file_is_forgotten(script, bpe, tmp_path):
+    """transformers stores what its tokenizer was last asked for; pads inside captions would become targets."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(bpe.to_json())
+    backend.enable_padding(length=16, pad_id=0)
+    backend.enable_truncation(max_length=2)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert CaptionTokenizer(tmp_path).encode("a red dog") == bpe.encode("a red dog")
+
+
 # --- questions --------------------------------------------------------------------------------------------------------
 
 
