@@ -17,7 +17,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 import plots
@@ -96,6 +96,8 @@ def read_photo(path):
             return Photo(path, "", image.size, opened.format, hashlib.blake2b(content).hexdigest(), pixels.hexdigest())
     except FileNotFoundError:
         return Photo(path, "missing")
+    except UnidentifiedImageError:
+        return Photo(path, "empty" if not content else "not an image of a known format")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         return Photo(path, str(error.__cause__ or error))  # `load_image` puts its advice around the cause
 

@@ -147,31 +147,32 @@ def write_dataset(folder, train_scenes, seed=0):
     combinations, at least 2 each. The split file also holds the truth of each scene.
     """
 
-    def write(draft, images, rng):
-        rows = ["image_name| comment_number| comment"]
-        for image in images:
-            for number, wording in enumerate(rng.sample(WORDINGS, CAPTIONS_PER_SCENE)):
-                rows.append(f"{image['filename']}| {number}| {describe(image['scene'], wording)}")
-        (draft / "results.csv").write_text("\n".join(rows) + "\n")
+    def rows(rng, image):
+        return [
+            f"{image['filename']}| {number}| {describe(image['scene'], wording)}"
+            for number, wording in enumerate(rng.sample(WORDINGS, CAPTIONS_PER_SCENE))
+        ]
 
-    _write(folder, {"version": 7, "train_scenes": train_scenes, "seed": seed}, write)
+    settings = {"version": 6, "train_scenes": train_scenes, "seed": seed}
+    _write(folder, settings, rows, "results.csv", header="image_name| comment_number| comment\n")
 
 
 def write_questions(folder, train_scenes, seed=0):
     """The same with questions in the place of captions: `captions.jsonl`."""
 
-    def write(draft, images, rng):
-        with open(draft / "captions.jsonl", "w", encoding="utf-8") as file:
-            for image in images:
-                for question, answer in questions(rng, image["scene"])[:QUESTIONS_PER_SCENE]:
-                    row = dict(image=image["filename"], prompt=question, caption=answer, split=image["split"])
-                    file.write(json.dumps(row) + "\n")
+    def rows(rng, image):
+        return [
+            json.dumps(dict(image=image["filename"], prompt=question, caption=answer, split=image["split"]))
+            for question, answer in questions(rng, image["scene"])[:QUESTIONS_PER_SCENE]
+        ]
 
-    _write(folder, {"questions": QUESTIONS_PER_SCENE, "train_scenes": train_scenes, "seed": seed}, write)
+    _write(
+        folder, {"questions": QUESTIONS_PER_SCENE, "train_scenes": train_scenes, "seed": seed}, rows, "captions.jsonl"
+    )
 
 
-def _write(folder, settings, write_captions):
-    """Scenes, split file, and what `write_captions(folder, images, rng)` writes, unless they are there already."""
+def _write(folder, settings, rows_of, captions_file, header=""):
+    """Scenes, the split file, and what `rows_of(rng, image)` says of each scene, unless all of it is there already."""
     folder = Path(folder)
     split_file = folder / SPLIT_FILE
     if split_file.is_file() and json.loads(split_file.read_text(encoding="utf-8")).get("settings") == settings:
@@ -183,14 +184,15 @@ def _write(folder, settings, write_captions):
     draft = folder.with_name(folder.name + ".part")  # renamed when complete: an interrupted run leaves no half dataset
     shutil.rmtree(draft, ignore_errors=True)
     (draft / IMAGE_FOLDER).mkdir(parents=True)
-    images = []
+    images, rows = [], []
     for split, held_out, count in parts:
         for _ in range(max(count, 2)):
             scene = draw_scene(rng, held_out)
             name = f"scene_{len(images):05d}.png"
             render_scene(rng, scene).save(draft / IMAGE_FOLDER / name)
             images.append({"filename": name, "split": split, "scene": scene, "held_out": held_out})
-    write_captions(draft, images, rng)
+            rows += rows_of(rng, images[-1])
+    (draft / captions_file).write_text(header + "\n".join(rows) + "\n")
     (draft / SPLIT_FILE).write_text(json.dumps({"dataset": "shapes", "settings": settings, "images": images}))
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)

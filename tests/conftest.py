@@ -19,6 +19,8 @@ os.environ["MPLBACKEND"] = "agg"  # no window, also where there is a display
 import MyLLM_Vit_gpt2_captioning as script_module
 from captions_tokenizer import CaptionTokenizer
 
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
 CAPTIONS = ("a red dog runs across the green grass .", "two young men stand on the left side of a house .")
 TINY_ENCODER = dict(img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=2)
 REDUCED_ENCODERS = {  # every family, its real architecture with fewer and narrower layers or on smaller images
