@@ -27,8 +27,10 @@ from tqdm import tqdm
 REPO_ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(REPO_ROOT))  # for MyLLM; this file's own folder is on the path already
 
+
 import checkpoint
 import hugging_face
+import pages
 import plots
 import shapes
 import sources
@@ -36,14 +38,15 @@ from augmentation import TrainingTransforms, ValidationTransforms
 from batching import CaptionBatchSampler, exact_captions_per_image
 from captions_tokenizer import CaptionTokenizer, encode_caption, encode_prompt
 from command_line import as_toml, parse_overrides, read_recipe, what_to_give, with_defaults
-from decoding import generate_ids, trim
+from decoding import caption_images, generate_ids, trim
 from encoders import build_encoder, preprocessing_of, resolve_encoder
+from evaluation import score_subset
 from MyLLM.ch3 import KeyValueCache, merge_heads, split_heads
 from MyLLM.ch4 import GPTModel, LayerNorm, TransformerBlock, initial_std
 from MyLLM.MyLLM_nominal import gpt2_config, hf_name, load_hf_gpt2_weights, read_hf_gpt2
 from optimization import one_cycle, parameter_groups
 from positions import SinusoidalPositions
-from preprocessing import load_image, preprocess
+from preprocessing import load_image
 
 # ======================================================================================================================
 # Constants: edit them here, or give --key value on the command line (--help lists them)
@@ -108,6 +111,9 @@ train_config = SimpleNamespace(
     model_path=OUTPUT_DIR,  # folder for checkpoint, metrics and plots; an earlier run there is moved aside
     captions_file=CAPTIONS_FILE,  # annotation file of any format that sources.py reads; found in data_dir when empty
     dataset="flickr30k",  # what --download puts into data_dir: flickr8k, flickr30k or coco2017
+    score_every=1,  # epochs between scores of captions of the same validation photos; 0: never
+    score_images=200,  # validation photos that are captioned for these scores
+    best_by="perplexity",  # what decides which epoch is kept: "perplexity", or "CIDEr" of those captions
     keep_epoch_checkpoints=False,  # also keep the weights of every epoch, named by epoch and validation loss
     demo_images=10,  # validation photos in demo.png
     shapes_scenes=6000,  # training scenes of the built-in datasets
@@ -621,37 +627,6 @@ def _check_eos(tokenizer, config):
         )
 
 
-def caption_images(
-    model, tokenizer, images, max_tokens=50, temperature=1.0, deterministic=True, batch_size=64, prompt="", **options
-):
-    """Paths, PIL images or arrays -> a list of captions; with `num_return_sequences` above 1 a list of lists.
-
-    Each caption begins with `prompt`; when it is a list, one prompt for each image, the captions are what follows the
-    prompts: answers to questions. `options`: see `decoding.Options`; with `num_beams` it is beam search.
-    """
-    device, count = next(model.parameters()).device, options.get("num_return_sequences", 1)
-    asked = not isinstance(prompt, str)
-    prompts = [encode_prompt(tokenizer, text) for text in (prompt if asked else [prompt] * len(images))]
-    if len(prompts) != len(images):
-        raise ValueError(f"{len(prompts)} prompts for {len(images)} images")
-    captions = [None] * len(images)
-    if isinstance(options.get("seed"), int):  # one stream for all batches
-        options["seed"] = torch.Generator(device).manual_seed(options["seed"])
-    by_length = {}  # prompts of one length make a batch without padding
-    for i, ids in enumerate(prompts):
-        by_length.setdefault(len(ids), []).append(i)
-    for length, places in by_length.items():
-        for start in range(0, len(places), batch_size):
-            batch = places[start : start + batch_size]
-            photos = torch.stack([preprocess(images[i], **model.preprocessing) for i in batch]).to(device)
-            sequences = torch.tensor([prompts[i] for i in batch], device=device)  # (B, T)
-            ids = generate_ids(model, photos, sequences, max_tokens, temperature, deterministic, **options)
-            texts = [tokenizer.decode(row[length if asked else 1 :]).strip() for row in ids.tolist()]
-            for n, i in enumerate(batch):
-                captions[i] = texts[n] if count == 1 else texts[n * count : (n + 1) * count]
-    return captions
-
-
 # ======================================================================================================================
 # Training
 # ======================================================================================================================
@@ -691,7 +666,10 @@ class Trainer:
         )
         self.scheduler = None
         self.rebuild_schedule(config.epochs)
+        if config.best_by not in ("perplexity", "CIDEr") or (config.best_by == "CIDEr" and config.score_every != 1):
+            raise ValueError(f"best_by is {config.best_by!r}: it is perplexity, or CIDEr with score_every 1")
         self.metrics = []  # a dict an epoch, the rows of metrics.csv
+        self.samples = {}  # {epoch: captions of the first scored images}
         self.best = {"best_perplexity": math.inf, "best_epoch": None}
         self.bad_steps = 0  # consecutive
         self.stage = None
@@ -804,8 +782,8 @@ class Trainer:
             for epoch in range(self.train_config.epochs):
                 train_loss = self.train_one_epoch(epoch)
                 valid_perplexity = self.valid_one_epoch(epoch)
-                self._record(epoch, train_loss, valid_perplexity)
-                if valid_perplexity < self.best["best_perplexity"]:
+                self._record(epoch, train_loss, valid_perplexity, self.score_one_epoch(epoch))
+                if self._is_best():
                     best = {"best_perplexity": valid_perplexity, "best_epoch": epoch}
                     self.save_model(best)
                     self.best = best  # only now: an interrupted save has kept the files of the epoch before
@@ -822,16 +800,35 @@ class Trainer:
             raise FloatingPointError("the validation perplexity was never finite: try a lower --lr")
         return dict(self.best)
 
-    def _record(self, epoch, train_loss, valid_perplexity):
+    def score_one_epoch(self, epoch):
+        """Caption the same validation photos as in other epochs, log the first eight in samples.md -> {"CIDEr",
+        "BLEU-4"}, or {"exact_answers"} for questions; empty in epochs that `score_every` leaves out."""
+        config = self.train_config
+        if not config.score_every or (epoch + 1) % config.score_every:
+            return {}
+        truth, captions, scores = score_subset(self.model, self.tokenizer, self.valid_dl.dataset, config.score_images)
+        self.samples[epoch + 1] = captions[:8]
+        pages.write_samples(self.model_path / "samples.md", list(truth)[:8], list(truth.values())[:8], self.samples)
+        return scores
+
+    def _is_best(self):
+        """True when the last epoch is the best so far by `best_by`."""
+        key, sign = ("CIDEr", -1) if self.train_config.best_by == "CIDEr" else ("valid_perplexity", 1)
+        *before, last = [sign * row.get(key, math.nan) for row in self.metrics]
+        return math.isfinite(last) and all(not math.isfinite(value) or last < value for value in before)
+
+    def _record(self, epoch, train_loss, valid_perplexity, scores):
         """Add the epoch to metrics.csv and print it."""
         row = dict(epoch=epoch + 1, stage=self.stage, lr=max(self.scheduler.get_last_lr()))
         row |= dict(train_loss=train_loss, valid_loss=math.log(valid_perplexity))
-        row |= dict(train_perplexity=perplexity(train_loss), valid_perplexity=valid_perplexity)
+        row |= dict(train_perplexity=perplexity(train_loss), valid_perplexity=valid_perplexity, **scores)
         self.metrics.append(row)
         self.model_path.mkdir(parents=True, exist_ok=True)
         table = pd.DataFrame(self.metrics)
         checkpoint.write_atomically(self.model_path / "metrics.csv", lambda path: table.to_csv(path, index=False))
-        print(f"epoch {epoch + 1}: training perplexity {perplexity(train_loss):.3f}, validation {valid_perplexity:.3f}")
+        shown = "".join(f", {name} {value:.3f}" for name, value in scores.items())
+        print(f"epoch {epoch + 1}: training perplexity {perplexity(train_loss):.3f}, ", end="")
+        print(f"validation {valid_perplexity:.3f}{shown}")
 
     def save_model(self, best=None):
         """Write the checkpoint: captioner.safetensors, captioner.pt, config.json, tokenizer.json.
@@ -896,8 +893,8 @@ def read_configs(argv):
         recipe = next((name for name in BUILT_IN if folder == (DATA_DIR / name).resolve()), None)
     from_recipe = read_recipe(recipe, RECIPES_DIR, **sections) if recipe else dict(model_config={}, train_config={})
     for key, value in from_recipe["train_config"].items():
-        if isinstance(value, Path):
-            from_recipe["train_config"][key] = REPO_ROOT / value
+        if isinstance(value, Path) or (key == "captions_file" and value):  # as seen from the repository's root
+            from_recipe["train_config"][key] = type(value)(REPO_ROOT / value)
     if recipe in BUILT_IN:
         from_recipe["train_config"].setdefault("data_dir", DATA_DIR / recipe)
     if "encoder" in given["model_config"]:  # another encoder than the recipe's has other options and weights
@@ -973,8 +970,12 @@ def main(argv=None):
     result = trainer.run_training()
 
     trainer.load_best_model()
-    for quantity in ("loss", "perplexity"):
-        plots.plot_curve(trainer.metrics, quantity, train_cfg.model_path / f"{quantity}.png")
+    for quantity in (
+        "loss",
+        "perplexity",
+        *(name for name in ("CIDEr", "exact_answers") if name in trainer.metrics[-1]),
+    ):
+        plots.plot_curve(trainer.metrics, quantity, train_cfg.model_path / f"{quantity.lower()}.png")
     caption = partial(caption_images, trainer.model, trainer.tokenizer)
     plots.draw_demo(caption, df[df["split"] == "val"], train_cfg.demo_images, train_cfg.model_path / "demo.png")
     if (train_cfg.data_dir / shapes.SPLIT_FILE).is_file():

@@ -14,7 +14,9 @@ import sys
 from pathlib import Path
 
 import plots
-from MyLLM_Vit_gpt2_captioning import OUTPUT_DIR, caption_images, load_captioner, train_config
+from command_line import add_decoding_arguments, decoding_options
+from decoding import caption_images
+from MyLLM_Vit_gpt2_captioning import OUTPUT_DIR, load_captioner, train_config
 from preprocessing import load_image
 
 
@@ -26,12 +28,7 @@ def main(argv=None):
         default=OUTPUT_DIR,
         help='folder or hub id "user/repo", ours or a Hugging Face ViT + GPT-2 (default: captioner)',
     )
-    parser.add_argument("--beam", type=int, metavar="N", help="beam search with N beams")
-    parser.add_argument("--sample", action="store_true", help="draw the words")
-    parser.add_argument("--temperature", type=float, help="of the draws; given, words are drawn (default: 1.0)")
-    parser.add_argument("--top_k", type=int, help="draw from the k likeliest words only")
-    parser.add_argument("--top_p", type=float, help="draw from the likeliest words that have this probability together")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    add_decoding_arguments(parser)
     parser.add_argument("--num", type=int, default=1, help="captions an image (default: 1)")
     parser.add_argument("--prompt", default="", help="how the caption begins")
     parser.add_argument("--grid", type=Path, metavar="PNG", help="also draw the photos with their captions")
@@ -39,9 +36,8 @@ def main(argv=None):
 
     try:
         model, tokenizer = load_captioner(args.checkpoint)
-        found = caption_images(
-            model.to(train_config.device), tokenizer, args.images, prompt=args.prompt, **_decoding_options(args)
-        )
+        options = dict(num_return_sequences=args.num, **decoding_options(args))
+        found = caption_images(model.to(train_config.device), tokenizer, args.images, prompt=args.prompt, **options)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
     captions = [caption if args.num > 1 else [caption] for caption in found]
@@ -53,18 +49,6 @@ def main(argv=None):
         photos = [load_image(image) for image in args.images]
         plots.plot_captions(photos, [several[0] for several in captions], [""] * len(photos), args.grid)
         print(f"drawn to {args.grid}")
-
-
-def _decoding_options(args):
-    """The command line's way to choose words -> options of `decoding.Options`."""
-    draws = {key: value for key in ("temperature", "top_k", "top_p") if (value := getattr(args, key)) is not None}
-    sample = args.sample or bool(draws)
-    if sample and args.beam is not None:
-        raise ValueError(
-            "choose beam search or sampling: --beam goes with none of --sample, --temperature, --top_k, --top_p"
-        )
-    options = dict(num_return_sequences=args.num, deterministic=not sample, **draws)
-    return options | (dict(seed=args.seed) if sample else dict(num_beams=1 if args.beam is None else args.beam))
 
 
 if __name__ == "__main__":

@@ -177,3 +177,23 @@ def what_to_give(model_config, gpt2_repo):
         "or train from random weights, which takes far longer to get good:",
         "    --tokenizer bpe --decoder_weights scratch --encoder_weights scratch",
     ])  # fmt: skip
+
+
+def add_decoding_arguments(parser):
+    """The options that say how a tool chooses words; `decoding_options` reads them."""
+    parser.add_argument("--beam", type=int, metavar="N", help="beam search with N beams (default: greedy)")
+    parser.add_argument("--sample", action="store_true", help="draw the words")
+    parser.add_argument("--temperature", type=float, help="of the draws; given, words are drawn (default: 1.0)")
+    parser.add_argument("--top_k", type=int, help="draw from the k likeliest words only")
+    parser.add_argument("--top_p", type=float, help="draw from the likeliest words that have this probability together")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+
+
+def decoding_options(args):
+    """Parsed arguments -> keyword arguments of `decoding.Options`. Raises ValueError for two ways at once."""
+    draws = {key: value for key in ("temperature", "top_k", "top_p") if (value := getattr(args, key)) is not None}
+    if args.sample or draws:
+        if args.beam is not None:
+            raise ValueError("choose beam search (--beam) or sampling (--sample, --temperature, --top_k, --top_p)")
+        return dict(deterministic=False, seed=args.seed, **draws)
+    return dict(deterministic=True, num_beams=1 if args.beam is None else args.beam)

@@ -5,10 +5,13 @@ of an image, and each new token costs one token's work.
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+
+from captions_tokenizer import encode_prompt
+from preprocessing import preprocess
 
 
 @dataclass(frozen=True)
@@ -247,3 +250,45 @@ def _beam_search(decoder, max_tokens, eos, options):
         decoder.select(rows.take_along_dim(best, dim=1).flatten())
         decoder.append(tokens.take_along_dim(best, dim=1).view(-1, 1))
     return finished[:, :, : start + new]
+
+
+def caption_images(
+    model, tokenizer, images, max_tokens=50, temperature=1.0, deterministic=True, batch_size=64, prompt="", **options
+):
+    """Paths, PIL images or arrays -> a list of captions; with `num_return_sequences` above 1 a list of lists.
+
+    Each caption begins with `prompt`; when it is a list, one prompt for each image, the captions are what follows the
+    prompts: answers to questions. `options`: see `Options`; with `num_beams` it is beam search.
+    """
+    options = Options(max_tokens, temperature, deterministic, **options)
+    captions = [None] * len(images)
+    for place, texts, _ in caption_batches(model, tokenizer, images, options, batch_size, prompt):
+        captions[place] = texts[0] if options.num_return_sequences == 1 else texts
+    return captions
+
+
+def caption_batches(model, tokenizer, images, options, batch_size=64, prompt=""):
+    """Yields (place in `images`, its captions, for each whether it came to its end), a batch at a time in any order.
+
+    `options`: an `Options`; the rest as in `caption_images`. Raises ValueError when there are not as many prompts as
+    images.
+    """
+    device, asked = next(model.parameters()).device, not isinstance(prompt, str)
+    prompts = [encode_prompt(tokenizer, text) for text in (prompt if asked else [prompt] * len(images))]
+    if len(prompts) != len(images):
+        raise ValueError(f"{len(prompts)} prompts for {len(images)} images")
+    if isinstance(options.seed, int):  # one stream for all batches
+        options = replace(options, seed=torch.Generator(device).manual_seed(options.seed))
+    count, by_length = options.num_return_sequences, {}  # prompts of one length make a batch without padding
+    for i, ids in enumerate(prompts):
+        by_length.setdefault(len(ids), []).append(i)
+    for length, places in by_length.items():
+        for start in range(0, len(places), batch_size):
+            batch = places[start : start + batch_size]
+            photos = torch.stack([preprocess(images[i], **model.preprocessing) for i in batch]).to(device)
+            sequences = torch.tensor([prompts[i] for i in batch], device=device)  # (B, T)
+            rows = generate_ids(model, photos, sequences, **vars(options)).tolist()
+            texts = [tokenizer.decode(row[length if asked else 1 :]).strip() for row in rows]
+            ended = [model.config.eos_token_id in row[length:] for row in rows]
+            for n, i in enumerate(batch):
+                yield i, texts[n * count : (n + 1) * count], ended[n * count : (n + 1) * count]

@@ -10,16 +10,18 @@ from preprocessing import load_image
 
 
 def plot_curve(metrics, quantity, path):
-    """Training and validation `quantity` ("loss" or "perplexity") by epoch -> PNG.
+    """`quantity` by epoch -> PNG: "loss" or "perplexity" for training and validation, or a score of captions.
 
-    `metrics`: one dict an epoch with the keys epoch, stage, train_<quantity>, valid_<quantity>. A dotted line marks
-    where a training stage begins.
+    `metrics`: one dict an epoch with the keys epoch, stage, train_<quantity> and valid_<quantity>, or <quantity> in the
+    epochs that were scored. A dotted line marks where a training stage begins.
     """
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    epochs = [row["epoch"] for row in metrics]
-    for part, colour in (("train", "tab:blue"), ("valid", "tab:orange")):
-        values = [row[f"{part}_{quantity}"] for row in metrics]
-        axes.plot(epochs, values, marker="o", color=colour, label={"train": "training", "valid": "validation"}[part])
+    series = {"training": (f"train_{quantity}", "tab:blue"), "validation": (f"valid_{quantity}", "tab:orange")}
+    if f"train_{quantity}" not in metrics[0]:
+        series = {"validation captions": (quantity, "tab:green")}
+    for label, (key, colour) in series.items():
+        points = [(row["epoch"], row[key]) for row in metrics if key in row]
+        axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=label)
     for before, row in pairwise(metrics):
         if row["stage"] != before["stage"]:
             axes.axvline(row["epoch"] - 0.5, color="grey", linestyle=":")
@@ -36,7 +38,8 @@ def plot_curve(metrics, quantity, path):
     if quantity == "perplexity" and max(metrics[0][f"{part}_perplexity"] for part in ("train", "valid")) > 50:
         axes.set_yscale("log")  # the first epochs would flatten the rest
     axes.set_xlabel("epoch")
-    axes.set_ylabel({"loss": "loss (nats per token)", "perplexity": "perplexity per token"}[quantity])
+    units = {"loss": "loss (nats per token)", "perplexity": "perplexity per token", "exact_answers": "share right"}
+    axes.set_ylabel(units.get(quantity, quantity))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()

@@ -38,7 +38,7 @@ def test_imports_never_go_upward():
 
 def test_no_file_shadows_a_library():
     """The script's folder is the first on the search path."""
-    installed = {"datasets", "evaluate", "tokenizers", "tokenizer", "transformers", "metrics", "types", "random"}
+    installed = {"datasets", "evaluate", "tokenizers", "tokenizer", "transformers", "types", "random"}
     assert not installed & set(MODULES)
     assert not (FOLDER / "__init__.py").exists()
 
@@ -82,3 +82,17 @@ def test_commands_in_the_readmes_name_real_files_and_options(script):
         for command in re.findall(rf"{SCRIPT}\.py((?: .*| \\\n.*)+)", text):
             for key in re.findall(r"--(\w+)", command):
                 assert key in keys | {"help", "recipe", "download"}, f"{readme}: --{key}"
+
+
+@pytest.mark.parametrize("tool", ["caption_image", "convert_captioner", "evaluate_captions", "prepare_data"])
+def test_the_options_of_tools_in_the_readmes_exist(tool, capsys):
+    """Each tool answers --help, and what the READMEs give it is in there."""
+    import importlib
+
+    with pytest.raises(SystemExit):
+        importlib.import_module(tool).main(["--help"])
+    shown = capsys.readouterr().out
+    for readme in (REPO_ROOT / "README.md", FOLDER / "README.md", REPO_ROOT / "data" / "README.md"):
+        for command in re.findall(rf"{tool}\.py((?: .*| \\\n.*)+)", readme.read_text(encoding="utf-8")):
+            for option in re.findall(r"--\w+", command):
+                assert option in shown, f"{readme}: {tool} {option}"

@@ -108,8 +108,8 @@ def test_whole_script_on_twelve_photos(script, flickr, tmp_path, capsys):
     result = script.main(["--data_dir", str(flickr), "--model_path", str(output), *TINY])
     assert set(result) == {"best_perplexity", "best_epoch"}
     assert sorted(path.name for path in output.iterdir()) == [
-        "captioner.pt", "captioner.safetensors", "config.json", "demo.png", "loss.png", "metrics.csv",
-        "perplexity.png", "recipe.toml", "tokenizer.json",
+        "captioner.pt", "captioner.safetensors", "cider.png", "config.json", "demo.png", "loss.png", "metrics.csv",
+        "perplexity.png", "recipe.toml", "samples.md", "tokenizer.json",
     ]  # fmt: skip
     table = pd.read_csv(output / "metrics.csv")
     assert table["epoch"].tolist() == [1, 2]
@@ -269,7 +269,7 @@ def test_caption_image_searches_and_samples(capsys):
     assert draws != lines("--temperature", "3", "--top_k", "50", "--num", "5", "--seed", "2")
     assert lines("--prompt", "below a")[0].startswith(f"{scene[0]}: below a")
     assert lines("--beam", "1") == lines()
-    with pytest.raises(SystemExit, match="choose beam search or sampling"):
+    with pytest.raises(SystemExit, match="choose beam search"):
         caption_image.main([*scene, "--beam", "4", "--sample"])
     with pytest.raises(SystemExit, match="num_beams must be at least 1"):
         caption_image.main([*scene, "--beam", "0"])

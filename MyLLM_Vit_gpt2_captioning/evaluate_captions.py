@@ -1,0 +1,136 @@
+"""Caption every image of a split and score the captions as the field does: BLEU, ROUGE-L, CIDEr, METEOR, SPICE.
+
+    python MyLLM_Vit_gpt2_captioning/evaluate_captions.py captioner --data data/flickr8k --split test --beam 4
+    python MyLLM_Vit_gpt2_captioning/evaluate_captions.py --predictions results.json --data data/coco2017 --split val
+
+Prints a table and writes to --output:
+    scores.json        the table
+    predictions.json   [{"image_id": ..., "caption": ...}], COCO's results format, which other tools score too
+    page.html          photos with their captions, best and worst first
+--predictions scores somebody else's file of that format. METEOR and SPICE need Java.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pages
+import sources
+from checkpoint import write_atomically
+from command_line import add_decoding_arguments, decoding_options
+from evaluation import as_table, cider_of_each, exact_answers, predict, score, table_rows
+from MyLLM_Vit_gpt2_captioning import DATA_DIR, OUTPUT_DIR, load_captioner, train_config
+
+SHOWN = 40  # best and worst photos on the page
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", default=OUTPUT_DIR, help="folder or hub id (default: captioner)")
+    parser.add_argument("--data", type=Path, default=DATA_DIR, metavar="FOLDER", help="dataset (default: data)")
+    parser.add_argument("--captions_file", type=Path, help="the annotation file, when it is not found")
+    parser.add_argument("--image_dir", type=Path, help="the folder of photos, when they lie elsewhere")
+    parser.add_argument("--split", choices=sources.SPLITS, default="test")
+    parser.add_argument("--max_images", type=int, help="only the first so many images of the split")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help="score these captions instead of a model's")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="(default: CHECKPOINT/evaluation_SPLIT)")
+    add_decoding_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        return evaluate_split(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def evaluate_split(args):
+    """What the parsed command line asks for -> scores. Raises OSError or ValueError that names file and remedy."""
+    rows = read_split(args)
+    beside = args.predictions.parent if args.predictions else Path(args.checkpoint)
+    output = args.output or (beside if beside.is_dir() else Path(beside.name)) / f"evaluation_{args.split}"
+    references = rows.groupby("image", sort=False)["caption"].agg(list).to_dict()
+    images, ended = list(references), None
+    if args.predictions:
+        candidates = read_predictions(args.predictions, images)
+    else:
+        model, tokenizer = load_captioner(args.checkpoint)
+        model.to(train_config.device)
+        options = dict(batch_size=args.batch_size, **decoding_options(args))
+        if "prompt" in rows:
+            answers, _ = predict(model, tokenizer, list(rows["image"]), list(rows["prompt"]), **options)
+            scores = {"exact answers": exact_answers(answers, [[right] for right in rows["caption"]])}
+            asked = zip(rows["image"], rows["prompt"], answers, strict=True)
+            return _write(output, scores, [dict(image_id=image_id(i), question=q, caption=a) for i, q, a in asked])
+        captions, ended = predict(model, tokenizer, images, **options)
+        candidates = dict(zip(images, captions, strict=True))
+    scores = score(candidates, references, ended)
+    _write(output, scores, [dict(image_id=image_id(image), caption=caption) for image, caption in candidates.items()])
+    title = f"{args.predictions or args.checkpoint}: {args.split}"
+    write_page(output / "page.html", title, scores, candidates, references)
+    print(f"scores, predictions and a page to look at: {output}")
+    return scores
+
+
+def read_split(args):
+    """The usable rows of the split. Raises ValueError when there is none."""
+    source = args.captions_file or sources.find_captions(args.data)
+    df = sources.drop_unusable(sources.load(args.data, args.captions_file, args.image_dir), source)
+    rows = df[df["split"] == args.split]
+    if rows.empty:
+        counts = ", ".join(f"{split} {n:,}" for split, n in df.groupby("split")["image"].nunique().items())
+        raise ValueError(f"{args.data}: the split {args.split} is empty; images there are: {counts}")
+    if args.max_images:
+        rows = rows[rows["image"].isin(rows["image"].unique()[: args.max_images])]
+    return rows
+
+
+def image_id(path):
+    """COCO's number of an image where its name is one (000000000139.jpg -> 139), else its name."""
+    return int(path.stem) if path.stem.isdigit() and len(path.stem) == 12 else path.name
+
+
+def read_predictions(path, images):
+    """A results file -> {image: caption}. Raises ValueError that names the file and the entry for a wrong format, an
+    unknown image or one that comes twice; images without a caption are left to the score, which counts them."""
+    known = {image_id(image): image for image in images} | {image.name: image for image in images}
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = [(entry["image_id"], entry["caption"]) for entry in entries]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f'{path}: expected [{{"image_id": ..., "caption": ...}}, ...] ({error!r})') from error
+    candidates = {}
+    for number, (name, caption) in enumerate(entries):
+        if name not in known:
+            raise ValueError(f"{path}, entry {number}: the image {name!r} is not in this split")
+        if known[name] in candidates:
+            raise ValueError(f"{path}, entry {number}: the image {name!r} comes twice")
+        candidates[known[name]] = caption
+    return candidates
+
+
+def _write(folder, scores, predictions):
+    """Print and save scores and predictions -> scores."""
+    print(as_table(scores))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (("scores.json", scores), ("predictions.json", predictions)):
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        write_atomically(folder / name, lambda draft, text=text: draft.write_text(text, encoding="utf-8"))
+    return scores
+
+
+def write_page(path, title, scores, candidates, references):
+    """Photos with their captions, best and worst by CIDEr first."""
+    each = cider_of_each(candidates, references)
+    order = sorted(candidates, key=lambda image: -each[image])
+
+    def photos(chosen):
+        return [(i, candidates[i], references[i], f"CIDEr {each[i]:.3f}, {i.name}") for i in chosen]
+
+    best, worst = order[:SHOWN], order[SHOWN:][::-1][:SHOWN]
+    sections = {"Best by CIDEr": photos(best), "Worst by CIDEr": photos(worst)}
+    pages.write_evaluation_page(path, title, table_rows(scores), {k: v for k, v in sections.items() if v})
+
+
+if __name__ == "__main__":
+    main()
