@@ -10,7 +10,8 @@ from preprocessing import load_image
 STYLE = """
 body { font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em; color: #222; }
 table { border-collapse: collapse; margin: 1em 0; } td, th { padding: 0.2em 1em 0.2em 0; text-align: left; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number, th { text-align: right; font-variant-numeric: tabular-nums; }
+td.score { max-width: 20em; }
 .photos { display: grid; grid-template-columns: repeat(auto-fill, minmax(15em, 1fr)); gap: 1.5em; }
 figure { margin: 0; } img { width: 100%; border-radius: 4px; } figcaption b { display: block; margin: 0.3em 0; }
 ul { margin: 0; padding-left: 1.2em; color: #666; font-size: 13px; } .score { color: #666; font-size: 13px; }
@@ -29,14 +30,17 @@ def thumbnail(image, side=288):
 def write_evaluation_page(path, title, scores, sections):
     """One self-contained HTML file.
 
-    `scores`: rows (name, value, ...) of the table, the first of them its head; `sections`: {heading: list of
+    `scores`: rows (name, value, value beside it), all text, the first of them the head; `sections`: {heading: list of
     (image, caption, true captions, text of its score)}.
     """
-    rows = [
-        "<tr>" + "".join(f"<{cell} class={'number' if i else 'name'}>{html.escape(str(value))}</{cell}>"
-                         for i, value in enumerate(row)) + "</tr>"
-        for row, cell in zip(scores, ["th"] + ["td"] * (len(scores) - 1), strict=True)
-    ]  # fmt: skip
+    head, *rest = scores
+    rows = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
+    for name, value, beside in rest:
+        if value.replace(".", "", 1).isdigit():
+            cells = "".join(f"<td class=number>{html.escape(cell)}</td>" for cell in (value, beside))
+        else:
+            cells = f"<td colspan=2 class=score>{html.escape(value)}</td>"  # why there is no number
+        rows.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>",
         f"<h1>{html.escape(title)}</h1><table>{''.join(rows)}</table>",
