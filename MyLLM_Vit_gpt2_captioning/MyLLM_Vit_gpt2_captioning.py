@@ -666,8 +666,11 @@ class Trainer:
         )
         self.scheduler = None
         self.rebuild_schedule(config.epochs)
-        if config.best_by not in ("perplexity", "CIDEr") or (config.best_by == "CIDEr" and config.score_every != 1):
-            raise ValueError(f"best_by is {config.best_by!r}: it is perplexity, or CIDEr with score_every 1")
+        cider = config.score_every == 1 and not any(self.valid_dl.dataset.prompts)
+        if config.best_by not in ("perplexity", "CIDEr") or (config.best_by == "CIDEr" and not cider):
+            raise ValueError(
+                f"best_by is {config.best_by!r}: it is perplexity, or for captions with score_every 1 CIDEr"
+            )
         self.metrics = []  # a dict an epoch, the rows of metrics.csv
         self.samples = {}  # {epoch: captions of the first scored images}
         self.best = {"best_perplexity": math.inf, "best_epoch": None}
@@ -804,7 +807,7 @@ class Trainer:
         """Caption the same validation photos as in other epochs, log the first eight in samples.md -> {"CIDEr",
         "BLEU-4"}, or {"exact_answers"} for questions; empty in epochs that `score_every` leaves out."""
         config = self.train_config
-        if not config.score_every or (epoch + 1) % config.score_every:
+        if config.score_every < 1 or config.score_images < 1 or (epoch + 1) % config.score_every:
             return {}
         truth, captions, scores = score_subset(self.model, self.tokenizer, self.valid_dl.dataset, config.score_images)
         self.samples[epoch + 1] = captions[:8]
@@ -902,7 +905,9 @@ def read_configs(argv):
             from_recipe["model_config"].pop(key, None)
     model_cfg, train_cfg = ({**vars(sections[name]), **from_recipe[name], **given[name]} for name in sections)
     if model_cfg["start_from"]:  # the captioner brings the rest
-        chosen = given["model_config"] | dict(start_from=model_cfg["start_from"])
+        own = from_recipe["model_config"] if "start_from" in from_recipe["model_config"] else {}
+        chosen = ({} if "start_from" in given["model_config"] else own) | given["model_config"]
+        chosen["start_from"] = model_cfg["start_from"]
         model_cfg = vars(complete_configs(model=SimpleNamespace(**chosen))[0])
     chosen = from_recipe["train_config"] | given["train_config"]
     if "image_dir" not in chosen and ("data_dir" in chosen or not train_config.image_dir.is_dir()):
@@ -979,8 +984,7 @@ def main(argv=None):
     caption = partial(caption_images, trainer.model, trainer.tokenizer)
     plots.draw_demo(caption, df[df["split"] == "val"], train_cfg.demo_images, train_cfg.model_path / "demo.png")
     if (train_cfg.data_dir / shapes.SPLIT_FILE).is_file():
-        score = shapes.score_answers if "prompt" in df else shapes.score
-        result["scores"] = score(caption, train_cfg.data_dir)
+        result["scores"] = (shapes.score_answers if "prompt" in df else shapes.score)(caption, train_cfg.data_dir)
     print(
         f"best validation perplexity {result['best_perplexity']:.3f} in epoch {result['best_epoch'] + 1}; "
         f"checkpoint and plots are in {train_cfg.model_path}"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 # Data workers are forked after the tokenizer was used; without this the library warns in each of them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 START, END, PAD, UNKNOWN = "<start>", "<end>", "<pad>", "<unk>"
@@ -55,7 +55,9 @@ class CaptionTokenizer:
             )
         elif kind == "word":
             backend = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
-            backend.pre_tokenizer = pre_tokenizers.Whitespace()  # words, and marks of punctuation by themselves
+            # Words with what is inside of them ("man's", "t-shirt"), and marks of punctuation by themselves.
+            words = Regex(r"\w+(?:[-']\w+)*|[^\w\s]")
+            backend.pre_tokenizer = pre_tokenizers.Split(words, behavior="removed", invert=True)
             trainer = trainers.WordLevelTrainer(
                 vocab_size=vocab_size, special_tokens=[PAD, START, END, UNKNOWN], show_progress=False
             )

@@ -274,7 +274,8 @@ def caption_batches(model, tokenizer, images, options, batch_size=64, prompt="")
     images.
     """
     device, asked = next(model.parameters()).device, not isinstance(prompt, str)
-    prompts = [encode_prompt(tokenizer, text) for text in (prompt if asked else [prompt] * len(images))]
+    longest = model.config.seq_len - 2  # as training cuts them
+    prompts = [encode_prompt(tokenizer, text)[:longest] for text in (prompt if asked else [prompt] * len(images))]
     if len(prompts) != len(images):
         raise ValueError(f"{len(prompts)} prompts for {len(images)} images")
     if isinstance(options.seed, int):  # one stream for all batches

@@ -12,6 +12,7 @@ Prints a table and writes to --output:
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -51,6 +52,8 @@ def evaluate_split(args):
     output = args.output or (beside if beside.is_dir() else Path(beside.name)) / f"evaluation_{args.split}"
     references = rows.groupby("image", sort=False)["caption"].agg(list).to_dict()
     images, ended = list(references), None
+    if args.predictions and "prompt" in rows:
+        raise ValueError(f"{args.data} asks questions; --predictions scores captions")
     if args.predictions:
         candidates = read_predictions(args.predictions, images)
     else:
@@ -58,10 +61,12 @@ def evaluate_split(args):
         model.to(train_config.device)
         options = dict(batch_size=args.batch_size, **decoding_options(args))
         if "prompt" in rows:
-            answers, _ = predict(model, tokenizer, list(rows["image"]), list(rows["prompt"]), **options)
-            scores = {"exact answers": exact_answers(answers, [[right] for right in rows["caption"]])}
-            asked = zip(rows["image"], rows["prompt"], answers, strict=True)
-            return _write(output, scores, [dict(image_id=image_id(i), question=q, caption=a) for i, q, a in asked])
+            right = rows.groupby(["image", "prompt"], sort=False)["caption"].agg(list).to_dict()
+            asked = list(zip(*right, strict=True))  # images, questions
+            answers, _ = predict(model, tokenizer, *map(list, asked), **options)
+            entries = zip(*asked, answers, strict=True)
+            predictions = [dict(image_id=image_id(i), question=q, caption=a) for i, q, a in entries]
+            return _write(output, {"exact answers": exact_answers(answers, right.values())}, predictions)
         captions, ended = predict(model, tokenizer, images, **options)
         candidates = dict(zip(images, captions, strict=True))
     scores = score(candidates, references, ended)
@@ -86,8 +91,10 @@ def read_split(args):
 
 
 def image_id(path):
-    """COCO's number of an image where its name is one (000000000139.jpg -> 139), else its name."""
-    return int(path.stem) if path.stem.isdigit() and len(path.stem) == 12 else path.name
+    """COCO's number of an image where its name holds one (000000000139.jpg, COCO_val2014_000000000139.jpg -> 139), else
+    its name."""
+    number = re.fullmatch(r"(?:COCO_\w+_)?(\d{12})", path.stem)
+    return int(number[1]) if number else path.name
 
 
 def read_predictions(path, images):
@@ -101,6 +108,10 @@ def read_predictions(path, images):
         raise ValueError(f'{path}: expected [{{"image_id": ..., "caption": ...}}, ...] ({error!r})') from error
     candidates = {}
     for number, (name, caption) in enumerate(entries):
+        if not isinstance(name, (str, int)) or not isinstance(caption, str):
+            raise ValueError(
+                f"{path}, entry {number}: image_id {name!r} and caption {caption!r} must be a name and a text"
+            )
         if name not in known:
             raise ValueError(f"{path}, entry {number}: the image {name!r} is not in this split")
         if known[name] in candidates:

@@ -72,8 +72,10 @@ def load(data_dir, captions_file=None, image_dir=None):
     else:
         roots = [Path(image_dir)] if image_dir else _image_roots(data_dir, source)
     given = df.pop("split") if "split" in df else None
-    df["split"] = assign_splits(df["image"], data_dir, given=given)
-    df["image"] = _find_images(df["image"], roots, source, df.index.name)
+    names = df["image"]
+    df["image"] = _find_images(names, roots, source, df.index.name)
+    names = names.groupby(df["image"].to_numpy()).transform("first")  # one photo under two names is one photo
+    df["split"] = assign_splits(names, data_dir, given=given)
     columns = ["image", "caption", "split", "prompt"]
     return df[[column for column in columns if column in df]]
 
@@ -162,7 +164,13 @@ def _cleaned(df, path):
         raise ValueError(f"{path}, {df.index.name} {df.index[blank.argmax()]}: no image name")
     df["image"] = df["image"].astype(str).str.strip()
     for column in {"caption", "prompt"} & set(df.columns):
-        df[column] = df[column].fillna("").astype(str).str.strip().str.lower()
+        strange = df[column].map(lambda value: isinstance(value, (dict, list)))
+        if strange.any():
+            row = strange.to_numpy().argmax()
+            raise ValueError(
+                f"{path}, {df.index.name} {df.index[row]}: the {column} is {df[column].iloc[row]!r}, not a text"
+            )
+        df[column] = df[column].fillna("").astype(str).str.split().str.join(" ").str.lower()
     if "split" in df:
         if df["split"].isna().all():
             return df.drop(columns="split")
@@ -213,9 +221,13 @@ def read_table(path):
         df = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, na_values=[""], **options)
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise ValueError(f"{path}: {str(error).strip()}") from error
+    if not isinstance(df.index, pd.RangeIndex):  # pandas then takes the first column for row names
+        raise ValueError(f"{path}, line 2: more fields than the header has; quote captions that hold the separator")
     df.columns = [str(column).strip() for column in df.columns]
     df = df.rename(columns=_named(list(df.columns), path))
-    df.index = pd.RangeIndex(2, len(df) + 2, name="line")  # lines count from 1, and the first holds the column names
+    # Lines count from 1, and the first holds the column names. Where quotes span lines, only rows can be counted.
+    plain = len(df) + 1 == len(text.rstrip("\n").split("\n"))
+    df.index = pd.RangeIndex(2, len(df) + 2, name="line") if plain else pd.RangeIndex(1, len(df) + 1, name="row")
     if "comment_number" in df.columns:
         df["caption"] = _repair_missing_delimiter(df["comment_number"], df["caption"])
     return df
@@ -231,7 +243,7 @@ def _repair_missing_delimiter(numbers, captions):
 def read_flickr_tokens(path):
     """`1000.jpg#0 <tab> caption` a line."""
     rows = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
             continue
         name, tab, caption = line.partition("\t")
@@ -300,7 +312,7 @@ def read_mapping(content):
 
 def _read_json_lines(path):
     def records():
-        for number, line in enumerate(_text(path).splitlines(), 1):
+        for number, line in enumerate(_text(path).split("\n"), 1):
             if line.strip():
                 try:
                     yield number, json.loads(line)
@@ -341,7 +353,7 @@ def _read_folder(folder):
     for photo in _photos(folder):
         text = photo.with_suffix(".txt")
         if text.is_file():
-            for line in text.read_bytes().decode("utf-8-sig", errors="replace").splitlines() or [""]:
+            for line in text.read_bytes().decode("utf-8-sig", errors="replace").rstrip("\r\n").split("\n"):
                 number += 1
                 rows.append((number, photo.name, line))
     if not rows:
@@ -409,7 +421,10 @@ def split_by_lists(data_dir):
         if path.name in DATASETS_FILES:
             continue
         try:
-            images = json.loads(path.read_text(encoding="utf-8"))["images"]
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict) or "images" not in content:
+                continue  # another file with such a name
+            images = content["images"]
             split_of = {image["filename"]: SPLIT_NAMES.get(image["split"], image["split"]) for image in images}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not a Karpathy split file ({error!r})") from error
@@ -420,8 +435,14 @@ def split_by_lists(data_dir):
     split_of = {}
     for split, names in SPLIT_LISTS.items():
         for path in (data_dir / name for name in names):
-            if path.is_file():
-                for name in path.read_text(encoding="utf-8-sig").split():
+            beside_a_photo = any(
+                path.with_suffix(suffix).is_file() for suffix in IMAGE_SUFFIXES
+            )  # then it is a caption
+            if path.is_file() and not beside_a_photo:
+                for line in path.read_text(encoding="utf-8-sig").splitlines():
+                    name = Path(line.strip()).name
+                    if not name:
+                        continue
                     if split_of.setdefault(name, split) != split:
                         raise ValueError(f"{path}: {name} is also in the {split_of[name]} list")
     return split_of

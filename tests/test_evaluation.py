@@ -72,6 +72,8 @@ def test_missing_predictions_are_empty_and_counted(flickr, tmp_path, capsys):
             "entry 2: the image '9.jpg' is not in this split",
         ),
         (lambda entries: [*entries, entries[0]], "entry 2: the image '1010.jpg' comes twice"),
+        (lambda entries: [dict(image_id=[1], caption="a")], "entry 0: image_id .* must be a name and a text"),
+        (lambda entries: [dict(image_id="1010.jpg", caption=None)], "entry 0: image_id .* must be a name and a text"),
         (lambda entries: {"a": 1}, 'results.json: expected .*"image_id"'),
         (lambda entries: [dict(id=1)], 'results.json: expected .*"image_id"'),
     ],
@@ -94,6 +96,7 @@ def test_coco_numbers_its_images():
     from pathlib import Path
 
     assert evaluate_captions.image_id(Path("train2017/000000000139.jpg")) == 139
+    assert evaluate_captions.image_id(Path("val2014/COCO_val2014_000000391895.jpg")) == 391895
     assert evaluate_captions.image_id(Path("1234.jpg")) == "1234.jpg"
 
 
@@ -107,6 +110,24 @@ def test_questions_are_scored_by_exact_answers(captioner, flickr, tmp_path):
     assert evaluate_captions.main([str(captioner), *arguments]) == {"exact answers": 0.0}
     written = json.loads((captioner / "evaluation_test" / "predictions.json").read_text())
     assert [entry["question"] for entry in written] == ["a red dog"] * 2
+
+
+def test_questions_with_several_right_answers(captioner, flickr, tmp_path, monkeypatch):
+    rows = [
+        dict(image=f"{1000 + i}.jpg", prompt="q", answer=["a", "b"], split="test" if i > 9 else "train")
+        for i in range(12)
+    ]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(evaluate_captions, "predict", lambda m, t, images, prompts, **o: (["b"] * len(images), []))
+    arguments = ["--captions_file", str(tmp_path / "questions.jsonl"), "--data", str(flickr)]
+    assert evaluate_captions.main([str(captioner), *arguments]) == {"exact answers": 1.0}
+
+
+def test_a_long_question_is_cut_as_in_training(tiny_model, bpe, flickr):
+    photo = flickr / "flickr30k_images" / "1000.jpg"
+    from decoding import caption_images
+
+    assert isinstance(caption_images(tiny_model, bpe, [photo], prompt=["two young men stand " * 20])[0], str)
 
 
 # --- in Python and in training ----------------------------------------------------------------------------------------
@@ -142,8 +163,16 @@ def test_the_best_epoch_by_cider(script, tiny_config, tiny_train_config, dls, mo
     monkeypatch.setattr(trainer, "valid_one_epoch", lambda epoch: next(perplexities))
     monkeypatch.setattr(trainer, "score_one_epoch", lambda epoch: {"CIDEr": next(ciders)})
     assert trainer.run_training() == {"best_perplexity": 4.0, "best_epoch": 1}
+    tiny_train_config.best_by = "CIDEr"
+    dls[1].dataset.prompts[0] = "what ?"
+    with pytest.raises(
+        ValueError, match="best_by is 'CIDEr': it is perplexity, or for captions with score_every 1 CIDEr"
+    ):
+        script.Trainer(tiny_config, tiny_train_config, dls)
     tiny_train_config.best_by = "BLEU"
-    with pytest.raises(ValueError, match="best_by is 'BLEU': it is perplexity, or CIDEr with score_every 1"):
+    with pytest.raises(
+        ValueError, match="best_by is 'BLEU': it is perplexity, or for captions with score_every 1 CIDEr"
+    ):
         script.Trainer(tiny_config, tiny_train_config, dls)
 
 

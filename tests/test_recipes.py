@@ -119,6 +119,14 @@ def test_the_command_line_wins_over_the_recipe(script, tmp_path):
     assert train_cfg.data_dir == REPO_ROOT / "data" / "elsewhere"  # seen from the repository's root
 
 
+def test_a_recipe_that_starts_from_a_captioner(script, tmp_path):
+    """Its constants count on top of the captioner's, those of the command line on top of both."""
+    start = REPO_ROOT / "examples" / "shapes"
+    (tmp_path / "mine.toml").write_text(f'start_from = "{start}"\nemb_dropout = 0.5\nmlp_dropout = 0.5\n')
+    model_cfg, _, _ = script.read_configs(["--recipe", str(tmp_path / "mine.toml"), "--mlp_dropout", "0.2"])
+    assert (model_cfg.emb_dropout, model_cfg.mlp_dropout, model_cfg.embed_dim) == (0.5, 0.2, 128)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

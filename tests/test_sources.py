@@ -175,6 +175,8 @@ def test_questions_and_given_splits(photos):
         ("captions.json", "[1", r"captions\.json: not valid JSON"),
         ("captions.json", '{"0.jpg": 5}', r"captions\.json: not in a format that is known"),
         ("Flickr8k.token.txt", "0.jpg#0\ta dog\n0.jpg a\n", r"token\.txt, line 2: expected 'photo\.jpg#0', a tab"),
+        ("captions.csv", "image,caption\n0.jpg,a dog, running\n1.jpg,a\n", r"line 2: more fields than the header has"),
+        ("captions.json", '{"0.jpg": [{"raw": "a dog"}]}', r"entry 0: the caption is \{'raw': 'a dog'\}, not a text"),
         ("captions.csv", "image,caption,split\n0.jpg,a,exam\n", r"captions\.csv, line 2: unknown split 'exam'"),
         ("captions.csv", "image,caption,split\n0.jpg,a,train\n0.jpg,b,val\n", r"0\.jpg is in more than one split"),
     ],
@@ -212,6 +214,44 @@ def test_captions_that_are_not_utf8_are_counted_and_named(photos, capsys):
     assert "left out 1 of 13 rows; the first, line 9, has a caption that is not UTF-8: " in said
     (photos / "captions.txt").write_bytes("\ufeffimage,caption\r\n0.jpg,ein Käfer\r\n".encode() * 1)
     assert sources.read_captions(photos / "captions.txt")["caption"].tolist() == ["ein käfer"]  # BOM, CRLF
+
+
+def test_rows_are_counted_where_a_caption_spans_lines(photos, capsys):
+    """Then no line is named, for it would be a wrong one; in the caption it is one line."""
+    rows = [f"{name},a\n" for name in NAMES]
+    (photos / "captions.csv").write_text('image,caption\n0.jpg,"two\nlines"\n' + "".join(rows) + "gone.jpg,b\n")
+    df = sources.load(photos)
+    assert df["caption"].iloc[0] == "two lines"
+    sources.drop_unusable(df, "captions.csv")
+    assert "the first, row 8, names a photo that is not there" in capsys.readouterr().out
+    (photos / "captions.csv").unlink()
+    (photos / "captions.jsonl").write_text(
+        "".join(json.dumps(dict(image=name, caption="a\u2028b"), ensure_ascii=False) + "\n" for name in NAMES), "utf-8"
+    )
+    assert sources.load(photos)["caption"].iloc[0] == "a b"
+
+
+def test_one_photo_under_two_names_is_in_one_split(photos):
+    rows = [f"{prefix}{name},a" for name in NAMES for prefix in ("", "images/", "./images/")]
+    (photos / "captions.csv").write_text("\n".join(["image,caption", *rows]))
+    for seed in range(5):
+        df = sources.load(photos)
+        df["split"] = sources.assign_splits(df["image"].astype(str), photos / "none", seed)
+        assert df.groupby(df["image"].map(lambda path: path.resolve()))["split"].nunique().max() == 1
+    assert sources.load(photos).groupby("image")["split"].nunique().max() == 1
+
+
+def test_other_files_with_the_names_of_splits(photos):
+    """A dataset*.json that is no Karpathy file, a train.txt that is the caption of train.jpg, names with spaces."""
+    flickr8k(photos)
+    (photos / "dataset-metadata.json").write_text('{"title": "a dataset"}')
+    assert len(sources.load(photos)) == len(TRUTH)
+    (photos / "train.jpg").write_bytes((photos / "images" / "0.jpg").read_bytes())
+    (photos / "train.txt").write_text("a train\n")
+    assert sources.split_by_lists(photos) == {}
+    (photos / "train.jpg").unlink()
+    (photos / "train.txt").write_text("images/my photo.jpg\n0.jpg\n")
+    assert sources.split_by_lists(photos) == {"my photo.jpg": "train", "0.jpg": "train"}
 
 
 def test_no_usable_row(photos):

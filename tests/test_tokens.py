@@ -126,6 +126,12 @@ def test_words_and_their_special_tokens(words, tmp_path):
         assert tokenizer.bos_token_id not in tokenizer.encode("<start> <end>")  # a caption cannot end itself
 
 
+def test_words_keep_what_is_inside_of_them():
+    text = "a man's t-shirt , 3 o'clock ."
+    tokenizer = CaptionTokenizer.train([text], 50, "word")
+    assert tokenizer.decode(tokenizer.encode("a man's t-shirt, 3 o'clock.")) == text
+
+
 def test_masks_with_three_special_tokens(script, words):
     """Padding has its own id; labels are masked by length all the same."""
     image = torch.zeros(3, 2, 2)
