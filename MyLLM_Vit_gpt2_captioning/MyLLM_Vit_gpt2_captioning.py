@@ -36,7 +36,7 @@ import shapes
 import sources
 from augmentation import TrainingTransforms, ValidationTransforms
 from batching import CaptionBatchSampler, exact_captions_per_image
-from captions_tokenizer import CaptionTokenizer, encode_caption, encode_prompt
+from captions_tokenizer import CaptionTokenizer, check_eos, encode_caption, encode_prompt
 from command_line import as_toml, parse_overrides, read_recipe, what_to_give, with_defaults
 from decoding import caption_images, generate_ids, trim
 from encoders import build_encoder, preprocessing_of, resolve_encoder
@@ -614,17 +614,8 @@ def load_captioner(source):
     """A trained captioner (folder or hub id, ours or Hugging Face's) -> (model in eval mode, its tokenizer)."""
     folder, _ = read_captioner_config(source)
     model, tok = VisionGPT2Model.from_pretrained(folder), CaptionTokenizer(folder)
-    _check_eos(tok, model.config)
+    check_eos(tok, model.config)
     return model, tok
-
-
-def _check_eos(tokenizer, config):
-    """Raise ValueError when a trained captioner ends its captions with another id than its tokenizer."""
-    if tokenizer.eos_token_id != config.eos_token_id:
-        raise ValueError(
-            f"{tokenizer.source}: the tokenizer ends captions with id {tokenizer.eos_token_id}, the captioner with "
-            f"{config.eos_token_id}: they do not belong together"
-        )
 
 
 # ======================================================================================================================
@@ -646,7 +637,7 @@ class Trainer:
         if len(self.tokenizer) > model_config.vocab_size:
             raise ValueError(f"the tokenizer has {len(self.tokenizer)} tokens, vocab_size is {model_config.vocab_size}")
         if model_config.start_from:
-            _check_eos(self.tokenizer, model_config)
+            check_eos(self.tokenizer, model_config)
         model_config.eos_token_id = self.tokenizer.eos_token_id
         config.device = str(config.device)  # a torch.device could not be written into config.json
         self.device = torch.device(config.device)

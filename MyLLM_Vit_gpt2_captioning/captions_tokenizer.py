@@ -138,3 +138,12 @@ def encode_caption(tokenizer, caption, max_length, prompt=""):
 def encode_prompt(tokenizer, prompt):
     """prompt -> ids [BOS] prompt: what the model is given before it writes."""
     return [tokenizer.bos_token_id, *tokenizer.encode(prompt.strip())]
+
+
+def check_eos(tokenizer, config):
+    """Raise ValueError when a trained captioner ends its captions with another id than its tokenizer."""
+    if tokenizer.eos_token_id != config.eos_token_id:
+        raise ValueError(
+            f"{tokenizer.source}: the tokenizer ends captions with id {tokenizer.eos_token_id}, the captioner with "
+            f"{config.eos_token_id}: they do not belong together"
+        )

@@ -68,4 +68,5 @@ def write_samples(path, names, references, by_epoch):
         lines += [f"## {name}", "", *(f"- true: {text}" for text in truth), "", "| epoch | caption |", "| ---: | --- |"]
         lines += [f"| {epoch} | {captions[i].replace('|', chr(92) + '|')} |" for epoch, captions in by_epoch.items()]
         lines.append("")
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda draft: draft.write_text("\n".join(lines), encoding="utf-8"))
