@@ -27,6 +27,6 @@ clean:
 	.venv/bin/python -m pip install -r requirements.txt
 	touch $@
 
-.venv/test-installed: requirements-dev.txt .venv/run-installed
+.venv/test-installed: requirements-dev.txt requirements-extra.txt .venv/run-installed
 	.venv/bin/python -m pip install -r requirements-dev.txt
 	touch $@
