@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-import metrics
 from tqdm import tqdm
 
+import metrics
 from decoding import Options, caption_batches
 from ptb_tokenization import tokenize
 
