@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 import torch.utils.data
 from torch import nn
-from tqdm import tqdm
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(REPO_ROOT))  # for MyLLM; this file's own folder is on the path already
@@ -30,23 +29,25 @@ sys.path.append(str(REPO_ROOT))  # for MyLLM; this file's own folder is on the p
 
 import checkpoint
 import hugging_face
-import pages
 import plots
 import shapes
 import sources
 from augmentation import TrainingTransforms, ValidationTransforms
-from batching import CaptionBatchSampler, exact_captions_per_image
+from batching import CaptionBatchSampler, exact_captions_per_image, stack, to_device
 from captions_tokenizer import CaptionTokenizer, check_eos, encode_caption, encode_prompt
-from command_line import as_toml, parse_overrides, read_recipe, what_to_give, with_defaults
-from decoding import caption_images, generate_ids, trim
+from command_line import as_toml, merge, parse_overrides, what_to_give, with_defaults
+from decoding import BlockCache, caption_images, generate_ids, trim
 from encoders import build_encoder, preprocessing_of, resolve_encoder
-from evaluation import score_subset
 from MyLLM.ch3 import KeyValueCache, merge_heads, split_heads
 from MyLLM.ch4 import GPTModel, LayerNorm, TransformerBlock, initial_std
 from MyLLM.MyLLM_nominal import gpt2_config, hf_name, load_hf_gpt2_weights, read_hf_gpt2
-from optimization import one_cycle, parameter_groups
+from optimization import average_of, mixed_precision, one_cycle, parameter_groups
 from positions import SinusoidalPositions
 from preprocessing import load_image
+from progress import progress_bar
+from run_log import RunLog, perplexity
+from self_critical import SelfCritical
+from token_cache import read_tokens_from_disk
 
 # ======================================================================================================================
 # Constants: edit them here, or give --key value on the command line (--help lists them)
@@ -73,6 +74,7 @@ model_config = SimpleNamespace(
     attention_dropout=0.1,  # dropout on attention weights (self and cross)
     mlp_dropout=0.1,  # dropout behind the MLP
     residual_dropout=0.1,  # dropout behind attention's output projection
+    label_smoothing=0.0,  # share of a training target that is spread over all tokens; validation has none
     decoder_weights="pretrained",  # "pretrained" (HF_GPT2_REPO), a hub id, a local folder, or "scratch"
     positions="learned",  # "learned" as GPT-2's, or "sinusoidal" (from scratch only)
     activation="gelu",  # of the MLP: "gelu" as GPT-2's, or "relu" (from scratch only)
@@ -84,6 +86,7 @@ model_config = SimpleNamespace(
     encoder_options={},  # more arguments of the timm model, as JSON: {"img_size": 48, "patch_size": 8}
     trainable_stages=-1,  # last blocks or stages of a pretrained encoder that ever train; -1: all, 0: none
     refiner={},  # encoder layers from scratch behind a CNN, as JSON: arguments of encoders.ConvolutionalRefiner
+    feature_levels=1,  # last feature maps of a CNN that become tokens; with two or more a CNN can be stepped
     preprocessing={},  # mean, std, resample of photos, as JSON; what is not given comes with the encoder
     coupling="stepped",  # decoder block i attends to encoder depth i ("stepped") or to the last layer ("final")
     normalize_tokens=False,  # LayerNorm on image tokens that no final norm of the encoder has normalised
@@ -98,13 +101,19 @@ train_config = SimpleNamespace(
     pretrained_lr_scale=0.1,  # pretrained layers learn at lr times this
     warmup_share=0.1,  # share of all steps in which the learning rate rises
     weight_decay=0.01,  # AdamW; not on norms, biases and embeddings
+    ema_decay=0.0,  # of a moving average of the weights, which is then what is validated and kept; 0: no average
     clip_norm=1.0,  # longest gradient; a longer one is scaled down
     batch_size=32,  # captions a step; a multiple of captions_per_image
     captions_per_image=1,  # captions that share one encoding of their image; with 5, Flickr encodes each photo once
+    length_window=16,  # batches that are cut from one sort by caption length, so that little is padding; 1: unsorted
+    cache_tokens=False,  # compute a frozen encoder's tokens once, keep them on disk and train from there
+    cache_dir=DATA_DIR / "token_cache",  # where; runs share what depends on the same encoder and photos
+    cache_views=1,  # versions of a training photo in the cache: itself, and augmented ones
     crop_scale=0.8,  # smallest share of a photo's area that a training crop keeps
     max_bad_steps=20,  # consecutive steps with a non-finite loss or gradient after which training stops
     num_workers=0 if DEVICE == "cpu" else min(8, os.cpu_count()),  # processes that load images
     device=DEVICE,  # where to train; cuda:1 is a second GPU
+    precision="auto",  # "float32", "bf16", or "auto": on CUDA bf16, fp16 where the GPU lacks it, elsewhere float32
     seed=0,  # of weights, order and augmentation; the split stays the same, so that runs can be compared
     data_dir=DATA_DIR,  # folder with captions and photos
     image_dir=IMAGE_DIR,  # folder with the photos; found in data_dir when only that is given
@@ -115,6 +124,10 @@ train_config = SimpleNamespace(
     score_images=200,  # validation photos that are captioned for these scores
     best_by="perplexity",  # what decides which epoch is kept: "perplexity", or "CIDEr" of those captions
     keep_epoch_checkpoints=False,  # also keep the weights of every epoch, named by epoch and validation loss
+    scst_epochs=0,  # epochs behind the others that raise the CIDEr of the model's own captions: see self_critical.py
+    scst_lr=5e-5,  # their peak learning rate
+    scst_samples=5,  # captions drawn for a photo; a step draws batch_size captions
+    scst_baseline="mean",  # what a draw is measured against: "mean" of the photo's other draws, or the "greedy" caption
     demo_images=10,  # validation photos in demo.png
     shapes_scenes=6000,  # training scenes of the built-in datasets
 )
@@ -203,6 +216,7 @@ class Dataset(torch.utils.data.Dataset):
             self.captions_of.setdefault(image, []).extend(filter(None, texts))
         self.tfms, self.tokenizer = tfms, _gpt2_tokenizer() if tokenizer is None else tokenizer
         self.captions_per_image, self.max_length, self.seed = captions_per_image, max_length, seed
+        self.token_caches = []  # a `TokenCache` for each view, where the encoder's tokens are not computed anew
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # shared: workers live longer than an epoch
 
     def set_epoch(self, epoch):
@@ -220,13 +234,17 @@ class Dataset(torch.utils.data.Dataset):
         K = self.captions_per_image
         return [item for start in range(0, len(rows), K) for item in self._items(rows[start : start + K])]
 
+    def look(self, path, row):
+        """What the model is given of an image: a tensor (3, H, W), or from a token cache one (N, C) a level."""
+        seed = [self.seed, int(self.epoch), row]
+        if self.token_caches:
+            return self.token_caches[np.random.default_rng(seed).integers(len(self.token_caches))][path]
+        pixels = np.asarray(load_image(path))  # (H, W, 3) uint8
+        return self.tfms(image=pixels, captions=self.captions_of[path], seed=seed)["image"]
+
     def _items(self, rows):
         """Captions of one image -> their items; the image is loaded once."""
-        path = self.images[rows[0]]
-        pixels = np.asarray(load_image(path))  # (H, W, 3) uint8
-        seed = [self.seed, int(self.epoch), rows[0]]
-        image = self.tfms(image=pixels, captions=self.captions_of[path], seed=seed)["image"]
-        items = []
+        image, items = self.look(self.images[rows[0]], rows[0]), []
         for row in rows:
             prompt = self.prompts[row]
             token_ids = encode_caption(self.tokenizer, self.captions[row], self.max_length, prompt)
@@ -241,6 +259,8 @@ class Dataset(torch.utils.data.Dataset):
 def collate_fn(batch, tokenizer=None, captions_per_image=1):
     """Items of `Dataset` -> images (B, 3, H, W), input_ids (B*K, T), labels (B*K, T) with K = `captions_per_image`.
 
+    From a token cache come the encoder's tokens instead of images: a list of (B, N, C).
+
     A label is -100 at and behind the last real token of its row, where there is nothing to predict. That is decided by
     length: the pad id is also EOS, and EOS is a target that the model has to learn.
     """
@@ -251,7 +271,7 @@ def collate_fn(batch, tokenizer=None, captions_per_image=1):
     lengths = torch.tensor([len(ids) for ids in token_ids])  # (B*K,)
     labels = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in labels], batch_first=True)  # (B*K, T)
     labels[torch.arange(labels.size(1)) >= lengths[:, None] - 1] = IGNORED_LABEL
-    return torch.stack(images[::captions_per_image]), input_ids, labels
+    return stack(images[::captions_per_image]), input_ids, labels
 
 
 def build_tokenizer(model_config, captions):
@@ -266,7 +286,8 @@ def build_tokenizer(model_config, captions):
 
 def build_dataloaders(df, tokenizer, model_config, train_config):
     """DataFrame of `_load_flickr_dataframe` -> (training DataLoader, validation DataLoader)."""
-    photo = preprocessing_of(complete_configs(model=model_config)[0])
+    model_config, train_config = complete_configs(model_config, train_config)
+    photo = preprocessing_of(model_config)
     loaders = []
     transforms = build_transforms(
         photo["img_size"], photo["mean"], photo["std"], train_config.crop_scale, photo["resample"]
@@ -278,9 +299,18 @@ def build_dataloaders(df, tokenizer, model_config, train_config):
         training, K = split == "train", train_config.captions_per_image
         if not training:
             K = exact_captions_per_image(rows["image"], K)  # validation counts every caption exactly once
+        words = rows["caption"].str.count(" ").to_list()  # tells long captions from short ones in any tokens
         loader = torch.utils.data.DataLoader(
             Dataset(rows, tfms, tokenizer, K, model_config.seq_len, train_config.seed),
-            batch_sampler=CaptionBatchSampler(rows["image"], train_config.batch_size, K, training, train_config.seed),
+            batch_sampler=CaptionBatchSampler(
+                rows["image"],
+                train_config.batch_size,
+                K,
+                training,
+                train_config.seed,
+                words,
+                train_config.length_window,
+            ),
             collate_fn=partial(collate_fn, tokenizer=tokenizer, captions_per_image=K),
             num_workers=train_config.num_workers,
             persistent_workers=train_config.num_workers > 0,
@@ -369,19 +399,6 @@ class GPT2Block(TransformerBlock):
         return norm(x + layer(x)) if self.post_norm else x + layer(norm(x))
 
 
-class BlockCache:
-    """What one block keeps while a caption grows: self-attention keys and values of the tokens so far, and the image's
-    keys and values for cross-attention, which never change."""
-
-    def __init__(self, max_length):
-        self.self_attn = KeyValueCache(max_length)
-        self.cross_attn = None  # (keys, values), each (B, heads, N, head_dim), from the first forward
-
-    def select(self, rows):
-        """Keep the captions `rows` (1-D, may repeat), equally many an image; what the image says is shared by them."""
-        self.self_attn.select(rows)
-
-
 class VisionGPT2Model(nn.Module):
     """Image and caption in, loss or next-token scores out. `config` has the attributes of `model_config`; those it
     lacks have the values they have there. `from_pretrained` loads the weights that `config` names; the constructor by
@@ -395,9 +412,10 @@ class VisionGPT2Model(nn.Module):
         self.config, _ = complete_configs(model=config)
         config = self.config
         self.encoder = build_encoder(
-            config.encoder, config.depth, config.coupling, config.encoder_options, encoder_weights, config.refiner
-        )
-        config.coupling = self.encoder.coupling  # final where the encoder has no blocks to step
+            config.encoder, config.depth, config.coupling, config.encoder_options, encoder_weights, config.refiner,
+            config.feature_levels,
+        )  # fmt: skip
+        config.coupling = self.encoder.coupling  # final where the encoder has nothing to step
         self.preprocessing = preprocessing_of(config)
         self.gpt = GPTModel(config, block_class=GPT2Block)
         if config.positions == "sinusoidal":
@@ -406,14 +424,13 @@ class VisionGPT2Model(nn.Module):
         if config.post_norm:
             self.gpt.final_norm = nn.Identity()  # the last block's norm is the last
         # From image tokens to what cross-attention reads: a norm if wanted, a projection where the widths differ. Each
-        # depth of a ViT has statistics of its own and its own bridge; with final coupling all blocks share one.
-        self.bridges = nn.ModuleList(
-            self._make_bridge() for _ in range(config.depth if config.coupling == "stepped" else 1)
-        )
+        # level has statistics of its own and its own bridge; with final coupling all blocks share what comes out.
+        self.bridges = nn.ModuleList(self._make_bridge(i, width) for i, width in enumerate(self.encoder.widths))
 
-    def _make_bridge(self):
-        width, config = self.encoder.width, self.config
-        norm = LayerNorm(width) if config.normalize_tokens and not self.encoder.normalized else nn.Identity()
+    def _make_bridge(self, level, width):
+        config = self.config
+        normalized = self.encoder.normalized and level == len(self.encoder.widths) - 1
+        norm = LayerNorm(width) if config.normalize_tokens and not normalized else nn.Identity()
         return nn.Sequential(norm, nn.Linear(width, config.embed_dim) if width != config.embed_dim else nn.Identity())
 
     # The ViT's parts under the names that people look for.
@@ -431,16 +448,15 @@ class VisionGPT2Model(nn.Module):
         return self.encoder.embed(images)
 
     def encoder_states(self, images):
-        """images (B, 3, H, W) -> for each decoder block the tokens (B, N, embed_dim) that it attends to."""
-        tokens = self._encode_images(images)  # (B, N, C)
-        states = []
-        for i in range(self.config.depth):
-            if i < len(self.bridges):
-                tokens = self.encoder.step(i, tokens)  # (B, N, C), one share of the ViT deeper
-                states.append(self.bridges[i](tokens))  # (B, N, embed_dim)
-            else:
-                states.append(states[-1])
-        return states
+        """images (B, 3, H, W), or `encoder.levels` of them -> for each decoder block the tokens (B, N, embed_dim) that
+        it attends to."""
+        levels = images if isinstance(images, (list, tuple)) else self.encoder.levels(images)
+        levels = self.encoder.refine([level.to(self.gpt.tok_emb.weight.dtype) for level in levels])
+        tokens = [bridge(level) for bridge, level in zip(self.bridges, levels, strict=True)]  # (B, N, embed_dim) each
+        if self.config.coupling == "final":
+            tokens = [torch.cat(tokens, dim=1)]  # (B, N of all levels, embed_dim)
+        depth = self.config.depth
+        return [tokens[i * len(tokens) // depth] for i in range(depth)]
 
     def _build_text_embeddings(self, input_ids, start=0):
         """input_ids (B, T) -> (B, T, embed_dim): token + position embeddings, positions from `start` on."""
@@ -459,21 +475,24 @@ class VisionGPT2Model(nn.Module):
 
     def new_caches(self, max_length):
         """One empty `BlockCache` a block, for captions of up to `max_length` tokens."""
-        return [BlockCache(max_length) for _ in self.gpt.trf_blocks]
+        return [BlockCache(KeyValueCache(max_length)) for _ in self.gpt.trf_blocks]
 
     def forward(self, image, input_ids, labels=None):
-        """image (B, 3, H, W), input_ids (B*K, T), labels (B*K, T) or None.
+        """image (B, 3, H, W) or its `encoder.levels`, input_ids (B*K, T), labels (B*K, T) or None.
 
-        With labels: the mean cross-entropy over labels that are not -100, a scalar in nats. Without: logits
+        With labels: the mean cross-entropy over labels that are not -100, a scalar in nats; in training mode with the
+        config's label smoothing (Szegedy et al. 2016). Without: logits
         (B*K, 1, vocab_size) of the token that follows the last one.
         """
-        if input_ids.size(0) % image.size(0):
-            raise ValueError(f"{input_ids.size(0)} captions cannot be shared equally among {image.size(0)} images")
+        B = len(image[0]) if isinstance(image, (list, tuple)) else len(image)
+        if input_ids.size(0) % B:
+            raise ValueError(f"{input_ids.size(0)} captions cannot be shared equally among {B} images")
         hidden = self.decode(input_ids, self.encoder_states(image))  # (B*K, T, embed_dim)
         if labels is None:
             return self.gpt.logits(hidden[:, -1:])
         real = labels != IGNORED_LABEL  # padding is left out before the head, by far the widest layer
-        return F.cross_entropy(self.gpt.logits(hidden[real]).float(), labels[real])
+        smoothing = self.config.label_smoothing if self.training else 0.0
+        return F.cross_entropy(self.gpt.logits(hidden[real]).float(), labels[real], label_smoothing=smoothing)
 
     # --- staged unfreezing --------------------------------------------------------------------------------------------
 
@@ -644,40 +663,50 @@ class Trainer:
         self.model = VisionGPT2Model.from_pretrained(model_config).to(self.device)
         self.model_path = Path(config.model_path)
 
-        # bf16 has the range of float32; fp16 has not, so its loss is scaled. On other devices plain float32.
-        cuda = self.device.type == "cuda"
-        bf16 = cuda and torch.cuda.get_device_capability(self.device) >= (8, 0)  # older GPUs only emulate it, slowly
-        self.amp_dtype = torch.bfloat16 if bf16 else torch.float16
-        self.autocast = partial(torch.autocast, self.device.type, dtype=self.amp_dtype, enabled=cuda)
-        self.scaler = torch.amp.GradScaler(enabled=cuda and self.amp_dtype == torch.float16)
-
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, self.model.pretrained_parameters(), config),
-            fused=self.device.type in ("cuda", "cpu"),
-        )
-        self.scheduler = None
-        self.rebuild_schedule(config.epochs)
-        cider = config.score_every == 1 and not any(self.valid_dl.dataset.prompts)
-        if config.best_by not in ("perplexity", "CIDEr") or (config.best_by == "CIDEr" and not cider):
-            raise ValueError(
-                f"best_by is {config.best_by!r}: it is perplexity, or for captions with score_every 1 CIDEr"
-            )
-        self.metrics = []  # a dict an epoch, the rows of metrics.csv
-        self.samples = {}  # {epoch: captions of the first scored images}
+        self.autocast, self.scaler = mixed_precision(self.device, config.precision)
+        self.ema = None
+        self._make_optimizer(config.lr, config.epochs * len(self.train_dl))
+        self.log = RunLog(self.model_path, config, questions=any(self.valid_dl.dataset.prompts))
+        self.metrics = self.log.rows  # a dict an epoch, the rows of metrics.csv
+        self.self_critical = SelfCritical(self.train_dl.dataset, config) if config.scst_epochs else None
         self.best = {"best_perplexity": math.inf, "best_epoch": None}
         self.bad_steps = 0  # consecutive
         self.stage = None
         self._enter_stage(epoch=0)
 
+    def _make_optimizer(self, lr, steps):
+        """A new optimizer with a schedule of its own, and a new average of the weights."""
+        config = self.train_config
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, self.model.pretrained_parameters(), lr, config),
+            fused=self.device.type in ("cuda", "cpu"),
+        )
+        self.scheduler = one_cycle(self.optimizer, steps, config.warmup_share)
+        if config.ema_decay:
+            self.ema = average_of(self.model, config.ema_decay)
+
+    @property
+    def averaged(self):
+        """The model that is validated and kept: the moving average of the weights if there is one, else the model."""
+        return self.ema.module if self.ema else self.model
+
     def rebuild_schedule(self, epochs):
         """OneCycle over `epochs` epochs, continued at the current step: call it when the number of epochs changes."""
-        step = self.scheduler.last_epoch if self.scheduler else 0
         self.train_config.epochs = epochs
+        step = self.scheduler.last_epoch
         self.scheduler = one_cycle(self.optimizer, epochs * len(self.train_dl), self.train_config.warmup_share, step)
 
     def _enter_stage(self, epoch):
         """Make trainable what trains in this epoch, and say so when it changes."""
         config = self.train_config
+        if config.scst_epochs and epoch >= config.epochs:
+            if self.stage != "self-critical":
+                if self.best["best_epoch"] is not None:
+                    self.load_best_model()
+                self._make_optimizer(config.scst_lr, config.scst_epochs * len(self.self_critical.loader))
+                print(f"epoch {epoch + 1}: self-critical training")
+                self.stage = "self-critical"
+            return
         stage = "GPT-2 blocks" if epoch >= config.freeze_epochs_gpt else "new layers"
         if self.model.config.decoder_weights == "scratch":
             stage = "new layers"  # the whole decoder is new: nothing of it waits
@@ -693,56 +722,74 @@ class Trainer:
             self.model.unfreeze_gpt_layers()
         self.stage = stage
 
-    def _progress(self, loader, title):
-        """A bar that counts images: tqdm then shows images/s. In a log file it speaks only now and then."""
-        images = len(loader.dataset) // getattr(loader.dataset, "captions_per_image", 1)
-        return tqdm(total=images, desc=title, unit="img", mininterval=0.2 if sys.stderr.isatty() else 30)
-
     def _loss(self, batch):
         """A batch of `collate_fn` -> (mean loss, number of tokens it is the mean of)."""
-        images, input_ids, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        images, input_ids, labels = (to_device(part, self.device) for part in batch)
         with self.autocast():
-            loss = self.model(images, input_ids, labels)
+            loss = (self.model if self.model.training else self.averaged)(images, input_ids, labels)
         return loss, int((batch[2] != IGNORED_LABEL).sum())
 
+    def _reward_loss(self, batch):
+        """A batch of `SelfCritical` -> (loss, mean reward, number of photos it is the mean of)."""
+        images, places = batch
+        loss, reward = self.self_critical.loss(self.model, to_device(images, self.device), places, self.autocast)
+        return loss, reward, len(places)
+
     def train_one_epoch(self, epoch):
-        """One pass over the training captions (epoch counts from 0) -> mean loss per token.
+        """One pass over the training captions (epoch counts from 0) -> mean loss per token; over the training photos
+        with self-critical training -> mean reward of the captions that were drawn.
 
         A step whose loss or gradient is not finite changes nothing; after `max_bad_steps` of them in a row
         FloatingPointError is raised.
         """
         self._enter_stage(epoch)
         self.model.train()
-        for part in (self.train_dl.dataset, self.train_dl.batch_sampler):
+        rewarded = self.stage == "self-critical"
+        loader, name = (self.self_critical.loader, "reward") if rewarded else (self.train_dl, "loss")
+        for part in (loader.dataset, loader.batch_sampler):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
-        total_loss, total_tokens = 0.0, 0
-        bar = self._progress(self.train_dl, f"epoch {epoch + 1}/{self.train_config.epochs}")
-        for batch in self.train_dl:
-            bar.update(len(batch[0]))
-            loss, tokens = self._loss(batch)
-            self.optimizer.zero_grad(set_to_none=True)
-            if self._is_bad(loss):
+        total, count = 0.0, 0
+        K = getattr(loader.dataset, "captions_per_image", 1)
+        epochs = self.train_config.epochs + self.train_config.scst_epochs
+        bar = progress_bar(len(loader.dataset) // K, f"epoch {epoch + 1}/{epochs}")  # images, whatever K
+        for batch in loader:
+            bar.update(len(batch[-1]) // K)
+            if rewarded:
+                loss, value, weight = self._reward_loss(batch)
+            else:
+                loss, weight = self._loss(batch)
+                value = loss.item()
+            if not self._step(loss):
                 continue
-            self.scaler.scale(loss).backward()
-            self.scaler.unscale_(self.optimizer)
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train_config.clip_norm)
-            if self._is_bad(norm):
-                if self.scaler.is_enabled():  # it skips the step too, and takes a smaller scale
-                    self.scaler.step(self.optimizer)
-                    self.scaler.update()
-                continue
-            self.bad_steps = 0
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            if self.scheduler.last_epoch < self.scheduler.total_steps:  # in more epochs than planned the rate stays low
-                self.scheduler.step()
-            total_loss += loss.item() * tokens
-            total_tokens += tokens
-            shown = dict(loss=f"{total_loss / total_tokens:.3f}", lr=f"{max(self.scheduler.get_last_lr()):.1e}")
+            total += value * weight
+            count += weight
+            shown = {name: f"{total / count:.3f}", "lr": f"{max(self.scheduler.get_last_lr()):.1e}"}
             bar.set_postfix(shown, refresh=False)
         bar.close()
-        return total_loss / total_tokens if total_tokens else math.nan
+        return total / count if count else math.nan
+
+    def _step(self, loss):
+        """Backward and an optimizer step -> True; False where loss or gradient is not finite: nothing has changed."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._is_bad(loss):
+            return False
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train_config.clip_norm)
+        if self._is_bad(norm):
+            if self.scaler.is_enabled():  # it skips the step too, and takes a smaller scale
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+            return False
+        self.bad_steps = 0
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scheduler.last_epoch < self.scheduler.total_steps:  # in more epochs than planned the rate stays low
+            self.scheduler.step()
+        if self.ema:
+            self.ema.update(self.model, step=self.scheduler.last_epoch)
+        return True
 
     def _is_bad(self, value):
         """True when a loss or gradient norm is not finite; too many of them in a row end the run."""
@@ -758,12 +805,13 @@ class Trainer:
         """One pass over the validation captions -> perplexity: exp of the mean loss over all their tokens."""
         self.model.eval()
         total_loss, total_tokens = 0.0, 0
-        bar = self._progress(self.valid_dl, "validation")
+        K = getattr(self.valid_dl.dataset, "captions_per_image", 1)
+        bar = progress_bar(len(self.valid_dl.dataset) // K, "validation")
         for batch in self.valid_dl:
             loss, tokens = self._loss(batch)
             total_loss += loss.item() * tokens
             total_tokens += tokens
-            bar.update(len(batch[0]))
+            bar.update(len(batch[-1]) // K)
         bar.close()
         return perplexity(total_loss / total_tokens)
 
@@ -773,17 +821,20 @@ class Trainer:
         best_epoch counts from 0. Ctrl-C and losses that stay non-finite end the run early; what was best is kept.
         """
         try:
-            for epoch in range(self.train_config.epochs):
-                train_loss = self.train_one_epoch(epoch)
-                valid_perplexity = self.valid_one_epoch(epoch)
-                self._record(epoch, train_loss, valid_perplexity, self.score_one_epoch(epoch))
-                if self._is_best():
+            for epoch in range(self.train_config.epochs + self.train_config.scst_epochs):
+                trained = self.train_one_epoch(epoch)
+                valid_perplexity, scores = self.valid_one_epoch(epoch), self.score_one_epoch(epoch)
+                lr = max(self.scheduler.get_last_lr())
+                if self.stage == "self-critical":  # it has no loss that could be compared with validation's
+                    scores, trained = {"reward": trained, **scores}, math.nan
+                self.log.record(epoch, self.stage, lr, trained, valid_perplexity, scores)
+                if self.log.is_best():
                     best = {"best_perplexity": valid_perplexity, "best_epoch": epoch}
                     self.save_model(best)
                     self.best = best  # only now: an interrupted save has kept the files of the epoch before
                 if self.train_config.keep_epoch_checkpoints:
                     checkpoint.save_epoch(
-                        self.model_path, self.model.state_dict(), epoch + 1, self.metrics[-1]["valid_loss"]
+                        self.model_path, self.averaged.state_dict(), epoch + 1, self.metrics[-1]["valid_loss"]
                     )
                 self.clean()
         except (FloatingPointError, KeyboardInterrupt) as reason:
@@ -795,34 +846,8 @@ class Trainer:
         return dict(self.best)
 
     def score_one_epoch(self, epoch):
-        """Caption the same validation photos as in other epochs, log the first eight in samples.md -> {"CIDEr",
-        "BLEU-4"}, or {"exact_answers"} for questions; empty in epochs that `score_every` leaves out."""
-        config = self.train_config
-        if config.score_every < 1 or config.score_images < 1 or (epoch + 1) % config.score_every:
-            return {}
-        truth, captions, scores = score_subset(self.model, self.tokenizer, self.valid_dl.dataset, config.score_images)
-        self.samples[epoch + 1] = captions[:8]
-        pages.write_samples(self.model_path / "samples.md", list(truth)[:8], list(truth.values())[:8], self.samples)
-        return scores
-
-    def _is_best(self):
-        """True when the last epoch is the best so far by `best_by`."""
-        key, sign = ("CIDEr", -1) if self.train_config.best_by == "CIDEr" else ("valid_perplexity", 1)
-        *before, last = [sign * row.get(key, math.nan) for row in self.metrics]
-        return math.isfinite(last) and all(not math.isfinite(value) or last < value for value in before)
-
-    def _record(self, epoch, train_loss, valid_perplexity, scores):
-        """Add the epoch to metrics.csv and print it."""
-        row = dict(epoch=epoch + 1, stage=self.stage, lr=max(self.scheduler.get_last_lr()))
-        row |= dict(train_loss=train_loss, valid_loss=math.log(valid_perplexity))
-        row |= dict(train_perplexity=perplexity(train_loss), valid_perplexity=valid_perplexity, **scores)
-        self.metrics.append(row)
-        self.model_path.mkdir(parents=True, exist_ok=True)
-        table = pd.DataFrame(self.metrics)
-        checkpoint.write_atomically(self.model_path / "metrics.csv", lambda path: table.to_csv(path, index=False))
-        shown = "".join(f", {name} {value:.3f}" for name, value in scores.items())
-        print(f"epoch {epoch + 1}: training perplexity {perplexity(train_loss):.3f}, ", end="")
-        print(f"validation {valid_perplexity:.3f}{shown}")
+        """Caption some validation photos -> {"CIDEr", "BLEU-4"} or {"exact_answers"}; see `RunLog.score`."""
+        return self.log.score(epoch, self.averaged, self.tokenizer, self.valid_dl.dataset)
 
     def save_model(self, best=None):
         """Write the checkpoint: captioner.safetensors, captioner.pt, config.json, tokenizer.json.
@@ -837,7 +862,7 @@ class Trainer:
             "best_epoch": best["best_epoch"],
             "best_perplexity": best["best_perplexity"] if best["best_epoch"] is not None else None,
         }
-        checkpoint.save_checkpoint(self.model_path, self.model.state_dict(), config, self.tokenizer)
+        checkpoint.save_checkpoint(self.model_path, self.averaged.state_dict(), config, self.tokenizer)
 
     def load_best_model(self, path=None):
         """Load the best weights of this run, or those in `path` (a .safetensors or .pt file, or a folder)."""
@@ -860,11 +885,6 @@ class Trainer:
             torch.cuda.empty_cache()
 
 
-def perplexity(loss):
-    """exp(loss), or infinity where that is too large a number."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
 # ======================================================================================================================
 # Main
 # ======================================================================================================================
@@ -885,16 +905,9 @@ def read_configs(argv):
     if recipe is None and "data_dir" in given_paths:
         folder = given["train_config"]["data_dir"].resolve()
         recipe = next((name for name in BUILT_IN if folder == (DATA_DIR / name).resolve()), None)
-    from_recipe = read_recipe(recipe, RECIPES_DIR, **sections) if recipe else dict(model_config={}, train_config={})
-    for key, value in from_recipe["train_config"].items():
-        if isinstance(value, Path) or (key == "captions_file" and value):  # as seen from the repository's root
-            from_recipe["train_config"][key] = type(value)(REPO_ROOT / value)
-    if recipe in BUILT_IN:
-        from_recipe["train_config"].setdefault("data_dir", DATA_DIR / recipe)
-    if "encoder" in given["model_config"]:  # another encoder than the recipe's has other options and weights
-        for key in ("encoder_options", "encoder_weights", "preprocessing"):
-            from_recipe["model_config"].pop(key, None)
-    model_cfg, train_cfg = ({**vars(sections[name]), **from_recipe[name], **given[name]} for name in sections)
+    from_recipe, model_cfg, train_cfg = merge(given, recipe, RECIPES_DIR, REPO_ROOT, **sections)
+    if recipe in BUILT_IN and "data_dir" not in from_recipe["train_config"] | given["train_config"]:
+        from_recipe["train_config"]["data_dir"] = train_cfg["data_dir"] = DATA_DIR / recipe
     if model_cfg["start_from"]:  # the captioner brings the rest
         own = from_recipe["model_config"] if "start_from" in from_recipe["model_config"] else {}
         chosen = ({} if "start_from" in given["model_config"] else own) | given["model_config"]
@@ -919,17 +932,7 @@ def load_data(train_cfg, download=False):
         import downloads  # here, so that nothing else waits for it
 
         downloads.fetch_dataset(train_cfg.dataset, data_dir)
-    captions_file = train_cfg.captions_file or sources.find_captions(data_dir)
-    try:
-        df = _load_flickr_dataframe(data_dir, train_cfg.image_dir, captions_file)
-        df = sources.drop_unusable(df, captions_file)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{error}\nTo fetch {train_cfg.dataset}, add --download, or run\n"
-            f"    python MyLLM_Vit_gpt2_captioning/prepare_data.py {train_cfg.dataset} --to {data_dir}"
-        ) from error
-    print(", ".join(f"{split}: {n:,} photos" for split, n in df.groupby("split")["image"].nunique().items()))
-    return df
+    return sources.load_usable(data_dir, train_cfg.captions_file, train_cfg.image_dir, train_cfg.dataset)
 
 
 def build_trainer(model_cfg, train_cfg, df):
@@ -944,9 +947,12 @@ def build_trainer(model_cfg, train_cfg, df):
         learnt = model_cfg.tokenizer in ("bpe", "word") and not model_cfg.start_from
         if learnt or len(tok) > model_cfg.vocab_size:
             model_cfg.vocab_size = len(tok)  # a larger one, padded for speed, may stay with GPT-2's tokenizer
-        return Trainer(model_cfg, train_cfg, build_dataloaders(df, tok, model_cfg, train_cfg))
+        trainer = Trainer(model_cfg, train_cfg, build_dataloaders(df, tok, model_cfg, train_cfg))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}\n\n{what_to_give(model_cfg, HF_GPT2_REPO)}") from error
+    if train_cfg.cache_tokens:
+        read_tokens_from_disk(trainer.model, (trainer.train_dl, trainer.valid_dl), train_cfg)
+    return trainer
 
 
 def main(argv=None):
@@ -966,12 +972,7 @@ def main(argv=None):
     result = trainer.run_training()
 
     trainer.load_best_model()
-    for quantity in (
-        "loss",
-        "perplexity",
-        *(name for name in ("CIDEr", "exact_answers") if name in trainer.metrics[-1]),
-    ):
-        plots.plot_curve(trainer.metrics, quantity, train_cfg.model_path / f"{quantity.lower()}.png")
+    trainer.log.draw_curves()
     caption = partial(caption_images, trainer.model, trainer.tokenizer)
     plots.draw_demo(caption, df[df["split"] == "val"], train_cfg.demo_images, train_cfg.model_path / "demo.png")
     if (train_cfg.data_dir / shapes.SPLIT_FILE).is_file():

@@ -1,8 +1,10 @@
-"""Which captions form a batch: K captions of one image side by side, so that the image is encoded once for all K."""
+"""Which captions form a batch: K captions of one image side by side, so that the image is encoded once for all K, and
+captions of like length together, so that little of a batch is padding."""
 
 from collections import Counter
 
 import numpy as np
+import torch
 from torch.utils.data import Sampler
 
 
@@ -14,8 +16,12 @@ class CaptionBatchSampler(Sampler):
     caption comes once an epoch, as in a classic loader.
     """
 
-    def __init__(self, images, batch_size, captions_per_image=1, shuffle=True, seed=0):
-        """`images`: the image of every row. `batch_size` counts captions and is a multiple of `captions_per_image`."""
+    def __init__(self, images, batch_size, captions_per_image=1, shuffle=True, seed=0, lengths=None, window=1):
+        """`images`: the image of every row. `batch_size` counts captions and is a multiple of `captions_per_image`.
+
+        With `lengths`, one a row, the groups of `window` batches are sorted by their longest caption before they are
+        cut into batches; batches then come in random order again.
+        """
         if batch_size % captions_per_image:
             raise ValueError(
                 f"batch_size {batch_size} counts captions and must be a multiple of captions_per_image "
@@ -28,6 +34,7 @@ class CaptionBatchSampler(Sampler):
         self.captions_per_image = captions_per_image
         self.groups_per_batch = batch_size // captions_per_image
         self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+        self.lengths, self.window = lengths, window
 
     def set_epoch(self, epoch):
         """Choose the epoch's order: it depends on (seed, epoch) only."""
@@ -46,11 +53,32 @@ class CaptionBatchSampler(Sampler):
             if len(rows) < K:
                 rows = np.resize(rows, K)  # repeats from the front
             groups += [rows[start : start + K] for start in range(0, len(rows) - K + 1, K)]
-        order = rng.permutation(len(groups)) if self.shuffle else range(len(groups))
-        for start in range(0, len(groups), self.groups_per_batch):
+        order = rng.permutation(len(groups)) if self.shuffle else np.arange(len(groups))
+        if self.lengths is not None and self.window > 1:
+            longest = np.array([max(self.lengths[row] for row in rows) for rows in groups])
+            size = self.window * self.groups_per_batch
+            windows = [order[start : start + size] for start in range(0, len(order), size)]
+            order = np.concatenate([window[np.argsort(longest[window], kind="stable")] for window in windows])
+        starts = np.arange(0, len(order), self.groups_per_batch)
+        for start in rng.permutation(starts) if self.lengths is not None and self.shuffle else starts:
             yield [int(row) for g in order[start : start + self.groups_per_batch] for row in groups[g]]
 
 
 def exact_captions_per_image(images, wanted):
     """`wanted` when every image's captions fill groups of that size exactly, else 1: validation counts each once."""
     return wanted if all(count % wanted == 0 for count in Counter(images).values()) else 1
+
+
+def stack(inputs):
+    """What single photos are for the model -> what a batch of them is: images (3, H, W) -> (B, 3, H, W), and lists with
+    tokens (N, C) of each level -> a list of (B, N, C)."""
+    if isinstance(inputs[0], list):
+        return [torch.stack(level) for level in zip(*inputs, strict=True)]
+    return torch.stack(inputs)
+
+
+def to_device(inputs, device):
+    """A tensor, or a list of tensors, on the device."""
+    if isinstance(inputs, (list, tuple)):
+        return [part.to(device, non_blocking=True) for part in inputs]
+    return inputs.to(device, non_blocking=True)

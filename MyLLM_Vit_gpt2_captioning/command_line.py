@@ -125,6 +125,23 @@ def read_recipe(recipe, folder, **sections):
     return found
 
 
+def merge(given, recipe, folder, root, **sections):
+    """The constants of a run: the defaults in `sections`, on top of them those of the recipe (or None), then `given`.
+
+    -> ({section: what the recipe says}, then for each section a dict of all its values). A recipe's paths are seen from
+    `root`; its encoder's options and weights do not count where another encoder is given.
+    """
+    said = read_recipe(recipe, folder, **sections) if recipe else {name: {} for name in sections}
+    for name, values in said.items():
+        for key, value in values.items():
+            if isinstance(value, Path) or (key == "captions_file" and value):
+                values[key] = type(value)(root / value)
+        if "encoder" in given[name]:
+            for key in ("encoder_options", "encoder_weights", "preprocessing"):
+                values.pop(key, None)
+    return said, *({**vars(sections[name]), **said[name], **given[name]} for name in sections)
+
+
 def as_toml(**sections):
     """Configs (SimpleNamespaces) as the text of a recipe that gives them again."""
 

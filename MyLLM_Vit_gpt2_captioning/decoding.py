@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from batching import to_device
 from captions_tokenizer import encode_prompt
 from preprocessing import preprocess
 
@@ -96,8 +97,8 @@ class Options:
 def generate_ids(model, images, sequences, max_tokens=50, temperature=1.0, deterministic=False, **options):
     """Continue each sequence by up to `max_tokens` tokens, for a batch of images; see `Options` for how.
 
-    images (B, 3, H, W); sequences (B, T) start with BOS, more tokens are a prompt. Returns ids
-    (B * num_return_sequences, T + new) on the model's device, the captions of an image side by side; what follows a
+    images (B, 3, H, W) or their `encoder.levels`; sequences (B, T) start with BOS, more tokens are a prompt. Returns
+    ids (B * num_return_sequences, T + new) on the model's device, the captions of an image side by side; what follows a
     row's first generated EOS is EOS. A caption is cut where the decoder's seq_len ends. Dropout is off; the model's
     mode is restored afterwards. Raises ValueError for unsuitable options and for a prompt longer than seq_len.
     """
@@ -119,7 +120,7 @@ def generate_ids(model, images, sequences, max_tokens=50, temperature=1.0, deter
         if not options.deterministic:
             generator = options.seed
             if isinstance(generator, int):
-                generator = torch.Generator(images.device).manual_seed(generator)
+                generator = torch.Generator(sequences.device).manual_seed(generator)
             choose = partial(_draw, generator=generator)
         return _one_by_one(decoder, choose, max_tokens, eos)
 
@@ -139,6 +140,19 @@ def _evaluating(model):
         yield
     finally:
         model.train(was_training)
+
+
+class BlockCache:
+    """What one block keeps while a caption grows: self-attention keys and values of the tokens so far, and the image's
+    keys and values for cross-attention, which never change."""
+
+    def __init__(self, self_attn):
+        self.self_attn = self_attn  # a `KeyValueCache`
+        self.cross_attn = None  # (keys, values), each (B, heads, N, head_dim), from the first forward
+
+    def select(self, rows):
+        """Keep the captions `rows` (1-D, may repeat), equally many an image; what the image says is shared by them."""
+        self.self_attn.select(rows)
 
 
 class _CachedDecoder:
@@ -253,27 +267,39 @@ def _beam_search(decoder, max_tokens, eos, options):
 
 
 def caption_images(
-    model, tokenizer, images, max_tokens=50, temperature=1.0, deterministic=True, batch_size=64, prompt="", **options
+    model,
+    tokenizer,
+    images,
+    max_tokens=50,
+    temperature=1.0,
+    deterministic=True,
+    batch_size=64,
+    prompt="",
+    look=None,
+    **options,
 ):
     """Paths, PIL images or arrays -> a list of captions; with `num_return_sequences` above 1 a list of lists.
 
     Each caption begins with `prompt`; when it is a list, one prompt for each image, the captions are what follows the
-    prompts: answers to questions. `options`: see `Options`; with `num_beams` it is beam search.
+    prompts: answers to questions. `look` as in `caption_batches`. `options`: see `Options`; with `num_beams` it is beam
+    search.
     """
     options = Options(max_tokens, temperature, deterministic, **options)
     captions = [None] * len(images)
-    for place, texts, _ in caption_batches(model, tokenizer, images, options, batch_size, prompt):
+    for place, texts, _ in caption_batches(model, tokenizer, images, options, batch_size, prompt, look):
         captions[place] = texts[0] if options.num_return_sequences == 1 else texts
     return captions
 
 
-def caption_batches(model, tokenizer, images, options, batch_size=64, prompt=""):
+def caption_batches(model, tokenizer, images, options, batch_size=64, prompt="", look=None):
     """Yields (place in `images`, its captions, for each whether it came to its end), a batch at a time in any order.
 
-    `options`: an `Options`; the rest as in `caption_images`. Raises ValueError when there are not as many prompts as
-    images.
+    `options`: an `Options`. `look` makes of a list of images what the model takes, for example `TokenCache.batch`; by
+    default it preprocesses them. The rest as in `caption_images`. Raises ValueError when there are not as many prompts
+    as images.
     """
     device, asked = next(model.parameters()).device, not isinstance(prompt, str)
+    look = look or (lambda images: torch.stack([preprocess(image, **model.preprocessing) for image in images]))
     longest = model.config.seq_len - 2  # as training cuts them
     prompts = [encode_prompt(tokenizer, text)[:longest] for text in (prompt if asked else [prompt] * len(images))]
     if len(prompts) != len(images):
@@ -286,7 +312,7 @@ def caption_batches(model, tokenizer, images, options, batch_size=64, prompt="")
     for length, places in by_length.items():
         for start in range(0, len(places), batch_size):
             batch = places[start : start + batch_size]
-            photos = torch.stack([preprocess(images[i], **model.preprocessing) for i in batch]).to(device)
+            photos = to_device(look([images[i] for i in batch]), device)
             sequences = torch.tensor([prompts[i] for i in batch], device=device)  # (B, T)
             rows = generate_ids(model, photos, sequences, **vars(options)).tolist()
             texts = [tokenizer.decode(row[length if asked else 1 :]).strip() for row in rows]

@@ -1,16 +1,19 @@
-"""Image encoders behind one contract: `embed(images)`, then `step(i, tokens)` for each decoder block i.
+"""Image encoders behind one contract: `levels(images)` is a list of (B, N, C), N image tokens of C channels each.
 
-Both return (B, N, C): N image tokens of C channels. In "stepped" coupling `embed` only makes the patch tokens and
-step i runs the ViT's i-th share of blocks, so that decoder block i attends to that depth. In "final" coupling `embed`
-runs the whole encoder, its own final norm included, and `step` hands the tokens on unchanged.
+A ViT is `embed(images)`, then `step(i, tokens)` for each decoder block i. In "stepped" coupling `embed` only makes the
+patch tokens and step i runs the ViT's i-th share of blocks, so that decoder block i attends to that depth: as many
+levels as decoder blocks. In "final" coupling `embed` runs the whole encoder, its own final norm included, `step` hands
+the tokens on unchanged, and there is one level. A CNN makes its last feature map, or several: see `GridEncoder`.
 """
 
+import math
 import sys
 from functools import partial
 from pathlib import Path
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.data import resolve_data_config
 from timm.layers import build_sincos2d_pos_embed
 from timm.models.eva import Eva
@@ -81,10 +84,19 @@ def preprocessing_of(config):
 
 
 class Encoder(nn.Module):
-    """The contract, with the `step` of final coupling. `width` is C, the channels of a token."""
+    """The contract, with the `step` of final coupling. `widths` are the channels C of a token on each level."""
 
     coupling = "final"
-    normalized = False  # True when tokens leave `embed` through the encoder's own final norm
+    normalized = False  # True when the last level leaves through the encoder's own final norm
+    width = property(lambda self: self.widths[-1])
+
+    def levels(self, images):
+        """images (B, 3, H, W) -> list of tokens (B, N, C): what `widths` describes, before `refine`."""
+        return [self.embed(images)]
+
+    def refine(self, levels):
+        """What is trained from scratch on top of pretrained features: list of (B, N, C) -> list of (B, N, C)."""
+        return levels
 
     def embed(self, images):
         """images (B, 3, H, W) -> tokens (B, N, C)."""
@@ -119,7 +131,8 @@ class ViTEncoder(Encoder):
 
     def __init__(self, vit, steps, coupling):
         super().__init__()
-        self.vit, self.width, self.coupling = vit, vit.num_features, coupling
+        self.vit, self.coupling = vit, coupling
+        self.widths = (vit.num_features,) * (steps if coupling == "stepped" else 1)
         self.normalized = coupling == "final"
         # Step i runs blocks[bounds[i]:bounds[i + 1]]. With as many blocks as steps that is one block a step.
         self.bounds = [round(i * len(vit.blocks) / steps) for i in range(steps + 1)]
@@ -141,6 +154,13 @@ class ViTEncoder(Encoder):
         if self.coupling == "stepped":
             return tokens
         return self.vit.norm(self._run(tokens, 0, len(self.vit.blocks)))
+
+    def levels(self, images):
+        levels, tokens = [], self.embed(images)
+        for i in range(len(self.widths)):
+            tokens = self.step(i, tokens)  # (B, N, C), one share of the ViT deeper
+            levels.append(tokens)
+        return levels
 
     def step(self, i, tokens):
         return self._run(tokens, *self.bounds[i : i + 2]) if self.coupling == "stepped" else tokens
@@ -165,25 +185,34 @@ def _has_weights(module):
 
 
 class GridEncoder(Encoder):
-    """Any other timm model: each cell of its last feature map is a token, row by row."""
+    """Any other timm model: each cell of its last feature map is a token, row by row.
 
-    def __init__(self, model, img_size, refiner=None):
+    With `feature_levels` above 1 the maps of earlier stages become tokens too, on the grid of the last one: a cell that
+    covers 2 x 2 of an earlier map has their channels side by side. With coupling "final" the decoder reads all levels
+    at once, with "stepped" its blocks read from the first level to the last.
+    """
+
+    def __init__(self, model, img_size, refiner=None, feature_levels=1, coupling="final"):
         """`refiner`: arguments of `ConvolutionalRefiner`, {} or None for none."""
         super().__init__()
         # Channels last in memory: EfficientNet's convolutions are then 1.8 times as fast on a CPU; GPUs like it too.
-        self.cnn, self.width = model.to(memory_format=torch.channels_last), model.num_features
+        self.cnn, width = model.to(memory_format=torch.channels_last), model.num_features
+        self.feature_levels = feature_levels
+        self.coupling = coupling if feature_levels > 1 else "final"
         features = self._probe(img_size)
         shape = tuple(getattr(features, "shape", ()))
+        if feature_levels > 1 and len(shape) != 4:
+            raise ValueError(f"feature_levels {feature_levels}: {type(model).__name__} makes no feature map")
         # What a model makes of an image: a map with channels first (CNNs) or last (Swin), or already tokens (mixers).
-        if len(shape) == 4 and shape[1] == self.width:
+        if len(shape) == 4 and shape[1] == width:
             self.channels_first = True
-        elif (len(shape) == 4 or (len(shape) == 3 and shape[1] > 1)) and shape[-1] == self.width:
+        elif (len(shape) == 4 or (len(shape) == 3 and shape[1] > 1)) and shape[-1] == width:
             self.channels_first = False
         else:
-            raise ValueError(f"{type(model).__name__} makes no feature map or tokens of {self.width} channels")
+            raise ValueError(f"{type(model).__name__} makes no feature map or tokens of {width} channels")
         # ConvNeXt and its like keep their final norm in the head, BEiT behind the pooling.
         places = (getattr(getattr(model, "head", None), "norm", None), getattr(model, "fc_norm", None))
-        norms = [norm for norm in places if _has_weights(norm) and next(norm.parameters()).shape == (self.width,)]
+        norms = [norm for norm in places if _has_weights(norm) and next(norm.parameters()).shape == (width,)]
         self.normalized = bool(norms)
         self.norm = norms[0] if norms else nn.Identity()
         for part in ("head", "fc_norm"):  # pooling and classifier, unless a model calls something else so
@@ -196,8 +225,16 @@ class GridEncoder(Encoder):
         if refiner:
             if not self.channels_first:
                 raise ValueError(f"a refiner needs the feature map of a CNN; {type(model).__name__} makes none")
-            self.refiner = ConvolutionalRefiner(self.width, **refiner)
-            self.width, self.normalized = self.refiner.width, True
+            if feature_levels > 1:
+                raise ValueError("a refiner takes one feature map: set --feature_levels 1")
+            self.refiner = ConvolutionalRefiner(width, **refiner)
+            width, self.normalized = self.refiner.width, True
+        self.widths = (width,)
+        if feature_levels > 1:
+            with torch.no_grad():
+                self.eval()
+                self.widths = tuple(level.size(-1) for level in self.levels(torch.zeros(1, 3, img_size, img_size)))
+                self.train()
 
     @torch.no_grad()
     def _probe(self, img_size):
@@ -215,10 +252,40 @@ class GridEncoder(Encoder):
         return [part for name, part in self.cnn.named_children() if name.startswith(("layer", "stage", "s"))]  # ResNet
 
     def embed(self, images):
+        return self.levels(images)[-1]
+
+    def levels(self, images):
         images = images.contiguous(memory_format=torch.channels_last)  # still (B, 3, H, W)
-        features = self.norm(self.cnn.forward_features(images))  # (B, C, h, w), or (B, h, w, C), or (B, N, C)
-        if self.refiner is not None:
-            return self.refiner(features)
+        if self.feature_levels == 1:
+            return [self._as_tokens(self.norm(self.cnn.forward_features(images)))]
+        last, earlier = self._feature_maps(images)
+        levels = []
+        for features in earlier:  # (B, C, h, w), at least as fine as the last map
+            ratio = math.ceil(features.size(-1) / self.grid(last))
+            features = F.adaptive_avg_pool2d(features, ratio * self.grid(last))  # as it is where the sizes divide
+            levels.append(F.pixel_unshuffle(features, ratio).flatten(2).transpose(1, 2))  # (B, N, C * ratio ** 2)
+        return [*levels, self._as_tokens(self.norm(last))]
+
+    def grid(self, features):
+        """Cells a side of the last map."""
+        return features.size(-1 if self.channels_first else 1)
+
+    def _feature_maps(self, images):
+        """-> the last map as `forward_features` makes it, and those of the stages in front of it (B, C, h, w).
+
+        Raises ValueError when the model has fewer stages or cannot show them.
+        """
+        wanted = self.feature_levels
+        stages = len(getattr(self.cnn, "feature_info", [])) if hasattr(self.cnn, "forward_intermediates") else 1
+        if stages < wanted:
+            raise ValueError(f"feature_levels {wanted}: {type(self.cnn).__name__} shows {stages} feature maps")
+        indices = list(range(stages - wanted, stages - 1))
+        return self.cnn.forward_intermediates(images, indices=indices, output_fmt="NCHW")
+
+    def refine(self, levels):
+        return levels if self.refiner is None else [self.refiner(levels[0])]
+
+    def _as_tokens(self, features):
         if self.channels_first:
             return features.flatten(2).transpose(1, 2)  # (B, h*w, C)
         return features.flatten(1, -2)  # (B, N, C)
@@ -240,8 +307,9 @@ class ConvolutionalRefiner(nn.Module):
         self.positions = nn.Parameter(torch.randn(1, grid * grid, width) * 0.02)
         self.layers = nn.ModuleList(RefinerLayer(width, heads, kernel, dropout) for _ in range(layers))
 
-    def forward(self, features):
-        """features (B, channels, h, w) -> tokens (B, grid * grid, width)."""
+    def forward(self, tokens):
+        """tokens (B, h*h, channels), the cells of a square map row by row -> tokens (B, grid * grid, width)."""
+        features = tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.size(1)), -1))  # (B, channels, h, h)
         tokens = self.pool(self.reduce(features)).flatten(2).transpose(1, 2) + self.positions  # (B, N, width)
         for layer in self.layers:
             tokens = layer(tokens)
@@ -267,14 +335,15 @@ class RefinerLayer(nn.Module):
         return self.norm_2(tokens + self.dropout(hidden))
 
 
-def build_encoder(name, steps, coupling="stepped", options=None, weights="scratch", refiner=None):
+def build_encoder(name, steps, coupling="stepped", options=None, weights="scratch", refiner=None, feature_levels=1):
     """Make the timm model `name` and put it behind the contract.
 
     `options` are keyword arguments of the timm model, such as {"img_size": 48, "depth": 3}. `weights` is "pretrained"
     (timm downloads them), "scratch" (random), the path of a local weights file, or a transformers ViT or CLIP (folder
     or hub id). `options` may also hold "norm_eps", the epsilon of a ViT's norms. A model without blocks to step gets
     coupling "final" whatever `coupling` says, and a line is printed about it. `refiner`: arguments of
-    `ConvolutionalRefiner`, for a CNN that is to have one.
+    `ConvolutionalRefiner`, for a CNN that is to have one. `feature_levels`: last feature maps of a CNN that become
+    tokens; with two or more a CNN can be stepped.
     Raises ValueError for an unknown name, coupling or architecture, and FileNotFoundError that says what to do when
     the weights are not to be had.
     """
@@ -295,10 +364,12 @@ def build_encoder(name, steps, coupling="stepped", options=None, weights="scratc
     if isinstance(model, (VisionTransformer, Eva)):
         if refiner:
             raise ValueError(f"a refiner needs the feature map of a CNN; {name} makes none")
+        if feature_levels > 1:
+            raise ValueError(f"feature_levels {feature_levels}: they are a CNN's; {name} has blocks to step")
         if weights == "scratch":
             _start_positions_from_sincos(model)
         return ViTEncoder(model, steps, coupling)
-    encoder = GridEncoder(model, img_size, refiner)
+    encoder = GridEncoder(model, img_size, refiner, feature_levels, coupling)
     if coupling != encoder.coupling:
         print(f"{name} cannot be stepped: every decoder block attends to its last layer (coupling final)")
     return encoder

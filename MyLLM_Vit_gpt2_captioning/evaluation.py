@@ -1,22 +1,20 @@
 """How good are the captions of a model? Caption a set of photos, then score them all together."""
 
-import sys
 from pathlib import Path
-
-from tqdm import tqdm
 
 import metrics
 from decoding import Options, caption_batches
+from progress import progress_bar
 from ptb_tokenization import tokenize
 
 
-def predict(model, tokenizer, images, prompts="", batch_size=64, title="captions", **options):
+def predict(model, tokenizer, images, prompts="", batch_size=64, title="captions", look=None, **options):
     """Caption photos (greedily unless `options`, those of `decoding.Options`, say otherwise) with a progress bar ->
-    (captions, for each whether it came to its end by itself)."""
+    (captions, for each whether it came to its end by itself). `look` as in `decoding.caption_batches`."""
     options = Options(**dict(deterministic=options.get("num_beams", 1) == 1) | options)
     captions, ended = [""] * len(images), [False] * len(images)
-    bar = tqdm(total=len(images), desc=title, unit="img", mininterval=0.2 if sys.stderr.isatty() else 30)
-    for place, texts, ends in caption_batches(model, tokenizer, images, options, batch_size, prompts):
+    bar = progress_bar(len(images), title)
+    for place, texts, ends in caption_batches(model, tokenizer, images, options, batch_size, prompts, look):
         captions[place], ended[place] = texts[0], ends[0]
         bar.update(1)
     bar.close()
@@ -60,7 +58,7 @@ def evaluate(model, dataloader, tokenizer, device=None, java=False, **options):
     return score(dict(zip(images, captions, strict=True)), dataset.captions_of, ended, java)
 
 
-def score_subset(model, tokenizer, dataset, count):
+def score_subset(model, tokenizer, dataset, count, look=None):
     """Caption the first `count` images of a `Dataset`, or answer its first `count` questions ->
     ({name: true captions}, captions, {"CIDEr", "BLEU-4"} or {"exact_answers"})."""
     truth = {}
@@ -68,7 +66,7 @@ def score_subset(model, tokenizer, dataset, count):
         if (image, prompt) in truth or len(truth) < count:
             truth.setdefault((image, prompt), []).append(caption)
     images, prompts = (list(column) for column in zip(*truth, strict=True))
-    captions, _ = predict(model, tokenizer, images, prompts, title="scoring")
+    captions, _ = predict(model, tokenizer, images, prompts, title="scoring", look=look)
     if any(prompts):
         scores = {"exact_answers": exact_answers(captions, truth.values())}
     else:

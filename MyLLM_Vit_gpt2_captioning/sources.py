@@ -483,6 +483,23 @@ def assign_splits(images, data_dir, seed=0, given=None):
 # --- rows that cannot be used -----------------------------------------------------------------------------------------
 
 
+def load_usable(data_dir, captions_file, image_dir, dataset):
+    """`load`, without the rows that training cannot use; prints how many photos each split has.
+
+    Raises FileNotFoundError with the command that fetches the public `dataset` where there is none.
+    """
+    captions_file = captions_file or find_captions(data_dir)
+    try:
+        df = drop_unusable(load(data_dir, captions_file, image_dir), captions_file)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}\nTo fetch {dataset}, add --download, or run\n"
+            f"    python MyLLM_Vit_gpt2_captioning/prepare_data.py {dataset} --to {data_dir}"
+        ) from error
+    print(", ".join(f"{split}: {n:,} photos" for split, n in df.groupby("split")["image"].nunique().items()))
+    return df
+
+
 def drop_unusable(df, source):
     """Drop rows without a caption, with a caption that is not UTF-8, or whose photo is missing; say how many, and name
     the first of each kind with its row in `source` -> DataFrame with a fresh index.

@@ -117,14 +117,18 @@ def test_refiner_is_its_formula():
         hidden = torch.einsum("bnck,ock->bno", neighbours, layer.expand.weight) + layer.expand.bias
         hidden = hidden.clamp(min=0) @ layer.contract.weight[:, :, 0].T + layer.contract.bias
         expected = layer.norm_2(x + hidden)
-        torch.testing.assert_close(refiner(features), expected, atol=1e-4, rtol=1e-4)
+        tokens = features.flatten(2).transpose(1, 2)
+        torch.testing.assert_close(refiner(tokens), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_refiner_sits_behind_the_cnn(images):
     encoder = build_encoder("resnet10t", 2, "final", refiner=dict(width=32, grid=3, heads=4)).eval()
-    assert encoder.embed(images).shape == (3, 9, 32)
+    levels = encoder.levels(images)
     features = encoder.cnn.forward_features(images)
-    torch.testing.assert_close(encoder.embed(images), encoder.refiner(features))
+    assert torch.equal(levels[0], features.flatten(2).transpose(1, 2))
+    refined = encoder.refine(levels)
+    assert [tokens.shape for tokens in refined] == [(3, 9, 32)]
+    assert torch.equal(refined[0], encoder.refiner(levels[0]))
 
 
 @pytest.mark.parametrize(

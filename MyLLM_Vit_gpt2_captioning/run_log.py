@@ -1,0 +1,68 @@
+"""What a run says about itself while it trains: metrics.csv, samples.md, a line an epoch, and the curves."""
+
+import math
+
+import pandas as pd
+
+import pages
+import plots
+from checkpoint import write_atomically
+from evaluation import score_subset
+
+
+class RunLog:
+    """`rows` holds a dict an epoch, the rows of metrics.csv; scores are there for the epochs that have them."""
+
+    def __init__(self, folder, config, questions=False):
+        """`config`: the train_config. Raises ValueError when it does not score what decides which epoch is the best:
+        `best_by`, and with self-critical training CIDEr, because perplexity does not show what that is for."""
+        self.folder, self.config = folder, config
+        self.best_by = "CIDEr" if config.scst_epochs else config.best_by
+        scored = config.score_every == 1 and config.score_images > 0 and not questions
+        if self.best_by not in ("perplexity", "CIDEr") or (self.best_by == "CIDEr" and not scored):
+            raise ValueError(
+                f"best_by is {self.best_by!r}: it is perplexity, or for captions with score_every 1 CIDEr, "
+                "which scst_epochs needs"
+            )
+        self.rows, self.samples = [], {}  # samples: {epoch: captions of the first scored images}
+
+    def record(self, epoch, stage, lr, train_loss, valid_perplexity, scores):
+        """Add an epoch (counted from 0), print it, write metrics.csv."""
+        row = dict(epoch=epoch + 1, stage=stage, lr=lr, train_loss=train_loss, valid_loss=math.log(valid_perplexity))
+        row |= dict(train_perplexity=perplexity(train_loss), valid_perplexity=valid_perplexity, **scores)
+        self.rows.append(row)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        table = pd.DataFrame(self.rows)
+        write_atomically(self.folder / "metrics.csv", lambda path: table.to_csv(path, index=False))
+        trained = "" if math.isnan(train_loss) else f"training perplexity {row['train_perplexity']:.3f}, "
+        shown = "".join(f", {name} {value:.3f}" for name, value in scores.items())
+        print(f"epoch {epoch + 1}: {trained}validation perplexity {valid_perplexity:.3f}{shown}")
+
+    def is_best(self):
+        """True when the last epoch is the best so far."""
+        key, sign = ("CIDEr", -1) if self.best_by == "CIDEr" else ("valid_perplexity", 1)
+        *before, last = [sign * row.get(key, math.nan) for row in self.rows]
+        return math.isfinite(last) and all(not math.isfinite(value) or last < value for value in before)
+
+    def score(self, epoch, model, tokenizer, dataset):
+        """Caption the same validation photos as in other epochs, log the first eight in samples.md -> {"CIDEr",
+        "BLEU-4"}, or {"exact_answers"} for questions; empty in epochs that `score_every` leaves out."""
+        config = self.config
+        if config.score_every < 1 or config.score_images < 1 or (epoch + 1) % config.score_every:
+            return {}
+        look = dataset.token_caches[0].batch if dataset.token_caches else None
+        truth, captions, scores = score_subset(model, tokenizer, dataset, config.score_images, look)
+        self.samples[epoch + 1] = captions[:8]
+        pages.write_samples(self.folder / "samples.md", list(truth)[:8], list(truth.values())[:8], self.samples)
+        return scores
+
+    def draw_curves(self):
+        """loss.png, perplexity.png and a picture for each score there is."""
+        for quantity in ("loss", "perplexity", "CIDEr", "exact_answers", "reward"):
+            if quantity in ("loss", "perplexity") or any(quantity in row for row in self.rows):
+                plots.plot_curve(self.rows, quantity, self.folder / f"{quantity.lower()}.png")
+
+
+def perplexity(loss):
+    """exp(loss), or infinity where that is too large a number."""
+    return math.exp(loss) if loss < 700 else math.nan if math.isnan(loss) else math.inf
