@@ -671,7 +671,7 @@ class Trainer:
         self.self_critical = SelfCritical(self.train_dl.dataset, config) if config.scst_epochs else None
         self.best = {"best_perplexity": math.inf, "best_epoch": None}
         self.bad_steps = 0  # consecutive
-        self.stage = None
+        self.trains = self.stage = None  # what is not frozen; what the epoch is called in metrics.csv
         self._enter_stage(epoch=0)
 
     def _make_optimizer(self, lr, steps):
@@ -699,27 +699,26 @@ class Trainer:
     def _enter_stage(self, epoch):
         """Make trainable what trains in this epoch, and say so when it changes."""
         config = self.train_config
-        if config.scst_epochs and epoch >= config.epochs:
-            if self.stage != "self-critical":
-                if self.best["best_epoch"] is not None:
-                    self.load_best_model()
-                self._make_optimizer(config.scst_lr, config.scst_epochs * len(self.self_critical.loader))
-                print(f"epoch {epoch + 1}: self-critical training")
-                self.stage = "self-critical"
-            return
         stage = "GPT-2 blocks" if epoch >= config.freeze_epochs_gpt else "new layers"
         if self.model.config.decoder_weights == "scratch":
             stage = "new layers"  # the whole decoder is new: nothing of it waits
         thaws = set(self.model.pretrained_parameters()) - self.model.always_frozen()
         if (thaws and epoch >= config.freeze_epochs_all) or not self.model.pretrained_parameters():
             stage = "everything"
-        if stage == self.stage:
-            return
-        print(f"epoch {epoch + 1}: training {stage}; ", end="")
-        if stage == "everything" or self.stage != "new layers":
-            self.model.pretrained_layers_trainable(trainable=stage == "everything")
-        if stage == "GPT-2 blocks":
-            self.model.unfreeze_gpt_layers()
+        if stage != self.trains:
+            print(f"epoch {epoch + 1}: training {stage}; ", end="")
+            if stage == "everything" or self.trains != "new layers":
+                self.model.pretrained_layers_trainable(trainable=stage == "everything")
+            if stage == "GPT-2 blocks":
+                self.model.unfreeze_gpt_layers()
+            self.trains = stage
+        if config.scst_epochs and epoch >= config.epochs:
+            stage = "self-critical"
+            if self.stage != stage:
+                print(f"epoch {epoch + 1}: {stage} training")
+                if self.best["best_epoch"] is not None:
+                    self.load_best_model()
+                self._make_optimizer(config.scst_lr, config.scst_epochs * len(self.self_critical.loader))
         self.stage = stage
 
     def _loss(self, batch):

@@ -54,13 +54,14 @@ class CaptionBatchSampler(Sampler):
                 rows = np.resize(rows, K)  # repeats from the front
             groups += [rows[start : start + K] for start in range(0, len(rows) - K + 1, K)]
         order = rng.permutation(len(groups)) if self.shuffle else np.arange(len(groups))
+        starts = np.arange(0, len(order), self.groups_per_batch)
         if self.lengths is not None and self.window > 1:
             longest = np.array([max(self.lengths[row] for row in rows) for rows in groups])
             size = self.window * self.groups_per_batch
             windows = [order[start : start + size] for start in range(0, len(order), size)]
             order = np.concatenate([window[np.argsort(longest[window], kind="stable")] for window in windows])
-        starts = np.arange(0, len(order), self.groups_per_batch)
-        for start in rng.permutation(starts) if self.lengths is not None and self.shuffle else starts:
+            starts = rng.permutation(starts) if self.shuffle else starts
+        for start in starts:
             yield [int(row) for g in order[start : start + self.groups_per_batch] for row in groups[g]]
 
 

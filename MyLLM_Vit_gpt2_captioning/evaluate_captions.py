@@ -22,6 +22,7 @@ from checkpoint import write_atomically
 from command_line import add_decoding_arguments, decoding_options
 from evaluation import as_table, cider_of_each, exact_answers, predict, score, table_rows
 from MyLLM_Vit_gpt2_captioning import DATA_DIR, OUTPUT_DIR, load_captioner, train_config
+from token_cache import TokenCache
 
 SHOWN = 40  # best and worst photos on the page
 
@@ -37,6 +38,7 @@ def main(argv=None):
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="score these captions instead of a model's")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="(default: CHECKPOINT/evaluation_SPLIT)")
+    parser.add_argument("--cache_dir", type=Path, metavar="FOLDER", help="token cache of training, to be used here too")
     add_decoding_arguments(parser)
     args = parser.parse_args(argv)
     try:
@@ -60,6 +62,8 @@ def evaluate_split(args):
         model, tokenizer = load_captioner(args.checkpoint)
         model.to(train_config.device)
         options = dict(batch_size=args.batch_size, **decoding_options(args))
+        if args.cache_dir:
+            options["look"] = TokenCache(args.cache_dir, model).fill(model, images).batch
         if "prompt" in rows:
             right = rows.groupby(["image", "prompt"], sort=False)["caption"].agg(list).to_dict()
             asked = list(zip(*right, strict=True))  # images, questions

@@ -110,7 +110,7 @@ class TokenCache:
         print(f"token cache: {photos:,} photos x {tokens} take {need / 1e9:.2f} GB in {self.folder}")
         if need > free - SPARE_BYTES:
             raise OSError(
-                f"{self.folder}: the tokens take {need / 1e9:.2f} GB, free are {free / 1e9:.2f} GB, less 1 GB to spare: "
+                f"{self.folder}: the tokens take {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free, 1 GB to spare: "
                 "give another disk with --cache_dir FOLDER, fewer --cache_views, or train without --cache_tokens"
             )
 
@@ -194,7 +194,7 @@ def read_tokens_from_disk(model, loaders, train_config):
     Raises ValueError when the encoder does not stay frozen, OSError when the disk has too little room.
     """
     config = train_config
-    waits = config.freeze_epochs_all >= config.epochs and not config.scst_epochs  # all that is pretrained stays so
+    waits = config.freeze_epochs_all >= config.epochs + config.scst_epochs  # to the end nothing pretrained thaws
     frozen = set(model.pretrained_parameters()) if waits else model.always_frozen()
     own = [name for name, _ in model.encoder.named_parameters() if not name.startswith("refiner.")]
     learns = [name for name in own if f"encoder.{name}" not in frozen]

@@ -251,6 +251,29 @@ def test_sampler_with_one_caption_visits_every_row_once():
     assert first != [row for batch in sampler for row in batch]
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_captions_of_like_length_share_a_batch(shuffle):
+    """The same groups as without sorting, each once, with far less padding; the order is still random."""
+    rng = np.random.default_rng(0)
+    images, lengths = np.repeat(np.arange(300), 2).tolist(), rng.integers(5, 30, 600).tolist()
+
+    def batches(**options):
+        return list(CaptionBatchSampler(images, 20, 2, shuffle, seed=3, **options))
+
+    def padding(batches):
+        return sum(max(lengths[row] for row in rows) - lengths[row] for rows in batches for row in rows)
+
+    plain, sorted_ = batches(), batches(lengths=lengths, window=10)
+    assert sorted(row for rows in sorted_ for row in rows) == list(range(600))
+    assert len(sorted_) == len(plain) == 30
+    assert all(images[a] == images[b] for rows in sorted_ for a, b in zip(rows[::2], rows[1::2], strict=True))
+    assert padding(sorted_) < 0.75 * padding(plain)
+    assert sorted_ == batches(lengths=lengths, window=10)
+    assert batches(lengths=lengths, window=1) == plain
+    longest = [max(lengths[row] for row in rows) for rows in sorted_]
+    assert (longest[:10] == sorted(longest[:10])) == (not shuffle)  # short batches do not always come first
+
+
 def test_batch_size_must_be_a_multiple():
     with pytest.raises(ValueError, match=r"batch_size 32 .* multiple of captions_per_image 5, for example 30"):
         CaptionBatchSampler(["a"], batch_size=32, captions_per_image=5)

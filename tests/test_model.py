@@ -258,6 +258,71 @@ def test_without_blocks_to_step_the_coupling_is_final(script, tiny_config, capsy
     assert len(model.bridges) == 1
 
 
+@pytest.mark.parametrize(
+    "name", ["resnet10t", "convnext_atto", "tf_efficientnet_lite0", "swin_tiny_patch4_window7_224"]
+)
+def test_levels_of_a_cnn(name):
+    """timm's own maps on the grid of the last one: a token of an earlier map holds the cells under it."""
+    options = dict(REDUCED_ENCODERS[name])
+    encoder = build_encoder(name, 3, "final", options, feature_levels=3).eval()
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    last = build_encoder(name, 3, "final", options).eval()
+    last.load_state_dict(encoder.state_dict())
+    with torch.no_grad():
+        levels = encoder.levels(images)
+        torch.testing.assert_close(levels[-1], last.levels(images)[0])
+        maps = encoder.cnn.forward_intermediates(images, output_fmt="NCHW", intermediates_only=True)[-3:-1]
+    assert tuple(level.size(-1) for level in levels) == encoder.widths
+    assert len({level.size(1) for level in levels}) == 1
+    for level, features in zip(levels[:-1], maps, strict=True):
+        cells = features.size(-1) // 2  # the last map has 2 x 2 cells
+        for token, (y, x) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+            patch = features[:, :, y * cells : (y + 1) * cells, x * cells : (x + 1) * cells]
+            assert torch.equal(level[:, token], patch.flatten(1))
+
+
+def test_levels_whose_sizes_do_not_divide():
+    """88 pixels: maps of 6 and 3 cells a side divide, 11 and 3 do not and are averaged to 12."""
+    encoder = build_encoder("resnet10t", 3, "final", {"img_size": 88}, feature_levels=3).eval()
+    levels = encoder.levels(torch.randn(1, 3, 88, 88))
+    assert [tuple(level.shape) for level in levels] == [(1, 9, 128 * 16), (1, 9, 256 * 4), (1, 9, 512)]
+
+
+@pytest.mark.parametrize(("coupling", "shapes"), [("final", [(3, 12, 32)] * 5), ("stepped", [(3, 4, 32)] * 5)])
+def test_blocks_read_a_cnns_levels(script, tiny_config, coupling, shapes):
+    """With final coupling each block reads all of them, stepped the first blocks read the first level."""
+    tiny_config.encoder, tiny_config.encoder_options = "resnet10t", {"img_size": 64}
+    tiny_config.coupling, tiny_config.feature_levels, tiny_config.depth = coupling, 3, 5
+    model = script.VisionGPT2Model(tiny_config).eval()
+    assert model.config.coupling == coupling
+    images = torch.randn(3, 3, 64, 64)
+    states = model.encoder_states(images)
+    assert [tuple(tokens.shape) for tokens in states] == shapes
+    expected = [bridge(level) for bridge, level in zip(model.bridges, model.encoder.levels(images), strict=True)]
+    if coupling == "stepped":
+        assert all(map(torch.equal, states, [expected[i] for i in (0, 0, 1, 1, 2)]))
+    else:
+        assert torch.equal(states[4], torch.cat(expected, dim=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet10t", {}, "feature_levels 9: ResNet shows 5 feature maps"),
+        ("mixer_s32_224", {}, "feature_levels 9: MlpMixer makes no feature map"),
+        ("vit_tiny_patch16_224", {}, "feature_levels 9: they are a CNN's; vit_tiny_patch16_224 has blocks to step"),
+    ],
+)
+def test_levels_that_are_not_there(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_encoder(name, 2, "final", options, feature_levels=9)
+
+
+def test_a_refiner_takes_one_level():
+    with pytest.raises(ValueError, match="set --feature_levels 1"):
+        build_encoder("resnet10t", 2, "final", refiner=dict(width=32), feature_levels=2)
+
+
 def test_image_size_of_a_cnn(script, tiny_config):
     tiny_config.encoder, tiny_config.encoder_options, tiny_config.coupling = "resnet10t", {"img_size": 64}, "final"
     model = script.VisionGPT2Model(tiny_config)

@@ -158,6 +158,69 @@ def test_losses_are_weighted_by_tokens(trainer, monkeypatch):
     assert trainer.valid_one_epoch(0) == pytest.approx(math.exp((30 + 20 * (n - 1)) / (30 + 10 * (n - 1))))
 
 
+def test_averaged_weights(script, tiny_config, tiny_train_config, dls):
+    """average += (weights - average) * (1 - decay) after every step, decay = min(ema_decay, step / (9 + step));
+    the average is what is validated, scored and saved, and trained weights differ from it."""
+    tiny_train_config.ema_decay, tiny_train_config.epochs = 0.3, 2
+    torch.manual_seed(0)
+    trainer = script.Trainer(tiny_config, tiny_train_config, dls)
+    expected, step, decays = None, trainer._step, []
+
+    def stepped(loss):
+        nonlocal expected
+        done, n = step(loss), len(decays)
+        decays.append(0 if n == 0 else min(0.3, n / (9 + n)))
+        weights = trainer.model.gpt.tok_emb.weight.detach()
+        expected = weights.clone() if n == 0 else expected.lerp(weights, 1 - decays[-1])
+        return done
+
+    trainer._step = stepped
+    for epoch in range(2):
+        trainer.train_one_epoch(epoch)
+    assert decays[0] == 0 < decays[1] < 0.3 == decays[-1]
+    torch.testing.assert_close(trainer.averaged.gpt.tok_emb.weight, expected)
+    assert (trainer.model.gpt.tok_emb.weight - expected).abs().max() > 1e-5
+    by_average = trainer.valid_one_epoch(0)
+    trainer.save_model()
+    trainer.load_best_model()
+    assert torch.equal(trainer.model.gpt.tok_emb.weight, trainer.averaged.gpt.tok_emb.weight)
+    trainer.ema = None
+    assert trainer.valid_one_epoch(0) == by_average
+
+
+def test_label_smoothing(script, tiny_config, bpe):
+    """(1 - s) * -log p(target) + s * mean of -log p over all tokens, in training only."""
+    tiny_config.label_smoothing = 0.2
+    torch.manual_seed(0)
+    model = script.VisionGPT2Model(tiny_config).train()
+    images, ids = torch.randn(1, 3, 32, 32), torch.tensor([[5, 6, 7]])
+    labels = torch.tensor([[6, 7, -100]])
+    log_p = torch.cat([model(images, ids[:, :n]) for n in (1, 2)], dim=1)[0].log_softmax(-1)
+    plain, spread = -log_p[[0, 1], [6, 7]].mean(), -log_p.mean()
+    assert model(images, ids, labels).item() == pytest.approx((0.8 * plain + 0.2 * spread).item(), rel=1e-5)
+    assert model.eval()(images, ids, labels).item() == pytest.approx(plain.item(), rel=1e-5)
+
+
+def test_precision(script, tiny_config, tiny_train_config, dls, monkeypatch):
+    """bf16 on request, also on a CPU: the matrices multiply in it, weights and loss stay float32."""
+    torch.manual_seed(0)
+    plain = script.Trainer(tiny_config, tiny_train_config, dls)
+    tiny_train_config.precision = "bf16"
+    torch.manual_seed(0)
+    trainer = script.Trainer(tiny_config, tiny_train_config, dls)
+    batch = next(iter(dls[0]))
+    loss, exact = trainer._loss(batch)[0], plain._loss(batch)[0]
+    assert loss.dtype == torch.float32
+    assert loss != exact
+    assert loss.item() == pytest.approx(exact.item(), rel=2e-2)
+    with trainer.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    assert trainer.train_one_epoch(0) == pytest.approx(plain.train_one_epoch(0), rel=2e-2)
+    tiny_train_config.precision = "half"
+    with pytest.raises(ValueError, match="precision 'half' is not one of auto, float32, bf16"):
+        script.Trainer(tiny_config, tiny_train_config, dls)
+
+
 def test_run_keeps_the_best_epoch(trainer, tiny_train_config, monkeypatch):
     trainer.rebuild_schedule(epochs=3)
     perplexities, saved = iter([9.0, 5.0, 7.0]), []
