@@ -2,7 +2,7 @@
 
     python MyLLM_Vit_gpt2_captioning/MyLLM_Vit_gpt2_captioning.py                      everything by default
     python MyLLM_Vit_gpt2_captioning/MyLLM_Vit_gpt2_captioning.py --epochs 3 --lr 2e-4   with other constants
-    python MyLLM_Vit_gpt2_captioning/MyLLM_Vit_gpt2_captioning.py --recipe flickr8k      with those of a recipe
+    python MyLLM_Vit_gpt2_captioning/MyLLM_Vit_gpt2_captioning.py --recipe shapes        with those of a recipe
 
 Captions and photos are read from data/, in any format that sources.py knows; without them, a small captioner is trained
 from scratch on the built-in Shapes dataset. Results go to captioner/.
@@ -731,6 +731,7 @@ class Trainer:
     def _reward_loss(self, batch):
         """A batch of `SelfCritical` -> (loss, mean reward, number of photos it is the mean of)."""
         images, places = batch
+        self.model.eval()  # the draws are made without dropout: what is learnt from them is, too
         loss, reward = self.self_critical.loss(self.model, to_device(images, self.device), places, self.autocast)
         return loss, reward, len(places)
 
