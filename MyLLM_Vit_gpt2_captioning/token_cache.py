@@ -64,7 +64,7 @@ class TokenCache:
         return self.__dict__ | {"_maps": None}  # for data workers: a pickled memory map would be a copy of the file
 
     def __contains__(self, path):
-        return str(path) in self.index
+        return os.path.abspath(path) in self.index
 
     def __getitem__(self, path):
         if self._maps is None:
@@ -72,7 +72,7 @@ class TokenCache:
                 np.memmap(file, np.float16, "r", shape=(file.stat().st_size // (2 * math.prod(shape)), *shape))
                 for file, shape in zip(self._files(), self.shapes, strict=True)
             ]
-        row = self.index[str(path)][0]
+        row = self.index[os.path.abspath(path)][0]
         return [torch.from_numpy(np.array(level[row])) for level in self._maps]
 
     def batch(self, paths):
@@ -88,7 +88,8 @@ class TokenCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".lock"):  # a second run that needs the same tokens waits for them
             self._read_index()
-            wanted = {str(path): self._identity(path, (captions_of or {}).get(str(path), ())) for path in images}
+            captions_of = {os.path.abspath(path): captions for path, captions in (captions_of or {}).items()}
+            wanted = {path: self._identity(path, captions_of.get(path, ())) for path in map(os.path.abspath, images)}
             missing = [path for path, identity in wanted.items() if self.index.get(path, [None])[1:] != identity]
             if missing:
                 device = next(model.parameters()).device
@@ -100,7 +101,7 @@ class TokenCache:
                 self._check_room(len(missing))
                 content = json.dumps(self.manifest | {"shapes": self.shapes}, indent=2) + "\n"
                 write_atomically(self.folder / "manifest.json", lambda path: path.write_text(content))
-                self._compute(model, missing, wanted, captions_of or {}, batch_size, num_workers, device)
+                self._compute(model, missing, wanted, captions_of, batch_size, num_workers, device)
         return self
 
     def _check_room(self, photos):

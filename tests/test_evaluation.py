@@ -47,6 +47,16 @@ def test_evaluate_a_checkpoint(captioner, flickr, tmp_path, capsys):
     }
 
 
+def test_evaluation_reads_the_token_cache_of_training(captioner, flickr, tmp_path, monkeypatch):
+    """The captions are the same; a second evaluation does not run the encoder."""
+    arguments = [str(captioner), "--data", str(flickr), "--split", "val"]
+    plain = evaluate_captions.main(arguments)
+    cached = [*arguments, "--cache_dir", str(tmp_path / "cache")]
+    assert evaluate_captions.main(cached) == plain
+    monkeypatch.setattr("encoders.ViTEncoder.embed", lambda self, images: 1 / 0)
+    assert evaluate_captions.main(cached) == plain
+
+
 def test_perfect_captions_get_the_best_scores(flickr, tmp_path):
     file = tmp_path / "results.json"
     file.write_text(json.dumps(predictions(flickr, caption=CAPTIONS[0])))

@@ -127,6 +127,15 @@ def test_a_photo_that_changed_is_computed_again(tiny_model, photos, tmp_path, mo
     assert torch.equal(TokenCache(tmp_path / "cache", tiny_model).batch(photos)[0], after)
 
 
+def test_a_photo_is_the_same_however_it_is_named(tiny_model, photos, tmp_path, monkeypatch):
+    cache = TokenCache(tmp_path / "cache", tiny_model).fill(tiny_model, photos)
+    seen = count_images(tiny_model, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    cache.fill(tiny_model, ["photos/2.png", "photos/../photos/3.png"])
+    assert not seen
+    assert torch.equal(cache["photos/2.png"][0], cache[photos[2]][0])
+
+
 def test_interrupted_work_goes_on(tiny_model, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(token_cache, "SYNC_EVERY", 4)
     whole = TokenCache(tmp_path / "whole", tiny_model).fill(tiny_model, photos, batch_size=2).batch(photos)
