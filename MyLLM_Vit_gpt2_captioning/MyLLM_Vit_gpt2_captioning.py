@@ -81,6 +81,7 @@ model_config = SimpleNamespace(
     post_norm=False,  # true: norms behind each residual sum as in the first Transformer (from scratch only)
     tokenizer="gpt2",  # "gpt2" (HF_GPT2_REPO), or "bpe" or "word", learnt from the training captions
     eos_token_id=50256,  # ends captions; set from the tokenizer
+    unk_token_id=-1,  # stands for words that a word list lacks, never written; set from the tokenizer, -1: none
     encoder="vit_base_patch16_224",  # nearly any timm model, or a transformers ViT or CLIP (hub id or folder)
     encoder_weights="pretrained",  # "pretrained" (downloaded), a local weights file or folder, or "scratch"
     encoder_options={},  # more arguments of the timm model, as JSON: {"img_size": 48, "patch_size": 8}
@@ -658,6 +659,7 @@ class Trainer:
         if model_config.start_from:
             check_eos(self.tokenizer, model_config)
         model_config.eos_token_id = self.tokenizer.eos_token_id
+        model_config.unk_token_id = getattr(self.tokenizer, "unk_token_id", -1)
         config.device = str(config.device)  # a torch.device could not be written into config.json
         self.device = torch.device(config.device)
         self.model = VisionGPT2Model.from_pretrained(model_config).to(self.device)

@@ -120,6 +120,13 @@ class CaptionTokenizer:
     bos_token_id = property(lambda self: self._special(START))
     eos_token_id = property(lambda self: self._special(END))
     pad_token_id = property(lambda self: self._special(PAD))
+
+    @property
+    def unk_token_id(self):
+        """The id of words that a word list lacks, -1 where there is no such id."""
+        unknown = self.backend.token_to_id(UNKNOWN)
+        return -1 if unknown is None or self.backend.token_to_id(END_OF_TEXT) is not None else unknown
+
     bos_token = property(lambda self: self.backend.id_to_token(self.bos_token_id))
     eos_token = property(lambda self: self.backend.id_to_token(self.eos_token_id))
     pad_token = property(lambda self: self.backend.id_to_token(self.pad_token_id))

@@ -173,7 +173,7 @@ class _CachedDecoder:
 
     def _decode(self, newest):
         hidden = self.model.decode(newest, self.encoder_states, self.caches)[:, -1]  # (rows, embed_dim), last token
-        self.scores = self.model.gpt.logits(hidden).float()  # (rows, vocab_size)
+        self.scores = next_token_scores(self.model, hidden)  # (rows, vocab_size)
 
     def filtered(self, scores):
         """scores (rows, vocab_size) after all filters."""
@@ -192,6 +192,15 @@ class _CachedDecoder:
         self.sequences = torch.cat([self.sequences, newest], dim=1)
         if score_next:
             self._decode(newest)
+
+
+def next_token_scores(model, hidden):
+    """hidden states (..., embed_dim) -> float32 scores (..., vocab_size) of the next token; one that stands for unknown
+    words is ruled out, because it would leave a hole in the caption."""
+    scores = model.gpt.logits(hidden).float()
+    if model.config.unk_token_id >= 0:
+        scores[..., model.config.unk_token_id] = -torch.inf
+    return scores
 
 
 def _likeliest(scores):

@@ -14,9 +14,7 @@ def parameter_groups(model, pretrained, lr, train_config):
     decay, but norms, biases and embeddings do not."""
     pretrained, groups = set(pretrained), {}
     for name, parameter in model.named_parameters():
-        embedding = any(
-            part in name for part in ("tok_emb", "pos_emb", "positions", "_token")
-        )  # also a ViT's cls_token
+        embedding = any(part in name for part in EMBEDDINGS)
         key = (name in pretrained, parameter.ndim > 1 and not embedding)
         groups.setdefault(key, []).append(parameter)
     return [

@@ -14,7 +14,7 @@ import torch.utils.data
 
 from batching import CaptionBatchSampler, stack
 from captions_tokenizer import encode_caption
-from decoding import generate_ids
+from decoding import generate_ids, next_token_scores
 from metrics import CiderD
 from ptb_tokenization import tokenize
 
@@ -83,7 +83,7 @@ class SelfCritical:
         real = ends.cumsum(1) - ends.long() == 0  # (B * samples, T - 1): up to the first EOS, which counts
         with autocast():
             hidden = model.decode(ids[:, :-1], model.encoder_states(levels))
-            surprise = F.cross_entropy(model.gpt.logits(hidden[real]).float(), targets[real], reduction="none")
+            surprise = F.cross_entropy(next_token_scores(model, hidden[real]), targets[real], reduction="none")
         # Minimising reward-weighted -log p raises the probability of what was better than its baseline.
         return (surprise * advantages[:, None].expand_as(real)[real]).mean(), float(rewards.mean())
 

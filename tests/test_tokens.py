@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from captions_tokenizer import END_OF_TEXT, CaptionTokenizer
+from conftest import CAPTIONS
+from decoding import generate_ids
 
 
 def test_shift_labels(script):
@@ -160,6 +162,25 @@ def test_padding_stored_in_a_foreign_file_is_forgotten(script, bpe, tmp_path):
 
 
 # --- questions --------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_words_are_never_written(script, tiny_config):
+    """A word list's <unk> is the likeliest token here, and no caption has it, however it is decoded."""
+    tokenizer = CaptionTokenizer.train(CAPTIONS, 12, "word")
+    assert tokenizer.unk_token_id in tokenizer.encode("zebra")
+    assert CaptionTokenizer.train(CAPTIONS, 300).unk_token_id == -1
+    tiny_config.vocab_size, tiny_config.eos_token_id = len(tokenizer), tokenizer.eos_token_id
+    torch.manual_seed(0)
+    model = script.VisionGPT2Model(tiny_config).eval()
+    model.gpt.final_norm.shift.data[:] = 1
+    model.gpt.tok_emb.weight.data[tokenizer.unk_token_id] = 1
+    images = torch.randn(4, 3, 32, 32)
+    starts = torch.full((4, 1), tokenizer.bos_token_id)
+    for options in (dict(deterministic=True), dict(num_beams=3), dict(seed=0)):
+        model.config.unk_token_id = -1
+        assert tokenizer.unk_token_id in generate_ids(model, images, starts, 10, **options)
+        model.config.unk_token_id = tokenizer.unk_token_id
+        assert tokenizer.unk_token_id not in generate_ids(model, images, starts, 10, **options)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "word"])
