@@ -74,7 +74,7 @@ model_config = SimpleNamespace(
     attention_dropout=0.1,  # dropout on attention weights (self and cross)
     mlp_dropout=0.1,  # dropout behind the MLP
     residual_dropout=0.1,  # dropout behind attention's output projection
-    label_smoothing=0.0,  # share of a training target that is spread over all tokens; validation has none
+    label_smoothing=0.0,  # share of a training target that is spread over all tokens; validation's loss is without
     decoder_weights="pretrained",  # "pretrained" (HF_GPT2_REPO), a hub id, a local folder, or "scratch"
     positions="learned",  # "learned" as GPT-2's, or "sinusoidal" (from scratch only)
     activation="gelu",  # of the MLP: "gelu" as GPT-2's, or "relu" (from scratch only)
@@ -109,7 +109,7 @@ train_config = SimpleNamespace(
     length_window=16,  # batches that are cut from one sort by caption length, so that little is padding; 1: unsorted
     cache_tokens=False,  # compute a frozen encoder's tokens once, keep them on disk and train from there
     cache_dir=DATA_DIR / "token_cache",  # where; runs share what depends on the same encoder and photos
-    cache_views=1,  # versions of a training photo in the cache: itself, and augmented ones
+    cache_views=1,  # versions of a training photo in the cache: itself, and augmented ones, the same for every seed
     crop_scale=0.8,  # smallest share of a photo's area that a training crop keeps
     max_bad_steps=20,  # consecutive steps with a non-finite loss or gradient after which training stops
     num_workers=0 if DEVICE == "cpu" else min(8, os.cpu_count()),  # processes that load images
@@ -125,7 +125,7 @@ train_config = SimpleNamespace(
     score_images=200,  # validation photos that are captioned for these scores
     best_by="perplexity",  # what decides which epoch is kept: "perplexity", or "CIDEr" of those captions
     keep_epoch_checkpoints=False,  # also keep the weights of every epoch, named by epoch and validation loss
-    scst_epochs=0,  # epochs behind the others that raise the CIDEr of the model's own captions: see self_critical.py
+    scst_epochs=0,  # epochs behind the others that raise the CIDEr of the model's captions, which then decides best_by
     scst_lr=5e-5,  # their peak learning rate
     scst_samples=5,  # captions drawn for a photo; a step draws batch_size captions
     scst_baseline="mean",  # what a draw is measured against: "mean" of the photo's other draws, or the "greedy" caption
@@ -666,6 +666,8 @@ class Trainer:
         self.model_path = Path(config.model_path)
 
         self.autocast, self.scaler = mixed_precision(self.device, config.precision)
+        if config.cache_tokens:
+            read_tokens_from_disk(self.model, dls, config)
         self.ema = None
         self._make_optimizer(config.lr, config.epochs * len(self.train_dl))
         self.log = RunLog(self.model_path, config, questions=any(self.valid_dl.dataset.prompts))
@@ -818,17 +820,17 @@ class Trainer:
         return perplexity(total_loss / total_tokens)
 
     def run_training(self):
-        """Train for `epochs`, keep the model with the best validation perplexity -> {"best_perplexity", "best_epoch"}.
+        """Train, keep the best epoch by `best_by` -> {"best_perplexity", "best_epoch"}: its perplexity and its number.
 
-        best_epoch counts from 0. Ctrl-C and losses that stay non-finite end the run early; what was best is kept.
+        Numbers count from 0; -1 is what self-critical training by itself starts from. Ctrl-C and losses that stay
+        non-finite end the run early; what was best is kept.
         """
         try:
-            for epoch in range(self.train_config.epochs + self.train_config.scst_epochs):
-                trained = self.train_one_epoch(epoch)
+            first = -1 if self.train_config.epochs == 0 else 0  # what rewards start from may stay the best
+            for epoch in range(first, self.train_config.epochs + self.train_config.scst_epochs):
+                trained = self.train_one_epoch(epoch) if epoch >= 0 else math.nan
                 valid_perplexity, scores = self.valid_one_epoch(epoch), self.score_one_epoch(epoch)
                 lr = max(self.scheduler.get_last_lr())
-                if self.stage == "self-critical":  # it has no loss that could be compared with validation's
-                    scores, trained = {"reward": trained, **scores}, math.nan
                 self.log.record(epoch, self.stage, lr, trained, valid_perplexity, scores)
                 if self.log.is_best():
                     best = {"best_perplexity": valid_perplexity, "best_epoch": epoch}
@@ -869,7 +871,9 @@ class Trainer:
     def load_best_model(self, path=None):
         """Load the best weights of this run, or those in `path` (a .safetensors or .pt file, or a folder)."""
         path = Path(path or self.model_path)
-        checkpoint.load_strictly(self.model, path / checkpoint.WEIGHTS_FILE if path.is_dir() else path)
+        path = path / checkpoint.WEIGHTS_FILE if path.is_dir() else path
+        for model in {self.model, self.averaged}:
+            checkpoint.load_strictly(model, path)
 
     def generate_caption(self, image, max_tokens=50, temperature=1.0, deterministic=False, **options):
         """A path or an opened image -> its caption; a list of them -> a list of captions.
@@ -877,7 +881,9 @@ class Trainer:
         Greedy when `deterministic`, else sampled at `temperature`; `options` as in `caption_images`.
         """
         images = list(image) if isinstance(image, (list, tuple)) else [image]
-        captions = caption_images(self.model, self.tokenizer, images, max_tokens, temperature, deterministic, **options)
+        captions = caption_images(
+            self.averaged, self.tokenizer, images, max_tokens, temperature, deterministic, **options
+        )
         return captions if isinstance(image, (list, tuple)) else captions[0]
 
     def clean(self):
@@ -949,12 +955,9 @@ def build_trainer(model_cfg, train_cfg, df):
         learnt = model_cfg.tokenizer in ("bpe", "word") and not model_cfg.start_from
         if learnt or len(tok) > model_cfg.vocab_size:
             model_cfg.vocab_size = len(tok)  # a larger one, padded for speed, may stay with GPT-2's tokenizer
-        trainer = Trainer(model_cfg, train_cfg, build_dataloaders(df, tok, model_cfg, train_cfg))
+        return Trainer(model_cfg, train_cfg, build_dataloaders(df, tok, model_cfg, train_cfg))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}\n\n{what_to_give(model_cfg, HF_GPT2_REPO)}") from error
-    if train_cfg.cache_tokens:
-        read_tokens_from_disk(trainer.model, (trainer.train_dl, trainer.valid_dl), train_cfg)
-    return trainer
 
 
 def main(argv=None):
@@ -980,7 +983,7 @@ def main(argv=None):
     if (train_cfg.data_dir / shapes.SPLIT_FILE).is_file():
         result["scores"] = (shapes.score_answers if "prompt" in df else shapes.score)(caption, train_cfg.data_dir)
     print(
-        f"best validation perplexity {result['best_perplexity']:.3f} in epoch {result['best_epoch'] + 1}; "
+        f"best {trainer.log.best_by}: epoch {result['best_epoch'] + 1}, perplexity {result['best_perplexity']:.3f}; "
         f"checkpoint and plots are in {train_cfg.model_path}"
     )
     plots.show_windows()

@@ -24,6 +24,7 @@ TORCH_FILE = "captioner.pt"
 CONFIG_FILE = "config.json"
 RECIPE_FILE = "recipe.toml"
 EPOCHS_FOLDER = "epochs"
+CURVES = ("loss", "perplexity", "CIDEr", "exact_answers", "reward")  # a picture each, where a run has them
 RUN_FILES = (
     RECIPE_FILE,
     EPOCHS_FOLDER,
@@ -33,11 +34,8 @@ RUN_FILES = (
     TOKENIZER_FILE,
     "metrics.csv",
     "samples.md",
-    "cider.png",
-    "exact_answers.png",
-    "loss.png",
-    "perplexity.png",
     "demo.png",
+    *(f"{name.lower()}.png" for name in CURVES),
 )
 
 
@@ -150,6 +148,8 @@ def find_folder(source, files=(WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE)):
     """
     if Path(source).is_dir():
         return Path(source)
+    if Path(source).is_absolute():
+        raise FileNotFoundError(f"{source}: no such folder; where another recipe makes it, train that one first")
     from huggingface_hub import snapshot_download
 
     try:

@@ -134,8 +134,8 @@ def merge(given, recipe, folder, root, **sections):
     said = read_recipe(recipe, folder, **sections) if recipe else {name: {} for name in sections}
     for name, values in said.items():
         for key, value in values.items():
-            found = key == "start_from" and (root / value).exists()  # else a hub id
-            if isinstance(value, Path) or (value and (key == "captions_file" or found)):
+            own_run = key == "start_from" and value.startswith("captioner/")  # else a hub id or an absolute path
+            if isinstance(value, Path) or (value and (key == "captions_file" or own_run)):
                 values[key] = type(value)(root / value)
         if "encoder" in given[name]:
             for key in ("encoder_options", "encoder_weights", "preprocessing"):

@@ -84,14 +84,15 @@ def preprocessing_of(config):
 
 
 class Encoder(nn.Module):
-    """The contract, with the `step` of final coupling. `widths` are the channels C of a token on each level."""
+    """The contract, with the `step` of final coupling. `widths` are the channels C of a token on each level, as
+    the decoder gets it: behind `refine`."""
 
     coupling = "final"
     normalized = False  # True when the last level leaves through the encoder's own final norm
     width = property(lambda self: self.widths[-1])
 
     def levels(self, images):
-        """images (B, 3, H, W) -> list of tokens (B, N, C): what `widths` describes, before `refine`."""
+        """images (B, 3, H, W) -> list of tokens (B, N, C) as the timm model makes them, in front of `refine`."""
         return [self.embed(images)]
 
     def refine(self, levels):
@@ -196,6 +197,8 @@ class GridEncoder(Encoder):
         """`refiner`: arguments of `ConvolutionalRefiner`, {} or None for none."""
         super().__init__()
         # Channels last in memory: EfficientNet's convolutions are then 1.8 times as fast on a CPU; GPUs like it too.
+        if feature_levels < 1:
+            raise ValueError(f"feature_levels must be at least 1, not {feature_levels}")
         self.cnn, width = model.to(memory_format=torch.channels_last), model.num_features
         self.feature_levels = feature_levels
         self.coupling = coupling if feature_levels > 1 else "final"
@@ -370,6 +373,8 @@ def build_encoder(name, steps, coupling="stepped", options=None, weights="scratc
             _start_positions_from_sincos(model)
         return ViTEncoder(model, steps, coupling)
     encoder = GridEncoder(model, img_size, refiner, feature_levels, coupling)
+    if encoder.coupling == "stepped" and feature_levels > steps:
+        raise ValueError(f"feature_levels {feature_levels}: {steps} decoder blocks cannot step through so many")
     if coupling != encoder.coupling:
         print(f"{name} cannot be stepped: every decoder block attends to its last layer (coupling final)")
     return encoder

@@ -22,7 +22,7 @@ from checkpoint import write_atomically
 from command_line import add_decoding_arguments, decoding_options
 from evaluation import as_table, cider_of_each, exact_answers, predict, score, table_rows
 from MyLLM_Vit_gpt2_captioning import DATA_DIR, OUTPUT_DIR, load_captioner, train_config
-from token_cache import TokenCache
+from token_cache import TokenCache, fill_caches
 
 SHOWN = 40  # best and worst photos on the page
 
@@ -63,7 +63,9 @@ def evaluate_split(args):
         model.to(train_config.device)
         options = dict(batch_size=args.batch_size, **decoding_options(args))
         if args.cache_dir:
-            options["look"] = TokenCache(args.cache_dir, model).fill(model, images).batch
+            cache = TokenCache(args.cache_dir, model)
+            fill_caches(model, [(cache, images, None)])
+            options["look"] = cache.batch
         if "prompt" in rows:
             right = rows.groupby(["image", "prompt"], sort=False)["caption"].agg(list).to_dict()
             asked = list(zip(*right, strict=True))  # images, questions

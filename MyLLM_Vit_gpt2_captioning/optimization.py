@@ -66,6 +66,6 @@ def mixed_precision(device, precision="auto"):
 def average_of(model, decay):
     """An exponential moving average of the model's weights (Polyak & Juditsky 1992), started from a copy of them.
 
-    The average of the first n steps weighs them alike as long as n is small: what they began with is soon forgotten.
+    At first it is about the last tenth of the steps, so that the random start is forgotten at once.
     """
     return ModelEmaV3(model, decay, use_warmup=True, warmup_gamma=9, warmup_power=1)  # step / (9 + step), at most decay

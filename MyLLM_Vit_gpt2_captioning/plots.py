@@ -18,7 +18,8 @@ def plot_curve(metrics, quantity, path):
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     series = {"training": (f"train_{quantity}", "tab:blue"), "validation": (f"valid_{quantity}", "tab:orange")}
     if f"train_{quantity}" not in metrics[0]:
-        series = {"validation captions": (quantity, "tab:green")}
+        label = "captions drawn in training" if quantity == "reward" else "validation captions"
+        series = {label: (quantity, "tab:green")}
     for label, (key, colour) in series.items():
         points = [(row["epoch"], row[key]) for row in metrics if key in row]
         axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=label)
@@ -35,10 +36,11 @@ def plot_curve(metrics, quantity, path):
                 fontsize=8,
                 color="grey",
             )
-    if quantity == "perplexity" and max(metrics[0][f"{part}_perplexity"] for part in ("train", "valid")) > 50:
+    if quantity == "perplexity" and any(metrics[0][f"{part}_perplexity"] > 50 for part in ("train", "valid")):
         axes.set_yscale("log")  # the first epochs would flatten the rest
     axes.set_xlabel("epoch")
     units = {"loss": "loss (nats per token)", "perplexity": "perplexity per token", "exact_answers": "share right"}
+    units["reward"] = "mean CIDEr"
     axes.set_ylabel(units.get(quantity, quantity))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)

@@ -6,7 +6,7 @@ import pandas as pd
 
 import pages
 import plots
-from checkpoint import write_atomically
+from checkpoint import CURVES, write_atomically
 from evaluation import score_subset
 
 
@@ -17,6 +17,8 @@ class RunLog:
         """`config`: the train_config. Raises ValueError when it does not score what decides which epoch is the best:
         `best_by`, and with self-critical training CIDEr, because perplexity does not show what that is for."""
         self.folder, self.config = folder, config
+        if config.epochs + config.scst_epochs < 1:
+            raise ValueError("epochs 0 and scst_epochs 0: there is nothing to train")
         self.best_by = "CIDEr" if config.scst_epochs else config.best_by
         scored = config.score_every == 1 and config.score_images > 0 and not questions
         if self.best_by not in ("perplexity", "CIDEr") or (self.best_by == "CIDEr" and not scored):
@@ -26,8 +28,14 @@ class RunLog:
             )
         self.rows, self.samples = [], {}  # samples: {epoch: captions of the first scored images}
 
-    def record(self, epoch, stage, lr, train_loss, valid_perplexity, scores):
-        """Add an epoch (counted from 0), print it, write metrics.csv."""
+    def record(self, epoch, stage, lr, trained, valid_perplexity, scores):
+        """Add an epoch (counted from 0), print it, write metrics.csv.
+
+        `trained`: the training loss, or the mean reward of self-critical training, whose loss says nothing.
+        """
+        train_loss = trained
+        if stage == "self-critical":
+            train_loss, scores = math.nan, {"reward": trained, **scores}
         row = dict(epoch=epoch + 1, stage=stage, lr=lr, train_loss=train_loss, valid_loss=math.log(valid_perplexity))
         row |= dict(train_perplexity=perplexity(train_loss), valid_perplexity=valid_perplexity, **scores)
         self.rows.append(row)
@@ -58,7 +66,7 @@ class RunLog:
 
     def draw_curves(self):
         """loss.png, perplexity.png and a picture for each score there is."""
-        for quantity in ("loss", "perplexity", "CIDEr", "exact_answers", "reward"):
+        for quantity in CURVES:
             if quantity in ("loss", "perplexity") or any(quantity in row for row in self.rows):
                 plots.plot_curve(self.rows, quantity, self.folder / f"{quantity.lower()}.png")
 

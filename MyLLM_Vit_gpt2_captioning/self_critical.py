@@ -46,7 +46,7 @@ class SelfCritical:
         texts = [caption for photo in self.photos for caption in dataset.captions_of[photo]]
         words = iter(tokenize(texts))
         self.references = [[f"{next(words)} {END_WORD}" for _ in dataset.captions_of[photo]] for photo in self.photos]
-        self.cider = CiderD(self.references, cached_images=len(self.photos))
+        self.cider = CiderD(self.references, cached_images=20_000)  # at most some 1 GB
         # A draw that goes on for ever would hold up its batch: nearly all true captions are at most this long.
         lengths = [len(encode_caption(self.tokenizer, text, dataset.max_length)) for text in texts]
         self.max_tokens = int(np.quantile(lengths, 0.99))

@@ -36,13 +36,13 @@ SPARE_BYTES = 2**30  # of the disk stay free
 class TokenCache:
     """`cache[path]` -> the photo's tokens, a float16 tensor (N, C) for each level of the encoder."""
 
-    def __init__(self, folder, model, view=0, crop_scale=0.8, seed=0):
+    def __init__(self, folder, model, view=0, crop_scale=0.8):
         """The cache in `folder` for `model`, a `VisionGPT2Model`; nothing is computed before `fill`.
 
-        View 0 is the plain photo, the others are training augmentations, drawn from (seed, view, photo).
+        View 0 is the plain photo, the others are augmented as in training, drawn from (view, photo): alike in all runs.
         """
         config, encoder = model.config, model.encoder
-        augmented = dict(view=view, crop_scale=crop_scale, seed=seed) if view else dict(view=0)
+        augmented = dict(view=view, crop_scale=crop_scale) if view else dict(view=0)
         self.view, self.preprocessing = augmented, model.preprocessing
         self.manifest = {
             "format": FORMAT,
@@ -79,51 +79,48 @@ class TokenCache:
         """Photos -> their tokens as the model takes them: float16 (B, N, C) for each level."""
         return [torch.stack(level) for level in zip(*(self[path] for path in paths), strict=True)]
 
-    def fill(self, model, images, captions_of=None, batch_size=32, num_workers=0):
-        """Compute the tokens of the photos (paths) that are not here yet, or that changed since.
+    def missing(self, images, captions_of=None):
+        """Photos (paths) that are not here yet, or that changed since -> {absolute path: what tells it is the same}.
 
-        `captions_of` {path: captions} says which photos augmentation may mirror. Raises OSError when the disk has too
-        little room, ValueError that names the photo whose tokens float16 cannot hold.
+        `captions_of` {path: captions} says which photos augmentation may mirror.
+        """
+        captions_of = {os.path.abspath(path): captions for path, captions in (captions_of or {}).items()}
+        identities = {path: self._identity(path, captions_of.get(path, ())) for path in map(os.path.abspath, images)}
+        return {path: same for path, same in identities.items() if self.index.get(path, [None])[1:] != same}
+
+    def fill(self, model, images, captions_of=None, batch_size=32, num_workers=0):
+        """Compute the tokens that are `missing`.
+
+        Raises ValueError that names a photo that cannot be read or whose tokens float16 cannot hold; the tokens of the
+        photos before it stay.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".lock"):  # a second run that needs the same tokens waits for them
             self._read_index()
-            captions_of = {os.path.abspath(path): captions for path, captions in (captions_of or {}).items()}
-            wanted = {path: self._identity(path, captions_of.get(path, ())) for path in map(os.path.abspath, images)}
-            missing = [path for path, identity in wanted.items() if self.index.get(path, [None])[1:] != identity]
+            missing = self.missing(images, captions_of)
             if missing:
-                device = next(model.parameters()).device
-                side = self.preprocessing["img_size"]
-                with torch.inference_mode():
-                    model.eval()
-                    levels = model.encoder.levels(torch.zeros(1, 3, side, side, device=device))
-                self.shapes = [tuple(level.shape[1:]) for level in levels]
-                self._check_room(len(missing))
+                self.shapes = shapes_of(model)
                 content = json.dumps(self.manifest | {"shapes": self.shapes}, indent=2) + "\n"
                 write_atomically(self.folder / "manifest.json", lambda path: path.write_text(content))
-                self._compute(model, missing, wanted, captions_of, batch_size, num_workers, device)
+                self._compute(model, missing, captions_of or {}, batch_size, num_workers)
         return self
 
-    def _check_room(self, photos):
-        need = photos * sum(2 * math.prod(shape) for shape in self.shapes)
-        free = shutil.disk_usage(self.folder).free
-        tokens = " + ".join(f"{n} x {c}" for n, c in self.shapes)
-        print(f"token cache: {photos:,} photos x {tokens} take {need / 1e9:.2f} GB in {self.folder}")
-        if need > free - SPARE_BYTES:
-            raise OSError(
-                f"{self.folder}: the tokens take {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free, 1 GB to spare: "
-                "give another disk with --cache_dir FOLDER, fewer --cache_views, or train without --cache_tokens"
-            )
-
-    def _compute(self, model, paths, identities, captions_of, batch_size, num_workers, device):
-        """Append the tokens of `paths`, a line in the index for each."""
+    def _compute(self, model, identities, captions_of, batch_size, num_workers):
+        """Append the tokens of the photos in `identities`, a line in the index for each."""
+        device, paths = next(model.parameters()).device, list(identities)
         look = partial(preprocess, **self.preprocessing)
         if self.view["view"]:
             look = _AugmentedLook(self.preprocessing, self.view, captions_of)
-        loader = torch.utils.data.DataLoader(_Photos(paths, look), batch_size, num_workers=num_workers)
-        lines = (self.folder / "index.jsonl").open("a", encoding="utf-8")
+        # A generator of its own: whether tokens are computed must not shift the dropout's random numbers.
+        loader = torch.utils.data.DataLoader(
+            _Photos(paths, look), batch_size, num_workers=num_workers, generator=torch.Generator()
+        )
+        model.eval()
+        lines = (self.folder / "index.jsonl").open("r+b" if self.rows else "w+b")
+        lines.truncate(self._whole)  # behind what is whole there may be unfinished work
+        lines.seek(0, os.SEEK_END)
         levels, stored, written = [file.open("r+b" if file.exists() else "w+b") for file in self._files()], 0, []
-        for file, shape in zip(levels, self.shapes, strict=True):  # behind what the index lists is unfinished work
+        for file, shape in zip(levels, self.shapes, strict=True):
             file.truncate(self.rows * 2 * math.prod(shape))
             file.seek(0, os.SEEK_END)
         bar = progress_bar(len(paths), "tokens")
@@ -150,7 +147,7 @@ class TokenCache:
                     for path in written:
                         self.index[path] = [self.rows, *identities[path]]
                         self.rows += 1
-                    lines.writelines(json.dumps([path, *identities[path]]) + "\n" for path in written)
+                    lines.write("".join(json.dumps([path, *identities[path]]) + "\n" for path in written).encode())
                     lines.flush()
                     os.fsync(lines.fileno())
                     written = []
@@ -172,27 +169,59 @@ class TokenCache:
         return [self.folder / f"level_{i}.float16" for i in range(len(self.shapes))]
 
     def _read_index(self):
-        """What is there: {path: [row, size, time, mirrored]}; a line that a crash cut in two does not count."""
-        self.index, self.rows = {}, 0
+        """What is there: {path: [row, size, time, mirrored]}. Only whole lines whose tokens are on the disk
+        count; nothing is changed, because another run may be at work here."""
+        self.index, self.rows, self._whole, self._maps = {}, 0, 0, None
         index, manifest = self.folder / "index.jsonl", self.folder / "manifest.json"
         if not (index.is_file() and manifest.is_file()):
             return
         self.shapes = [tuple(shape) for shape in json.loads(manifest.read_text())["shapes"]]
-        whole = index.read_bytes()
-        whole = whole[: whole.rfind(b"\n") + 1]
-        for line in whole.decode().splitlines():
-            path, *identity = json.loads(line)
-            self.index[path] = [self.rows, *identity]
-            self.rows += 1
-        if len(whole) < index.stat().st_size:
-            os.truncate(index, len(whole))
+        sizes = [file.stat().st_size if file.is_file() else 0 for file in self._files()]
+        stored = min(size // (2 * math.prod(shape)) for size, shape in zip(sizes, self.shapes, strict=True))
+        for line in index.read_bytes().splitlines(keepends=True)[:stored]:
+            if line.endswith(b"\n"):
+                path, *identity = json.loads(line)
+                self.index[path] = [self.rows, *identity]
+                self.rows += 1
+                self._whole += len(line)  # bytes of the index that count
+
+
+def shapes_of(model):
+    """(N, C) of the tokens of a photo on each level."""
+    side, device = model.preprocessing["img_size"], next(model.parameters()).device
+    with torch.inference_mode():
+        model.eval()
+        levels = model.encoder.levels(torch.zeros(1, 3, side, side, device=device))
+    return [tuple(level.shape[1:]) for level in levels]
+
+
+def fill_caches(model, jobs, num_workers=0):
+    """Fill caches of one folder, jobs = [(cache, images, captions_of), ...], after saying how large it gets.
+
+    Raises OSError before anything is computed when the disk has too little room.
+    """
+    missing = [len(cache.missing(images, captions_of)) for cache, images, captions_of in jobs]
+    if any(missing):
+        folder, shapes = jobs[0][0].folder.parent, shapes_of(model)
+        need = sum(missing) * sum(2 * math.prod(shape) for shape in shapes)
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        each = " + ".join(f"{n} x {c}" for n, c in shapes)
+        print(f"token cache: {sum(missing):,} views of photos x {each} numbers take {need / 1e9:.2f} GB in {folder}")
+        if need > free - SPARE_BYTES:
+            raise OSError(
+                f"{folder}: the tokens take {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free, 1 GB to spare: "
+                "give another disk with --cache_dir FOLDER, fewer --cache_views, or train without --cache_tokens"
+            )
+    for cache, images, captions_of in jobs:
+        cache.fill(model, images, captions_of, num_workers=num_workers)
 
 
 def read_tokens_from_disk(model, loaders, train_config):
     """Let the `Dataset`s of the training and the validation loader read the frozen encoder's tokens from caches in
     `train_config.cache_dir`; those that are not there are computed first.
 
-    Raises ValueError when the encoder does not stay frozen, OSError when the disk has too little room.
+    Raises ValueError when the encoder does not stay frozen, and what `fill_caches` and `TokenCache.fill` raise.
     """
     config = train_config
     waits = config.freeze_epochs_all >= config.epochs + config.scst_epochs  # to the end nothing pretrained thaws
@@ -200,18 +229,21 @@ def read_tokens_from_disk(model, loaders, train_config):
     own = [name for name, _ in model.encoder.named_parameters() if not name.startswith("refiner.")]
     learns = [name for name in own if f"encoder.{name}" not in frozen]
     if learns:
+        remedy = "set --trainable_stages 0, or leave out --cache_tokens"
+        if not set(model.pretrained_parameters()) & {f"encoder.{name}" for name in learns}:
+            remedy = "an encoder from scratch has to train; leave out --cache_tokens"
         raise ValueError(
             f"cache_tokens: {len(learns)} parameters of the encoder train (the first is {learns[0]}), so its tokens "
-            "change: set --trainable_stages 0, or leave out --cache_tokens"
+            f"change: {remedy}"
         )
     if config.cache_views < 1:
         raise ValueError(f"cache_views {config.cache_views}: 1 is the photos themselves, more are augmented ones")
-    for loader, views in zip(loaders, (config.cache_views, 1), strict=True):
-        caches = [TokenCache(config.cache_dir, model, view, config.crop_scale) for view in range(views)]
-        captions_of = loader.dataset.captions_of
-        for cache in caches:
-            cache.fill(model, list(captions_of), captions_of, num_workers=config.num_workers)
-        loader.dataset.token_caches = caches
+    views = [TokenCache(config.cache_dir, model, view, config.crop_scale) for view in range(config.cache_views)]
+    training, validation = (loader.dataset for loader in loaders)
+    jobs = [(cache, list(training.captions_of), training.captions_of) for cache in views]
+    jobs.append((views[0], list(validation.captions_of), validation.captions_of))
+    fill_caches(model, jobs, config.num_workers)
+    training.token_caches, validation.token_caches = views, views[:1]
 
 
 def fingerprint(encoder):
@@ -248,6 +280,6 @@ class _AugmentedLook:
         self.view, self.captions_of = view, captions_of
 
     def __call__(self, path):
-        seed = [self.view["seed"], self.view["view"], zlib.crc32(Path(path).name.encode())]
+        seed = [self.view["view"], zlib.crc32(Path(path).name.encode())]
         pixels = np.asarray(load_image(path))
         return self.transforms(image=pixels, captions=self.captions_of.get(path, ()), seed=seed)["image"]

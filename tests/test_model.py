@@ -309,13 +309,19 @@ def test_blocks_read_a_cnns_levels(script, tiny_config, coupling, shapes):
     ("name", "options", "message"),
     [
         ("resnet10t", {}, "feature_levels 9: ResNet shows 5 feature maps"),
+        ("resnet10t", {"levels": 0}, "feature_levels must be at least 1, not 0"),
+        (
+            "resnet10t",
+            {"levels": 3, "coupling": "stepped"},
+            "feature_levels 3: 2 decoder blocks cannot step through so",
+        ),
         ("mixer_s32_224", {}, "feature_levels 9: MlpMixer makes no feature map"),
         ("vit_tiny_patch16_224", {}, "feature_levels 9: they are a CNN's; vit_tiny_patch16_224 has blocks to step"),
     ],
 )
 def test_levels_that_are_not_there(name, options, message):
     with pytest.raises(ValueError, match=message):
-        build_encoder(name, 2, "final", options, feature_levels=9)
+        build_encoder(name, 2, options.get("coupling", "final"), feature_levels=options.get("levels", 9))
 
 
 def test_a_refiner_takes_one_level():

@@ -204,8 +204,43 @@ def test_a_run_with_rewards_only(script, tiny_config, tiny_train_config, dls):
     trainer = script.Trainer(tiny_config, tiny_train_config, dls)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.self_critical.rewards = lambda ids, places: torch.arange(len(ids)).float()
+    ciders = iter([0.3, 0.4])
+    trainer.score_one_epoch = lambda epoch: {"CIDEr": next(ciders)}
     assert trainer.run_training()["best_epoch"] == 0
     assert any((value != before[name]).any() for name, value in trainer.model.state_dict().items())
+    assert [row["epoch"] for row in trainer.metrics] == [0, 1]  # first what it starts from
+
+
+def test_what_rewards_start_from_may_stay_the_best(script, tiny_config, tiny_train_config, dls):
+    tiny_train_config.epochs, tiny_train_config.scst_epochs, tiny_train_config.scst_samples = 0, 2, 2
+    trainer = script.Trainer(tiny_config, tiny_train_config, dls)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.self_critical.rewards = lambda ids, places: torch.arange(len(ids)).float()
+    ciders = iter([0.5, 0.4, 0.3])
+    trainer.score_one_epoch = lambda epoch: {"CIDEr": next(ciders)}
+    assert trainer.run_training()["best_epoch"] == -1
+    stored = load_file(tiny_train_config.model_path / "captioner.safetensors")
+    assert all(torch.equal(value, stored[name]) for name, value in before.items())
+
+
+def test_nothing_to_train(script, tiny_config, tiny_train_config, dls):
+    tiny_train_config.epochs = 0
+    with pytest.raises(ValueError, match="epochs 0 and scst_epochs 0: there is nothing to train"):
+        script.Trainer(tiny_config, tiny_train_config, dls)
+
+
+@pytest.mark.parametrize("baseline", ["mean", "greedy"])
+def test_bf16_and_averaged_weights(script, tiny_config, tiny_train_config, dls, baseline):
+    tiny_train_config.epochs, tiny_train_config.scst_epochs, tiny_train_config.scst_samples = 1, 1, 2
+    tiny_train_config.precision, tiny_train_config.ema_decay, tiny_train_config.scst_baseline = "bf16", 0.5, baseline
+    torch.manual_seed(0)
+    trainer = script.Trainer(tiny_config, tiny_train_config, dls)
+    trainer.self_critical.rewards = lambda ids, places: (torch.arange(len(ids)) % 2).float()
+    trainer.run_training()
+    assert [row["stage"] for row in trainer.metrics] == ["everything", "self-critical"]
+    assert (trainer.averaged.gpt.tok_emb.weight - trainer.model.gpt.tok_emb.weight).abs().max() > 0
+    trainer.load_best_model()
+    assert torch.equal(trainer.averaged.gpt.tok_emb.weight, trainer.model.gpt.tok_emb.weight)
 
 
 def test_frozen_layers_stay_frozen(script, tiny_config, tiny_train_config, dls, monkeypatch):

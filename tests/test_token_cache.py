@@ -2,6 +2,7 @@
 work costs only the rest."""
 
 import json
+import os
 import pickle
 from types import SimpleNamespace
 
@@ -11,9 +12,8 @@ import torch
 from PIL import Image
 
 import token_cache
-from augmentation import TrainingTransforms
 from conftest import REDUCED_ENCODERS
-from token_cache import TokenCache
+from token_cache import TokenCache, fill_caches
 
 PHOTOS = 10
 
@@ -167,20 +167,68 @@ def test_interrupted_work_goes_on(tiny_model, photos, tmp_path, monkeypatch):
 
 
 def test_too_small_a_disk_is_refused_before_the_work(tiny_model, photos, tmp_path, monkeypatch, capsys):
+    """The size is that of all views together."""
     seen = count_images(tiny_model, monkeypatch)
-    free = SimpleNamespace(free=token_cache.SPARE_BYTES + 100)
+    jobs = [(TokenCache(tmp_path, tiny_model, view), photos, None) for view in range(2)]
+    tokens = 5 * 24 * 2 * 2  # numbers of a photo on two levels, in bytes
+    free = SimpleNamespace(free=token_cache.SPARE_BYTES + tokens * 2 * PHOTOS - 1)
     monkeypatch.setattr(token_cache.shutil, "disk_usage", lambda folder: free)
     with pytest.raises(
-        OSError,
-        match=r"the tokens take 0\.00 GB, 1\.07 GB are free, 1 GB to spare: .*--cache_dir FOLDER, fewer --cache_v",
+        OSError, match=r"tokens take 0\.00 GB, 1\.07 GB are free, 1 GB to spare: .*--cache_dir FOLDER, fewer --cache_v"
     ):
-        TokenCache(tmp_path, tiny_model).fill(tiny_model, photos)
+        fill_caches(tiny_model, jobs)
     assert not seen
-    tokens = 5 * 24 * 2 * 2  # numbers of a photo on two levels, in bytes
-    free.free = token_cache.SPARE_BYTES + tokens * PHOTOS
-    TokenCache(tmp_path, tiny_model).fill(tiny_model, photos)
-    assert sum(seen) == PHOTOS
-    assert f"{PHOTOS} photos x 5 x 24 + 5 x 24 take 0.00 GB in {tmp_path}" in capsys.readouterr().out
+    free.free += 1
+    fill_caches(tiny_model, jobs)
+    assert sum(seen) == 2 * PHOTOS
+    message = f"{2 * PHOTOS} views of photos x 5 x 24 + 5 x 24 numbers take 0.00 GB in {tmp_path}"
+    assert message in capsys.readouterr().out
+    fill_caches(tiny_model, jobs)
+    assert "token cache" not in capsys.readouterr().out  # nothing to say when nothing is missing
+
+
+def test_two_runs_fill_one_cache(tiny_model, photos, tmp_path, monkeypatch):
+    """A run that starts while another is at work changes nothing there, and then waits for it."""
+    monkeypatch.setattr(token_cache, "SYNC_EVERY", 2)
+    first, levels, second = TokenCache(tmp_path, tiny_model), tiny_model.encoder.levels, []
+
+    def with_visitor(images):
+        if images.any() and len(second) < 5:
+            with (first.folder / "index.jsonl").open("ab") as file:  # a line of which the half is on the disk
+                file.write(b'["half')
+            second.append(TokenCache(tmp_path, tiny_model))
+            assert second[-1].rows % 2 == 0
+            size = (first.folder / "index.jsonl").stat().st_size
+            assert size > second[-1]._whole
+            os.truncate(first.folder / "index.jsonl", size - 6)
+        return levels(images)
+
+    monkeypatch.setattr(tiny_model.encoder, "levels", with_visitor)
+    first.fill(tiny_model, photos, batch_size=2)
+    assert [cache.rows for cache in second] == [0, 2, 4, 6, 8]
+    seen = count_images(tiny_model, monkeypatch)
+    late = second[0].fill(tiny_model, photos)
+    assert not seen
+    assert torch.equal(late.batch(photos)[0], first.batch(photos)[0])
+
+
+@pytest.mark.parametrize("damage", ["short level", "no manifest", "no level"])
+def test_a_damaged_cache_is_mended(tiny_model, photos, tmp_path, monkeypatch, damage):
+    """As after a copy that broke off: rows without tokens are computed again, never served as zeros."""
+    cache = TokenCache(tmp_path, tiny_model).fill(tiny_model, photos)
+    expected, level = cache.batch(photos), cache.folder / "level_1.float16"
+    if damage == "short level":
+        os.truncate(level, 7 * 5 * 24 * 2 + 3)
+    else:
+        (cache.folder / "manifest.json" if damage == "no manifest" else level).unlink()
+    seen = count_images(tiny_model, monkeypatch)
+    again = TokenCache(tmp_path, tiny_model)
+    assert sum(path in again for path in photos) == (7 if damage == "short level" else 0)
+    again.fill(tiny_model, photos)
+    assert sum(seen) == (3 if damage == "short level" else PHOTOS)
+    assert all(map(torch.equal, again.batch(photos), expected))
+    assert len((cache.folder / "index.jsonl").read_text().splitlines()) == PHOTOS
+    assert TokenCache(tmp_path, tiny_model).rows == PHOTOS
 
 
 def test_tokens_that_float16_cannot_hold_name_the_photo(tiny_model, photos, tmp_path, monkeypatch):
@@ -217,16 +265,18 @@ def test_views_are_augmented_as_in_training(tiny_model, photos, tmp_path):
         assert all((x != y).any() for x, y in zip(a, b, strict=True))
     again = TokenCache(tmp_path / "again", tiny_model, 1, 0.5).fill(tiny_model, photos, captions)
     assert torch.equal(again.batch(photos)[0], first)
-    # A caption that speaks of left forbids mirroring: the photo whose caption says so now is computed again.
-    view = views[1].view
-    look = token_cache._AugmentedLook(tiny_model.preprocessing, view, captions)
-    mirrored = token_cache._AugmentedLook(tiny_model.preprocessing, view, {})
-    differ = [bool((look(str(path)) != mirrored(str(path))).any()) for path in photos]
-    assert not any(differ[1:])
+    # Photo 0 says left: a view in which it would be mirrored without that caption does not mirror it.
+    unlike = []
+    for view in range(1, 6):
+        look = token_cache._AugmentedLook(tiny_model.preprocessing, dict(view=view, crop_scale=0.5), captions)
+        careless = token_cache._AugmentedLook(tiny_model.preprocessing, dict(view=view, crop_scale=0.5), {})
+        unlike.append([bool((look(str(path)) != careless(str(path))).any()) for path in photos])
+    assert any(row[0] for row in unlike)
+    assert not any(any(row[1:]) for row in unlike)
+    # Where the captions now forbid it, the photo is computed again.
     captions[str(photos[1])] = ["a dog on the right"]
     rows = views[1].rows
     assert views[1].fill(tiny_model, photos, captions).rows == rows + 1
-    assert isinstance(look.transforms, TrainingTransforms)
 
 
 def test_a_pickled_cache_reads_the_same_files(tiny_model, photos, tmp_path):
@@ -291,6 +341,13 @@ def test_the_same_loss_with_and_without_cache(script, frozen):
     assert plain.valid_one_epoch(0) == pytest.approx(cached.valid_one_epoch(0), rel=1e-4)
 
 
+def test_computing_tokens_does_not_change_the_run(script, frozen):
+    """The same seed gives the same loss whether the tokens are there or not, dropout included."""
+    frozen[0].mlp_dropout = 0.3
+    first = build(script, frozen).train_one_epoch(0)
+    assert build(script, frozen).train_one_epoch(0) == first
+
+
 def test_an_encoder_that_trains_is_not_cached(script, frozen):
     frozen[0].trainable_stages = 1
     with pytest.raises(
@@ -302,6 +359,10 @@ def test_an_encoder_that_trains_is_not_cached(script, frozen):
         build(script, frozen)
     frozen[1].freeze_epochs_all = 2
     build(script, frozen)
+    frozen[0].encoder_weights = "scratch"
+    with pytest.raises(ValueError, match="an encoder from scratch has to train; leave out --cache_tokens"):
+        build(script, frozen)
+    frozen[0].encoder_weights = str(frozen[1].cache_dir.parent / "vit.safetensors")
     frozen[1].cache_views = 0
     with pytest.raises(ValueError, match="cache_views 0: 1 is the photos themselves"):
         build(script, frozen)
