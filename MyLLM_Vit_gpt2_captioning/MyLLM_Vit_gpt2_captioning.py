@@ -128,6 +128,7 @@ train_config = SimpleNamespace(
     scst_epochs=0,  # epochs behind the others that raise the CIDEr of the model's captions, which then decides best_by
     scst_lr=5e-5,  # their peak learning rate
     scst_samples=5,  # captions drawn for a photo; a step draws batch_size captions
+    scst_draws="sample",  # "sample" from the model, or take the ends of a "beam" search with as many beams
     scst_baseline="mean",  # what a draw is measured against: "mean" of the photo's other draws, or the "greedy" caption
     demo_images=10,  # validation photos in demo.png
     shapes_scenes=6000,  # training scenes of the built-in datasets

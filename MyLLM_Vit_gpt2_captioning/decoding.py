@@ -14,6 +14,8 @@ from batching import to_device
 from captions_tokenizer import encode_prompt
 from preprocessing import preprocess
 
+LEAVE_BELOW = 0.8  # finished images leave the batch when so few go on; to copy the rest at each step would cost more
+
 
 @dataclass(frozen=True)
 class Options:
@@ -154,6 +156,11 @@ class BlockCache:
         """Keep the captions `rows` (1-D, may repeat), equally many an image; what the image says is shared by them."""
         self.self_attn.select(rows)
 
+    def select_images(self, images):
+        """Keep what these images (1-D) say."""
+        if self.cross_attn is not None:
+            self.cross_attn = tuple(part[images] for part in self.cross_attn)
+
 
 class _CachedDecoder:
     """Scores of the next token for `rows_per_image` growing sequences an image, which share the image's tokens.
@@ -162,7 +169,7 @@ class _CachedDecoder:
     """
 
     def __init__(self, model, images, prompts, max_tokens, rows_per_image, filters):
-        self.model, self.filters = model, filters
+        self.model, self.filters, self.rows_per_image = model, filters, rows_per_image
         self.encoder_states = model.encoder_states(images)
         self.caches = model.new_caches(prompts.size(1) + max_tokens)
         self.sequences = prompts
@@ -187,11 +194,22 @@ class _CachedDecoder:
         for cache in self.caches:
             cache.select(rows)
 
-    def append(self, newest, score_next=True):
-        """Add a token (rows, 1) to each sequence; the scores of the next one unless it is the last."""
+    def keep_images(self, images):
+        """Go on with these images (1-D places) and their rows only -> the places of those rows."""
+        rows = (
+            images[:, None] * self.rows_per_image + torch.arange(self.rows_per_image, device=images.device)
+        ).flatten()
+        self.select(rows)
+        kept = {id(states): states[images] for states in self.encoder_states}  # blocks may share one
+        self.encoder_states = [kept[id(states)] for states in self.encoder_states]
+        for cache in self.caches:
+            cache.select_images(images)
+        return rows
+
+    def append(self, newest):
+        """Add a token (rows, 1) to each sequence."""
         self.sequences = torch.cat([self.sequences, newest], dim=1)
-        if score_next:
-            self._decode(newest)
+        self._decode(newest)
 
 
 def next_token_scores(model, hidden):
@@ -213,15 +231,24 @@ def _draw(scores, generator):
 
 def _one_by_one(decoder, choose, max_tokens, eos):
     """Greedy search or sampling: `choose` takes scores (rows, vocab_size) to tokens (rows, 1)."""
-    ended = torch.zeros(len(decoder.sequences), dtype=torch.bool, device=decoder.sequences.device)  # (rows,)
-    for remaining in reversed(range(max_tokens)):
+    start, device = decoder.sequences.size(1), decoder.sequences.device
+    captions = torch.full((len(decoder.sequences), start + max_tokens), eos, device=device)
+    captions[:, :start] = decoder.sequences
+    rows = torch.arange(len(captions), device=device)  # of `captions`, where the decoder's rows are written
+    ended = torch.zeros(len(captions), dtype=torch.bool, device=device)  # of the decoder's rows
+    for length in range(start + 1, start + max_tokens + 1):
         newest = choose(decoder.filtered(decoder.scores)).masked_fill(ended[:, None], eos)
+        captions[rows, length - 1] = newest[:, 0]
         ended |= newest[:, 0] == eos
-        last = remaining == 0 or bool(ended.all())
-        decoder.append(newest, score_next=not last)
-        if last:
+        goes_on = ~ended.view(-1, decoder.rows_per_image).all(1)  # (images,)
+        images = goes_on.nonzero()[:, 0]
+        if len(images) == 0 or length == start + max_tokens:
             break
-    return decoder.sequences
+        if len(images) <= LEAVE_BELOW * len(goes_on):
+            kept = decoder.keep_images(images)
+            rows, ended, newest = rows[kept], ended[kept], newest[kept]
+        decoder.append(newest)
+    return captions[:, :length]
 
 
 def _beam_search(decoder, max_tokens, eos, options):

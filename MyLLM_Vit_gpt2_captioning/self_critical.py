@@ -2,7 +2,9 @@
 
 Captions are drawn for each photo and rewarded with their CIDEr. What lies above the photo's baseline becomes likelier,
 what lies below less likely: the gradient of -(reward - baseline) * log p(caption). The baseline is the reward of the
-greedy caption, or the mean reward of the photo's other draws, which costs nothing more (Luo 2020).
+greedy caption, or the mean reward of the photo's other draws, which costs nothing more (Luo 2020). In place of draws
+the captions that beam search ends with may be used, as Cornia et al. (2020, Meshed-Memory Transformer) do: they are few
+good captions that differ, so what is learnt is which of them is best.
 """
 
 from functools import partial
@@ -19,6 +21,7 @@ from metrics import CiderD
 from ptb_tokenization import tokenize
 
 BASELINES = ("mean", "greedy")
+DRAWS = ("sample", "beam")
 # Rewarded as a word of its own, in draws that ended and in all references: without it a caption that breaks off ("a man
 # in a") loses nothing, and the model learns to break off.
 END_WORD = "<end>"
@@ -32,15 +35,17 @@ class SelfCritical:
 
         Raises ValueError for questions (their answers are no captions), an unknown baseline and too few samples.
         """
-        samples, baseline = config.scst_samples, config.scst_baseline
+        samples, baseline, self.draws = config.scst_samples, config.scst_baseline, config.scst_draws
         if any(dataset.prompts):
             raise ValueError(
                 "self-critical training rewards captions; this dataset asks questions: set --scst_epochs 0"
             )
         if baseline not in BASELINES:
             raise ValueError(f"scst_baseline {baseline!r} is not one of {', '.join(BASELINES)}")
-        if samples < 2 and baseline == "mean":
-            raise ValueError(f"scst_samples {samples}: the mean of a photo's other draws needs at least 2")
+        if self.draws not in DRAWS:
+            raise ValueError(f"scst_draws {self.draws!r} is not one of {', '.join(DRAWS)}")
+        if samples < 2 and (baseline == "mean" or self.draws == "beam"):
+            raise ValueError(f"scst_samples {samples}: a beam, and the mean of a photo's other draws, need at least 2")
         self.tokenizer, self.samples, self.baseline = dataset.tokenizer, samples, baseline
         self.photos = list(dataset.captions_of)
         texts = [caption for photo in self.photos for caption in dataset.captions_of[photo]]
@@ -69,7 +74,10 @@ class SelfCritical:
         bos = torch.full((len(places), 1), self.tokenizer.bos_token_id, device=levels[0].device)
         draw = partial(generate_ids, model, levels, bos, max_tokens=self.max_tokens)
         with autocast():
-            ids = draw(num_return_sequences=self.samples).clone()  # (B * samples, T); out of inference mode
+            beams = self.samples if self.draws == "beam" else 1
+            ids = draw(
+                num_return_sequences=self.samples, num_beams=beams
+            ).clone()  # (B * samples, T); out of inference mode
         rewards = self.rewards(ids, places.repeat_interleave(self.samples)).view(-1, self.samples)  # (B, samples)
         if self.baseline == "mean":
             baselines = (rewards.sum(1, keepdim=True) - rewards) / (self.samples - 1)

@@ -42,6 +42,28 @@ def captions_of(ids, eos):
 # --- cache and batch --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("options", [GREEDY, dict(seed=1, num_return_sequences=3)])
+def test_finished_images_leave_the_batch(ending, images, options, monkeypatch):
+    """The captions are the same as when all stay to the end, at the cost of fewer rows."""
+    rows, decode = [], decoding._CachedDecoder._decode
+    monkeypatch.setattr(
+        decoding._CachedDecoder, "_decode", lambda self, newest: rows.append(len(newest)) or decode(self, newest)
+    )
+    leaving = generate_ids(ending, images, starts(ending, images), 20, **options)
+    cost = rows.copy()
+    rows.clear()
+    monkeypatch.setattr(decoding, "LEAVE_BELOW", 0)
+    staying = generate_ids(ending, images, starts(ending, images), 20, **options)
+    assert len(cost) == len(rows)
+    assert sum(cost) < 0.8 * sum(rows)
+    assert cost[1:] == sorted(cost[1:], reverse=True)  # rows only leave
+    if options is GREEDY:
+        assert torch.equal(leaving, staying)
+    else:  # the draws of those that stay are others, because fewer are made
+        assert leaving.shape[0] == staying.shape[0] == 3 * len(images)
+        assert leaving[:, 1].tolist() == staying[:, 1].tolist()
+
+
 def naive_greedy(model, image, max_tokens, eos):
     """Everything again for every token, by the promised `forward`."""
     sequence = torch.tensor([[eos]])

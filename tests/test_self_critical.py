@@ -38,7 +38,9 @@ class Photos:
 
 
 def config(**changes):
-    return SimpleNamespace(**dict(scst_samples=4, scst_baseline="mean", batch_size=24, num_workers=0) | changes)
+    return SimpleNamespace(
+        **dict(scst_samples=4, scst_draws="sample", scst_baseline="mean", batch_size=24, num_workers=0) | changes
+    )
 
 
 @pytest.fixture
@@ -126,10 +128,10 @@ def test_a_constant_reward_teaches_nothing(model, photos, monkeypatch):
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
-@pytest.mark.parametrize("baseline", ["mean", "greedy"])
-def test_captions_get_better(model, photos, baseline):
+@pytest.mark.parametrize(("draws", "baseline"), [("sample", "mean"), ("sample", "greedy"), ("beam", "mean")])
+def test_captions_get_better(model, photos, draws, baseline):
     """After a little cross-entropy rewards alone take the draws most of the way to captions of their photos."""
-    scst = SelfCritical(photos, config(scst_samples=8, scst_baseline=baseline, batch_size=48))
+    scst = SelfCritical(photos, config(scst_samples=8, scst_draws=draws, scst_baseline=baseline, batch_size=48))
     images = torch.stack([photos.look(path, row) for row, path in enumerate(photos.captions_of)])
     ids = ids_of(photos.tokenizer, [captions[0] for captions in photos.captions_of.values()])
     labels = torch.cat([ids[:, 1:], torch.full((6, 1), -100)], dim=1)
@@ -159,7 +161,8 @@ def test_draws_end_where_true_captions_do(model, photos):
     ("changes", "message"),
     [
         (dict(scst_baseline="best"), "scst_baseline 'best' is not one of mean, greedy"),
-        (dict(scst_samples=1), "scst_samples 1: the mean of a photo's other draws needs at least 2"),
+        (dict(scst_draws="greedy"), "scst_draws 'greedy' is not one of sample, beam"),
+        (dict(scst_samples=1), "scst_samples 1: a beam, and the mean of a photo's other draws, need at least 2"),
     ],
 )
 def test_unsuitable_options(photos, changes, message):
