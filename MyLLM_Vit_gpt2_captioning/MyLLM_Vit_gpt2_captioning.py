@@ -33,15 +33,16 @@ import plots
 import shapes
 import sources
 from augmentation import TrainingTransforms, ValidationTransforms
-from batching import CaptionBatchSampler, exact_captions_per_image, stack, to_device
+from batching import CaptionBatchSampler, exact_captions_per_image, several, stack, to_device
 from captions_tokenizer import CaptionTokenizer, check_eos, encode_caption, encode_prompt
+from chunked_loss import chunked_cross_entropy
 from command_line import as_toml, merge, parse_overrides, what_to_give, with_defaults
 from decoding import BlockCache, caption_images, generate_ids, trim
-from encoders import build_encoder, preprocessing_of, resolve_encoder
+from encoders import build_encoder, preprocessing_of, resolve_encoder, run_block
 from MyLLM.ch3 import KeyValueCache, merge_heads, split_heads
 from MyLLM.ch4 import GPTModel, LayerNorm, TransformerBlock, initial_std
 from MyLLM.MyLLM_nominal import gpt2_config, hf_name, load_hf_gpt2_weights, read_hf_gpt2
-from optimization import average_of, mixed_precision, one_cycle, parameter_groups
+from optimization import Optimization, mixed_precision
 from positions import SinusoidalPositions
 from preprocessing import load_image
 from progress import progress_bar
@@ -104,7 +105,8 @@ train_config = SimpleNamespace(
     weight_decay=0.01,  # AdamW; not on norms, biases and embeddings
     ema_decay=0.0,  # of a moving average of the weights, which is then what is validated and kept; 0: no average
     clip_norm=1.0,  # longest gradient; a longer one is scaled down
-    batch_size=32,  # captions a step; a multiple of captions_per_image
+    batch_size=32,  # captions a batch; a multiple of captions_per_image
+    accumulate=1,  # batches a step, for more captions a step than memory holds; the gradient is that of one large batch
     captions_per_image=1,  # captions that share one encoding of their image; with 5, Flickr encodes each photo once
     length_window=16,  # batches that are cut from one sort by caption length, so that little is padding; 1: unsorted
     cache_tokens=False,  # compute a frozen encoder's tokens once, keep them on disk and train from there
@@ -114,6 +116,8 @@ train_config = SimpleNamespace(
     max_bad_steps=20,  # consecutive steps with a non-finite loss or gradient after which training stops
     num_workers=0 if DEVICE == "cpu" else min(8, os.cpu_count()),  # processes that load images
     device=DEVICE,  # where to train; cuda:1 is a second GPU
+    gradient_checkpointing=False,  # compute blocks again in the backward pass: slower, but takes little memory
+    compile=False,  # torch.compile: minutes at first, then faster steps on a GPU
     precision="auto",  # "float32", "bf16", or "auto": on CUDA bf16, fp16 where the GPU lacks it, elsewhere float32
     seed=0,  # of weights, order and augmentation; the split stays the same, so that runs can be compared
     data_dir=DATA_DIR,  # folder with captions and photos
@@ -408,6 +412,7 @@ class VisionGPT2Model(nn.Module):
     """
 
     NEW_LAYERS = ("ln_cross", "cross_attn", "refiner")  # what GPT-2 and the pretrained encoders lack
+    gradient_checkpointing = False
 
     def __init__(self, config, encoder_weights="scratch"):
         super().__init__()
@@ -472,7 +477,7 @@ class VisionGPT2Model(nn.Module):
         caches = caches or [None] * self.config.depth
         x = self._build_text_embeddings(input_ids, start=caches[0].self_attn.length if caches[0] else 0)
         for block, tokens, cache in zip(self.gpt.trf_blocks, encoder_states, caches, strict=True):
-            x = block(x, tokens, cache)
+            x = run_block(block, x, tokens, cache, again=self.gradient_checkpointing)
         return x
 
     def new_caches(self, max_length):
@@ -494,7 +499,12 @@ class VisionGPT2Model(nn.Module):
             return self.gpt.logits(hidden[:, -1:])
         real = labels != IGNORED_LABEL  # padding is left out before the head, by far the widest layer
         smoothing = self.config.label_smoothing if self.training else 0.0
-        return F.cross_entropy(self.gpt.logits(hidden[real]).float(), labels[real], label_smoothing=smoothing)
+        hidden = self.gpt.final_norm(hidden[real])  # (real tokens, embed_dim)
+        return chunked_cross_entropy(hidden, self.gpt.tok_emb.weight, labels[real], smoothing)
+
+    def checkpoint_gradients(self):
+        """Compute blocks of ViT and decoder again in the backward pass instead of keeping what they made."""
+        self.gradient_checkpointing = self.encoder.gradient_checkpointing = True
 
     # --- staged unfreezing --------------------------------------------------------------------------------------------
 
@@ -644,6 +654,11 @@ def load_captioner(source):
 # ======================================================================================================================
 
 
+def _labels(batch):
+    """How many labels of a batch of `collate_fn` count."""
+    return int((batch[2] != IGNORED_LABEL).sum())
+
+
 class Trainer:
     """Trains `VisionGPT2Model.from_pretrained(model_config)` on dls = (training DataLoader, validation DataLoader).
 
@@ -666,40 +681,34 @@ class Trainer:
         self.model = VisionGPT2Model.from_pretrained(model_config).to(self.device)
         self.model_path = Path(config.model_path)
 
+        if config.gradient_checkpointing:
+            self.model.checkpoint_gradients()
         self.autocast, self.scaler = mixed_precision(self.device, config.precision)
         if config.cache_tokens:
             read_tokens_from_disk(self.model, dls, config)
-        self.ema = None
-        self._make_optimizer(config.lr, config.epochs * len(self.train_dl))
+        self.optimization = self._optimization(config.lr, config.epochs * len(self.train_dl))
+        self.compiled = torch.compile(self.model) if config.compile else self.model  # with the same weights
         self.log = RunLog(self.model_path, config, questions=any(self.valid_dl.dataset.prompts))
         self.metrics = self.log.rows  # a dict an epoch, the rows of metrics.csv
         self.self_critical = SelfCritical(self.train_dl.dataset, config) if config.scst_epochs else None
         self.best = {"best_perplexity": math.inf, "best_epoch": None}
-        self.bad_steps = 0  # consecutive
         self.trains = self.stage = None  # what is not frozen; what the epoch is called in metrics.csv
         self._enter_stage(epoch=0)
 
-    def _make_optimizer(self, lr, steps):
-        """A new optimizer with a schedule of its own, and a new average of the weights."""
-        config = self.train_config
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, self.model.pretrained_parameters(), lr, config),
-            fused=self.device.type in ("cuda", "cpu"),
-        )
-        self.scheduler = one_cycle(self.optimizer, steps, config.warmup_share)
-        if config.ema_decay:
-            self.ema = average_of(self.model, config.ema_decay)
+    def _optimization(self, lr, batches):
+        steps = math.ceil(batches / self.train_config.accumulate)
+        return Optimization(self.model, lr, steps, self.scaler, self.train_config)
 
     @property
     def averaged(self):
         """The model that is validated and kept: the moving average of the weights if there is one, else the model."""
-        return self.ema.module if self.ema else self.model
+        average = self.optimization.average
+        return average.module if average else self.model
 
     def rebuild_schedule(self, epochs):
         """OneCycle over `epochs` epochs, continued at the current step: call it when the number of epochs changes."""
         self.train_config.epochs = epochs
-        step = self.scheduler.last_epoch
-        self.scheduler = one_cycle(self.optimizer, epochs * len(self.train_dl), self.train_config.warmup_share, step)
+        self.optimization.reschedule(math.ceil(epochs * len(self.train_dl) / self.train_config.accumulate))
 
     def _enter_stage(self, epoch):
         """Make trainable what trains in this epoch, and say so when it changes."""
@@ -723,22 +732,36 @@ class Trainer:
                 print(f"epoch {epoch + 1}: {stage} training")
                 if self.best["best_epoch"] is not None:
                     self.load_best_model()
-                self._make_optimizer(config.scst_lr, config.scst_epochs * len(self.self_critical.loader))
+                batches = config.scst_epochs * len(self.self_critical.loader)
+                self.optimization = self._optimization(config.scst_lr, batches)
         self.stage = stage
 
     def _loss(self, batch):
-        """A batch of `collate_fn` -> (mean loss, number of tokens it is the mean of)."""
+        """A batch of `collate_fn` -> its mean loss per label."""
         images, input_ids, labels = (to_device(part, self.device) for part in batch)
         with self.autocast():
-            loss = (self.model if self.model.training else self.averaged)(images, input_ids, labels)
-        return loss, int((batch[2] != IGNORED_LABEL).sum())
+            return (self.compiled if self.model.training else self.averaged)(images, input_ids, labels)
 
     def _reward_loss(self, batch):
-        """A batch of `SelfCritical` -> (loss, mean reward, number of photos it is the mean of)."""
+        """A batch of `SelfCritical` -> (loss, mean reward of its photos)."""
         images, places = batch
         self.model.eval()  # the draws are made without dropout: what is learnt from them is, too
-        loss, reward = self.self_critical.loss(self.model, to_device(images, self.device), places, self.autocast)
-        return loss, reward, len(places)
+        return self.self_critical.loss(self.model, to_device(images, self.device), places, self.autocast)
+
+    def _losses(self, batches, seen):
+        """Batches that make one step -> yields a loss for each; their sum is the mean over all labels, or photos.
+
+        What epochs report, (loss or reward, number of labels or photos it is the mean of), is added to `seen`.
+        """
+        weights = [_labels(batch) if len(batch) == 3 else len(batch[1]) for batch in batches]
+        for batch, weight in zip(batches, weights, strict=True):
+            if len(batch) == 3:
+                loss = self._loss(batch)
+                value = loss.item()
+            else:
+                loss, value = self._reward_loss(batch)
+            seen.append((value, weight))
+            yield loss * (weight / sum(weights))
 
     def train_one_epoch(self, epoch):
         """One pass over the training captions (epoch counts from 0) -> mean loss per token; over the training photos
@@ -758,52 +781,15 @@ class Trainer:
         K = getattr(loader.dataset, "captions_per_image", 1)
         epochs = self.train_config.epochs + self.train_config.scst_epochs
         bar = progress_bar(len(loader.dataset) // K, f"epoch {epoch + 1}/{epochs}")  # images, whatever K
-        for batch in loader:
-            bar.update(len(batch[-1]) // K)
-            if rewarded:
-                loss, value, weight = self._reward_loss(batch)
-            else:
-                loss, weight = self._loss(batch)
-                value = loss.item()
-            if not self._step(loss):
-                continue
-            total += value * weight
-            count += weight
-            shown = {name: f"{total / count:.3f}", "lr": f"{max(self.scheduler.get_last_lr()):.1e}"}
-            bar.set_postfix(shown, refresh=False)
+        for batches in several(loader, self.train_config.accumulate):
+            seen = []
+            if self.optimization.step(self._losses(batches, seen)):
+                total += sum(value * weight for value, weight in seen)
+                count += sum(weight for _, weight in seen)
+                bar.set_postfix({name: f"{total / count:.3f}", "lr": f"{self.optimization.lr:.1e}"}, refresh=False)
+            bar.update(sum(len(batch[-1]) for batch in batches) // K)
         bar.close()
         return total / count if count else math.nan
-
-    def _step(self, loss):
-        """Backward and an optimizer step -> True; False where loss or gradient is not finite: nothing has changed."""
-        self.optimizer.zero_grad(set_to_none=True)
-        if self._is_bad(loss):
-            return False
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train_config.clip_norm)
-        if self._is_bad(norm):
-            if self.scaler.is_enabled():  # it skips the step too, and takes a smaller scale
-                self.scaler.step(self.optimizer)
-                self.scaler.update()
-            return False
-        self.bad_steps = 0
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.scheduler.last_epoch < self.scheduler.total_steps:  # in more epochs than planned the rate stays low
-            self.scheduler.step()
-        if self.ema:
-            self.ema.update(self.model, step=self.scheduler.last_epoch)
-        return True
-
-    def _is_bad(self, value):
-        """True when a loss or gradient norm is not finite; too many of them in a row end the run."""
-        if math.isfinite(value.item()):
-            return False
-        self.bad_steps += 1
-        if self.bad_steps >= self.train_config.max_bad_steps:
-            raise FloatingPointError(f"{self.bad_steps} steps in a row were not finite: try a lower --lr")
-        return True
 
     @torch.inference_mode()
     def valid_one_epoch(self, epoch):
@@ -813,9 +799,8 @@ class Trainer:
         K = getattr(self.valid_dl.dataset, "captions_per_image", 1)
         bar = progress_bar(len(self.valid_dl.dataset) // K, "validation")
         for batch in self.valid_dl:
-            loss, tokens = self._loss(batch)
-            total_loss += loss.item() * tokens
-            total_tokens += tokens
+            total_loss += self._loss(batch).item() * _labels(batch)
+            total_tokens += _labels(batch)
             bar.update(len(batch[-1]) // K)
         bar.close()
         return perplexity(total_loss / total_tokens)
@@ -831,8 +816,7 @@ class Trainer:
             for epoch in range(first, self.train_config.epochs + self.train_config.scst_epochs):
                 trained = self.train_one_epoch(epoch) if epoch >= 0 else math.nan
                 valid_perplexity, scores = self.valid_one_epoch(epoch), self.score_one_epoch(epoch)
-                lr = max(self.scheduler.get_last_lr())
-                self.log.record(epoch, self.stage, lr, trained, valid_perplexity, scores)
+                self.log.record(epoch, self.stage, self.optimization.lr, trained, valid_perplexity, scores)
                 if self.log.is_best():
                     best = {"best_perplexity": valid_perplexity, "best_epoch": epoch}
                     self.save_model(best)

@@ -1,6 +1,7 @@
 """Which captions form a batch: K captions of one image side by side, so that the image is encoded once for all K, and
 captions of like length together, so that little of a batch is padding."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -83,3 +84,10 @@ def to_device(inputs, device):
     if isinstance(inputs, (list, tuple)):
         return [part.to(device, non_blocking=True) for part in inputs]
     return inputs.to(device, non_blocking=True)
+
+
+def several(loader, count):
+    """Yields lists of `count` batches, which make one step together; the last list may be shorter."""
+    batches = iter(loader)
+    while group := list(itertools.islice(batches, count)):
+        yield group

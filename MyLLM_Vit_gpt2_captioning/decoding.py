@@ -12,6 +12,7 @@ import torch
 
 from batching import to_device
 from captions_tokenizer import encode_prompt
+from packed_weights import packed_linears
 from preprocessing import preprocess
 
 LEAVE_BELOW = 0.8  # finished images leave the batch when so few go on; to copy the rest at each step would cost more
@@ -114,7 +115,9 @@ def generate_ids(model, images, sequences, max_tokens=50, temperature=1.0, deter
     eos = model.config.eos_token_id
     rows_per_image = options.num_beams if options.num_beams > 1 else options.num_return_sequences
     with _evaluating(model):
-        decoder = _CachedDecoder(model, images, sequences, max_tokens, rows_per_image, options.filters())
+        encoder_states = model.encoder_states(images)
+    with _evaluating(model), packed_linears(model.gpt):
+        decoder = _CachedDecoder(model, encoder_states, sequences, max_tokens, rows_per_image, options.filters())
         if options.num_beams > 1:
             ids = _beam_search(decoder, max_tokens, eos, options)  # (B, num_beams, T + new), best first
             return ids[:, : options.num_return_sequences].flatten(0, 1)
@@ -168,9 +171,9 @@ class _CachedDecoder:
     `sequences` are the ids so far (rows, T), `scores` the logits (rows, vocab_size) of what follows them.
     """
 
-    def __init__(self, model, images, prompts, max_tokens, rows_per_image, filters):
+    def __init__(self, model, encoder_states, prompts, max_tokens, rows_per_image, filters):
         self.model, self.filters, self.rows_per_image = model, filters, rows_per_image
-        self.encoder_states = model.encoder_states(images)
+        self.encoder_states = encoder_states
         self.caches = model.new_caches(prompts.size(1) + max_tokens)
         self.sequences = prompts
         self._decode(prompts)  # once for each image, then copied to its rows
@@ -267,15 +270,17 @@ def _beam_search(decoder, max_tokens, eos, options):
     finished[:, :, :start] = decoder.sequences.view(B, num_beams, start)
     finished_scores = torch.full((B, num_beams), impossible, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
-    offset = torch.arange(B, device=device)[:, None] * num_beams  # (B, 1): first row of each image
     ranks_first = torch.arange(2 * num_beams, device=device) < num_beams  # (2 * beams,)
+    captions = finished.clone()  # of all images; the variables above lose those that leave the batch
+    images = torch.arange(B, device=device)  # those that are left
 
     for new in range(1, max_tokens + 1):
         log_probs = decoder.filtered(decoder.scores.log_softmax(-1))  # (B * beams, V)
         V = log_probs.size(-1)
-        totals = (open_scores.view(-1, 1) + log_probs).view(B, num_beams * V)
+        totals = (open_scores.view(-1, 1) + log_probs).view(-1, num_beams * V)  # (B, beams * V)
         scores, places = totals.topk(min(2 * num_beams, num_beams * V))  # (B, 2 * beams), best first
-        rows, tokens = offset + places // V, places % V  # (B, 2 * beams) each
+        first_rows = torch.arange(len(places), device=device)[:, None] * num_beams  # (B, 1)
+        rows, tokens = first_rows + places // V, places % V  # (B, 2 * beams) each
         ends = tokens == eos
         if new == max_tokens:
             ends = torch.ones_like(ends)  # no room to go on: the caption counts as it stands
@@ -295,11 +300,19 @@ def _beam_search(decoder, max_tokens, eos, options):
         hopeless = open_scores[:, 0] / length**length_penalty <= finished_scores[:, -1]
         full = finished_scores.isfinite().all(1)
         done |= hopeless | (full if early_stopping is True else False)
+        rows, tokens = (of.take_along_dim(best, dim=1) for of in (rows, tokens))  # (B, beams) each
+        goes_on = ~done
         if new == max_tokens or done.all():
+            captions[images] = finished
             break
-        decoder.select(rows.take_along_dim(best, dim=1).flatten())
-        decoder.append(tokens.take_along_dim(best, dim=1).view(-1, 1))
-    return finished[:, :, : start + new]
+        decoder.select(rows.flatten())
+        if goes_on.sum() <= LEAVE_BELOW * len(goes_on):
+            captions[images] = finished
+            decoder.keep_images(goes_on.nonzero()[:, 0])
+            images, tokens, done = images[goes_on], tokens[goes_on], done[goes_on]
+            open_scores, finished, finished_scores = (of[goes_on] for of in (open_scores, finished, finished_scores))
+        decoder.append(tokens.view(-1, 1))
+    return captions[:, :, : start + new]
 
 
 def caption_images(

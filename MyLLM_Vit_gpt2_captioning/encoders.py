@@ -19,6 +19,7 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import hugging_face
 
@@ -83,11 +84,20 @@ def preprocessing_of(config):
     return chosen
 
 
+def run_block(block, *inputs, again=False, **options):
+    """block(*inputs, **options); `again`: its activations are not kept but computed again in the backward pass, with
+    the same dropout (Chen et al. 2016)."""
+    if again and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False, **options)
+    return block(*inputs, **options)
+
+
 class Encoder(nn.Module):
     """The contract, with the `step` of final coupling. `widths` are the channels C of a token on each level, as
     the decoder gets it: behind `refine`."""
 
     coupling = "final"
+    gradient_checkpointing = False  # of a ViT's blocks
     normalized = False  # True when the last level leaves through the encoder's own final norm
     width = property(lambda self: self.widths[-1])
 
@@ -172,10 +182,10 @@ class ViTEncoder(Encoder):
     def _run(self, tokens, start, end):
         """tokens (B, N, C) through the blocks start..end-1."""
         for i in range(start, end):
-            if self.rotary is None:
-                tokens = self.vit.blocks[i](tokens)
-            else:
-                tokens = self.vit.blocks[i](tokens, rope=self.rotary[i] if self.vit.rope_mixed else self.rotary)
+            options = {}
+            if self.rotary is not None:
+                options["rope"] = self.rotary[i] if self.vit.rope_mixed else self.rotary
+            tokens = run_block(self.vit.blocks[i], tokens, again=self.gradient_checkpointing, **options)
         if end == len(self.vit.blocks):
             self.rotary = None  # done with these images
         return tokens

@@ -1,10 +1,12 @@
-"""What the optimizer is told: which parameters learn how fast, the learning rate over a run, in which precision; and
-the moving average of the weights."""
+"""From a loss to new weights: which parameters learn how fast, the learning rate over a run, in which precision,
+accumulated and clipped gradients, the moving average of the weights."""
 
+import math
 from functools import partial
 
 import torch
 from timm.utils import ModelEmaV3
+from torch import nn
 
 EMBEDDINGS = ("tok_emb", "pos_emb", "positions", "_token")  # in a parameter's name; a ViT has pos_embed and cls_token
 
@@ -69,3 +71,63 @@ def average_of(model, decay):
     At first it is about the last tenth of the steps, so that the random start is forgotten at once.
     """
     return ModelEmaV3(model, decay, use_warmup=True, warmup_gamma=9, warmup_power=1)  # step / (9 + step), at most decay
+
+
+class Optimization:
+    """AdamW on a OneCycle schedule of its own, and the moving average of the weights if the config wants one.
+
+    Its parts are there to be looked at: `optimizer`, `scheduler`, `scaler`, `average` (a timm ModelEmaV3 or None).
+    """
+
+    def __init__(self, model, lr, steps, scaler, config):
+        """`lr`: peak of new layers; `steps`: of the whole schedule; `scaler`: of `mixed_precision`; `config`: the
+        train_config."""
+        self.model, self.scaler, self.config = model, scaler, config
+        groups = parameter_groups(model, model.pretrained_parameters(), lr, config)
+        fused = groups[0]["params"][0].device.type in ("cuda", "cpu")
+        self.optimizer = torch.optim.AdamW(groups, fused=fused)
+        self.scheduler = one_cycle(self.optimizer, steps, config.warmup_share)
+        self.average = average_of(model, config.ema_decay) if config.ema_decay else None
+        self.bad_steps = 0  # consecutive
+
+    lr = property(lambda self: max(self.scheduler.get_last_lr()))
+
+    def reschedule(self, steps):
+        """OneCycle over so many steps, continued at the current one."""
+        done = self.scheduler.last_epoch
+        self.scheduler = one_cycle(self.optimizer, steps, self.config.warmup_share, done)
+
+    def step(self, losses):
+        """One step down the gradient of the sum of `losses`, scalars that are asked for one by one so that only one
+        graph exists at a time -> True; False where a loss or the gradient is not finite: nothing has changed.
+
+        Raises FloatingPointError after `max_bad_steps` of those in a row.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        for loss in losses:
+            if self._is_bad(loss):
+                return False
+            self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        if self._is_bad(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)):
+            if self.scaler.is_enabled():  # it skips the step too, and takes a smaller scale
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+            return False
+        self.bad_steps = 0
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scheduler.last_epoch < self.scheduler.total_steps:  # in more epochs than planned the rate stays low
+            self.scheduler.step()
+        if self.average:
+            self.average.update(self.model, step=self.scheduler.last_epoch)
+        return True
+
+    def _is_bad(self, value):
+        """True when a loss or gradient norm is not finite; too many of them in a row end the run."""
+        if math.isfinite(value.item()):
+            return False
+        self.bad_steps += 1
+        if self.bad_steps >= self.config.max_bad_steps:
+            raise FloatingPointError(f"{self.bad_steps} steps in a row were not finite: try a lower --lr")
+        return True

@@ -195,7 +195,7 @@ def test_a_run_with_both_stages(script, tiny_config, tiny_train_config, dls, mon
     assert [("reward" in row, math.isnan(row["train_loss"])) for row in trainer.metrics] == [(False, False)] * 2 + [
         (True, True)
     ] * 2
-    assert max(group["max_lr"] for group in trainer.optimizer.param_groups) == 3e-4
+    assert max(group["max_lr"] for group in trainer.optimization.optimizer.param_groups) == 3e-4
     stored = load_file(tiny_train_config.model_path / "captioner.safetensors")
     assert all(torch.equal(value, stored[name]) for name, value in trainer.model.state_dict().items())
     trainer.log.draw_curves()

@@ -83,7 +83,7 @@ def test_parameter_groups(script, tiny_config, tiny_train_config, dls, pretend_p
     tiny_config.encoder_weights = tiny_config.decoder_weights = "pretrained"
     tiny_train_config.pretrained_lr_scale, tiny_train_config.weight_decay = 0.1, 0.05
     trainer = script.Trainer(tiny_config, tiny_train_config, dls)
-    of = {id(p): group for group in trainer.optimizer.param_groups for p in group["params"]}
+    of = {id(p): group for group in trainer.optimization.optimizer.param_groups for p in group["params"]}
     assert len(of) == len(list(trainer.model.parameters()))
 
     def group(name):
@@ -115,19 +115,19 @@ def test_schedule_can_be_rebuilt_at_the_current_step(script, tiny_config, tiny_t
 
     def advance(trainer, steps):
         for _ in range(steps):
-            trainer.optimizer.step()
-            trainer.scheduler.step()
+            trainer.optimization.optimizer.step()
+            trainer.optimization.scheduler.step()
 
     short, long = trainer(2), trainer(4)
     steps = len(dls[0])
     advance(short, steps)
     advance(long, steps)
-    assert short.scheduler.get_last_lr() != long.scheduler.get_last_lr()
+    assert short.optimization.scheduler.get_last_lr() != long.optimization.scheduler.get_last_lr()
     short.rebuild_schedule(epochs=4)
-    assert short.scheduler.get_last_lr() == pytest.approx(long.scheduler.get_last_lr())
+    assert short.optimization.scheduler.get_last_lr() == pytest.approx(long.optimization.scheduler.get_last_lr())
     advance(short, 3 * steps)
     advance(long, 3 * steps)
-    assert short.scheduler.get_last_lr() == pytest.approx(long.scheduler.get_last_lr())
+    assert short.optimization.scheduler.get_last_lr() == pytest.approx(long.optimization.scheduler.get_last_lr())
 
 
 def test_validation_perplexity_is_over_all_tokens_at_once(trainer, dls):
@@ -140,16 +140,16 @@ def test_validation_perplexity_is_over_all_tokens_at_once(trainer, dls):
     assert trainer.valid_one_epoch(0) == pytest.approx(torch.cat(total).mean().exp().item(), rel=1e-5)
 
 
-def test_losses_are_weighted_by_tokens(trainer, monkeypatch):
+def test_losses_are_weighted_by_tokens(script, trainer, monkeypatch):
     """The first batch has loss 1 (30 tokens), the others 2 (10 tokens each): not the mean of the batches' means."""
     calls = []
 
     def loss(batch):
         calls.append(batch)
-        value, tokens = (1.0, 30) if len(calls) == 1 else (2.0, 10)
-        return trainer.model.gpt.tok_emb.weight.sum() * 0 + value, tokens
+        return trainer.model.gpt.tok_emb.weight.sum() * 0 + (1.0 if batch is calls[0] else 2.0)
 
     monkeypatch.setattr(trainer, "_loss", loss)
+    monkeypatch.setattr(script, "_labels", lambda batch: 30 if not calls or batch is calls[0] else 10)
     n = len(trainer.train_dl)
     assert trainer.train_one_epoch(0) == pytest.approx((30 + 20 * (n - 1)) / (30 + 10 * (n - 1)))
     assert n > 1
@@ -164,17 +164,17 @@ def test_averaged_weights(script, tiny_config, tiny_train_config, dls):
     tiny_train_config.ema_decay, tiny_train_config.epochs = 0.3, 2
     torch.manual_seed(0)
     trainer = script.Trainer(tiny_config, tiny_train_config, dls)
-    expected, step, decays = None, trainer._step, []
+    expected, step, decays = None, trainer.optimization.step, []
 
-    def stepped(loss):
+    def stepped(losses):
         nonlocal expected
-        done, n = step(loss), len(decays)
+        done, n = step(losses), len(decays)
         decays.append(0 if n == 0 else min(0.3, n / (9 + n)))
         weights = trainer.model.gpt.tok_emb.weight.detach()
         expected = weights.clone() if n == 0 else expected.lerp(weights, 1 - decays[-1])
         return done
 
-    trainer._step = stepped
+    trainer.optimization.step = stepped
     for epoch in range(2):
         trainer.train_one_epoch(epoch)
     assert decays[0] == 0 < decays[1] < 0.3 == decays[-1]
@@ -184,7 +184,7 @@ def test_averaged_weights(script, tiny_config, tiny_train_config, dls):
     trainer.save_model()
     trainer.load_best_model()
     assert torch.equal(trainer.model.gpt.tok_emb.weight, trainer.averaged.gpt.tok_emb.weight)
-    trainer.ema = None
+    trainer.optimization.average = None
     assert trainer.valid_one_epoch(0) == by_average
 
 
@@ -209,7 +209,7 @@ def test_precision(script, tiny_config, tiny_train_config, dls, monkeypatch):
     torch.manual_seed(0)
     trainer = script.Trainer(tiny_config, tiny_train_config, dls)
     batch = next(iter(dls[0]))
-    loss, exact = trainer._loss(batch)[0], plain._loss(batch)[0]
+    loss, exact = trainer._loss(batch), plain._loss(batch)
     assert loss.dtype == torch.float32
     assert loss != exact
     assert loss.item() == pytest.approx(exact.item(), rel=2e-2)
@@ -238,9 +238,9 @@ def test_one_bad_loss_is_skipped(trainer, monkeypatch):
     real_loss, calls = trainer._loss, []
 
     def loss(batch):
-        value, tokens = real_loss(batch)
+        value = real_loss(batch)
         calls.append(value)
-        return (value * math.nan if len(calls) == 2 else value), tokens
+        return value * math.nan if len(calls) == 2 else value
 
     monkeypatch.setattr(trainer, "_loss", loss)
     assert math.isfinite(trainer.train_one_epoch(0))
@@ -251,7 +251,7 @@ def test_one_bad_loss_is_skipped(trainer, monkeypatch):
 def test_bad_gradients_change_nothing_and_end_the_run(trainer, scaled):
     """Clipping would turn an infinite gradient into NaN weights. `scaled` is the fp16 path, its scaler on the CPU."""
     if scaled:
-        trainer.scaler = torch.amp.GradScaler("cpu")
+        trainer.scaler = trainer.optimization.scaler = torch.amp.GradScaler("cpu")
     before, scale = snapshot(trainer.model), trainer.scaler.get_scale()
     calls = []
     trainer.model.gpt.tok_emb.weight.register_hook(lambda grad: calls.append(1) or (grad * math.inf))
@@ -260,7 +260,7 @@ def test_bad_gradients_change_nothing_and_end_the_run(trainer, scaled):
         trainer.train_one_epoch(0)
     assert len(calls) == 3
     assert not changed(trainer.model, before)
-    assert trainer.scheduler.last_epoch == 0
+    assert trainer.optimization.scheduler.last_epoch == 0
     assert (trainer.scaler.get_scale() < scale) == scaled  # an overflow makes the scaler take a smaller scale
 
 
@@ -271,7 +271,7 @@ def test_scaled_gradients_give_the_same_steps(script, tiny_config, tiny_train_co
         torch.manual_seed(0)
         trainer = script.Trainer(tiny_config, tiny_train_config, dls)
         if scaled:
-            trainer.scaler = torch.amp.GradScaler("cpu")
+            trainer.scaler = trainer.optimization.scaler = torch.amp.GradScaler("cpu")
         trainer.train_one_epoch(0)
         weights.append(snapshot(trainer.model))
     for name, tensor in weights[0].items():
@@ -282,12 +282,12 @@ def test_more_epochs_than_planned(trainer):
     """The learning rate stays at the end of the schedule."""
     for epoch in range(2):
         trainer.train_one_epoch(epoch)
-    assert trainer.scheduler.last_epoch == trainer.scheduler.total_steps
+    assert trainer.optimization.scheduler.last_epoch == trainer.optimization.scheduler.total_steps
 
 
 def test_an_epoch_without_a_good_step_has_no_loss(trainer, monkeypatch):
     real_loss = trainer._loss
-    monkeypatch.setattr(trainer, "_loss", lambda batch: (real_loss(batch)[0] * math.nan, 1))
+    monkeypatch.setattr(trainer, "_loss", lambda batch: real_loss(batch) * math.nan)
     assert math.isnan(trainer.train_one_epoch(0))
 
 
@@ -350,13 +350,13 @@ def test_losses_that_stay_bad_end_the_run(trainer, monkeypatch, capsys):
     real_loss = trainer._loss
 
     def loss(batch):
-        value, tokens = real_loss(batch)
-        return (value * math.nan if trainer.metrics and trainer.model.training else value), tokens
+        value = real_loss(batch)
+        return value * math.nan if trainer.metrics and trainer.model.training else value
 
     monkeypatch.setattr(trainer, "_loss", loss)
     assert trainer.run_training()["best_epoch"] == 0
     assert "3 steps in a row were not finite: try a lower --lr" in capsys.readouterr().out
-    trainer.best["best_epoch"], trainer.bad_steps = None, 0
+    trainer.best["best_epoch"], trainer.optimization.bad_steps = None, 0
     with pytest.raises(FloatingPointError):
         trainer.run_training()
 

@@ -1,0 +1,38 @@
+"""The captioner that the benchmarks time, ViT-B/16 and GPT-2 small with one set of random weights, ours and as Hugging
+Face's VisionEncoderDecoderModel."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+REPO_ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO_ROOT / "MyLLM_Vit_gpt2_captioning"))
+
+import MyLLM_Vit_gpt2_captioning as script
+
+
+def make_pair(device="cpu", **changes):
+    """-> (ours, theirs) in eval mode with the same weights; `changes` are model constants."""
+    from transformers import VisionEncoderDecoderModel
+
+    torch.manual_seed(0)
+    config, _ = script.complete_configs()
+    for key, value in (dict(encoder_weights="scratch", decoder_weights="scratch", coupling="final") | changes).items():
+        setattr(config, key, value)
+    ours = script.VisionGPT2Model(config).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        ours.export_to_transformers(folder)
+        theirs = VisionEncoderDecoderModel.from_pretrained(folder).eval()
+    theirs.config.decoder_start_token_id = theirs.config.pad_token_id = config.eos_token_id
+    return ours.to(device), theirs.to(device)
+
+
+def make_batch(images, captions_per_image, tokens, device="cpu", vocab_size=50257, img_size=224):
+    """Random images (B, 3, H, W) and the ids of their captions (B * K, tokens), BOS in front, all of one length."""
+    generator = torch.Generator().manual_seed(0)
+    photos = torch.randn(images, 3, img_size, img_size, generator=generator)
+    ids = torch.randint(vocab_size - 1, (images * captions_per_image, tokens), generator=generator)
+    ids[:, 0] = vocab_size - 1
+    return photos.to(device), ids.to(device)
