@@ -241,7 +241,7 @@ class Dataset(torch.utils.data.Dataset):
         seed = [self.seed, int(self.epoch), row]
         if self.token_caches:
             return self.token_caches[np.random.default_rng(seed).integers(len(self.token_caches))][path]
-        pixels = np.asarray(load_image(path))  # (H, W, 3) uint8
+        pixels = np.asarray(load_image(path, getattr(self.tfms, "least_side", None)))  # (H, W, 3) uint8
         return self.tfms(image=pixels, captions=self.captions_of[path], seed=seed)["image"]
 
     def _items(self, rows):

@@ -11,7 +11,8 @@ import random
 import re
 
 import numpy as np
-from PIL import Image
+import torch
+import torch.nn.functional as F
 
 from preprocessing import preprocess, to_normalized_tensor
 
@@ -43,6 +44,17 @@ def random_crop_box(generator, width, height, crop_scale):
     return left, top, left + w, top + h
 
 
+def resize(pixels, side, resample):
+    """pixels (H, W, 3) uint8 -> (side, side, 3) uint8, antialiased; `resample` is "bicubic" or "bilinear".
+
+    Pillow's method in torch's 8-bit kernel, four times as fast: few values differ from `preprocessing.preprocess`, and
+    those by rounding. What is published was scored on Pillow's pixels, so validation keeps to them.
+    """
+    image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]  # (1, 3, H, W), channels last
+    image = F.interpolate(image, (side, side), mode=resample, antialias=True)
+    return image[0].permute(1, 2, 0).contiguous().numpy()
+
+
 class TrainingTransforms:
     """`transforms(image=array, captions=[...], seed=...)["image"]` -> float tensor (3, img_size, img_size)."""
 
@@ -52,7 +64,9 @@ class TrainingTransforms:
         import albumentations as A  # here, so that captioning a photo does not wait for it
 
         self.img_size, self.mean, self.std, self.crop_scale = img_size, mean, std, crop_scale
-        self.resample = Image.Resampling[resample.upper()]
+        self.resample = resample
+        # What `load_image` needs of a photo: twice the pixels that are shown, so that the crop is still reduced.
+        self.least_side = 2 * img_size
         light = A.RandomBrightnessContrast(brightness_limit=0.15, contrast_limit=0.15, p=0.5)
         self.mirrored = A.Compose([A.HorizontalFlip(p=0.5), light])
         self.unmirrored = A.Compose([light])
@@ -60,14 +74,16 @@ class TrainingTransforms:
     def __call__(self, image, captions=(), seed=None):
         """image (H, W, 3) uint8; `captions` are all captions of the picture; the same `seed` gives the same result."""
         generator = np.random.default_rng(seed)
-        image = Image.fromarray(np.asarray(image))
-        box = random_crop_box(generator, *image.size, self.crop_scale)
-        image = image.resize((self.img_size,) * 2, self.resample, box=box)
+        image = np.asarray(image)
+        height, width, _ = image.shape
+        left, top, right, bottom = random_crop_box(generator, width, height, self.crop_scale)
+        crop = image[math.floor(top) : math.ceil(bottom), math.floor(left) : math.ceil(right)]
+        image = resize(crop, self.img_size, self.resample)
         transforms = self.mirrored if may_mirror(captions) else self.unmirrored
         # One stream for all steps: `set_random_seed` would start each step at the same number, so that every mirrored
         # picture would also be a brightened one.
         transforms.set_random_state(generator, random.Random(int(generator.integers(2**63))))
-        pixels = transforms(image=np.asarray(image))["image"]  # (img_size, img_size, 3) uint8
+        pixels = transforms(image=image)["image"]  # (img_size, img_size, 3) uint8
         return {"image": to_normalized_tensor(pixels, self.mean, self.std)}
 
 
