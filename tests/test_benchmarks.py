@@ -8,6 +8,7 @@ from conftest import REPO_ROOT
 
 sys.path.insert(0, str(REPO_ROOT / "benchmarks"))
 
+import bench_data
 import timing
 
 
@@ -34,3 +35,15 @@ def test_medians_and_ranges(values, shown):
 def test_the_machine_in_one_line():
     line = timing.machine()
     assert "cores" in line and "torch" in line and "\n" not in line
+
+
+def test_photos_of_the_input_benchmark(tmp_path, script):
+    """Their JPEGs are about as large as photos', and each way makes what a model takes; a wrong size is noticed."""
+    photos, small = bench_data.write_photos(tmp_path, (500, 375), 2)
+    assert all(80_000 < path.stat().st_size < 150_000 for path in photos)
+    training, validation = script.build_transforms(bench_data.IMG_SIZE)
+    for tfms in (training, validation):
+        bench_data.ready(photos, tfms, training.least_side)
+        bench_data.ready(small, tfms, None)
+    with pytest.raises(ValueError, match=r"0\.jpg: \(3, 32, 32\)"):
+        bench_data.ready(photos, script.build_transforms(32)[1], None)
