@@ -44,7 +44,7 @@ from MyLLM.ch4 import GPTModel, LayerNorm, TransformerBlock, initial_std
 from MyLLM.MyLLM_nominal import gpt2_config, hf_name, load_hf_gpt2_weights, read_hf_gpt2
 from optimization import Optimization, mixed_precision
 from positions import SinusoidalPositions
-from preprocessing import load_image
+from preprocessing import load_image, normalize
 from progress import progress_bar
 from run_log import RunLog, perplexity
 from self_critical import SelfCritical
@@ -191,16 +191,16 @@ def _load_flickr_dataframe(data_dir, image_dir, captions_file=None):
     return sources.load(data_dir, captions_file, image_dir)
 
 
-def build_transforms(img_size=224, norm_mean=None, norm_std=None, crop_scale=0.8, resample="bicubic"):
+def build_transforms(img_size=224, norm_mean=None, norm_std=None, crop_scale=0.8, resample="bicubic", normalized=True):
     """-> (train_tfms, valid_tfms); each is called `tfms(image=array)["image"]` -> float tensor (3, img_size, img_size).
 
     `norm_mean` and `norm_std` are one value a channel for pixels in 0..1; None means 0.5. `crop_scale`: see
-    augmentation.py, which says how captions stay true.
+    augmentation.py, which says how captions stay true. Without `normalized` the tensors are pixels, uint8.
     """
     mean, std = norm_mean or (0.5,) * 3, norm_std or (0.5,) * 3
     return (
-        TrainingTransforms(img_size, mean, std, crop_scale, resample),
-        ValidationTransforms(img_size, mean, std, resample),
+        TrainingTransforms(img_size, mean, std, crop_scale, resample, normalized),
+        ValidationTransforms(img_size, mean, std, resample, normalized),
     )
 
 
@@ -245,7 +245,7 @@ class Dataset(torch.utils.data.Dataset):
         seed = [self.seed, int(self.epoch), row]
         if self.token_caches:
             return self.token_caches[np.random.default_rng(seed).integers(len(self.token_caches))][path]
-        pixels = np.asarray(load_image(path))  # (H, W, 3) uint8
+        pixels = np.asarray(load_image(path, getattr(self.tfms, "least_side", None)))  # (H, W, 3) uint8
         return self.tfms(image=pixels, captions=self.captions_of[path], seed=seed)["image"]
 
     def _items(self, rows):
@@ -296,7 +296,7 @@ def build_dataloaders(df, tokenizer, model_config, train_config):
     photo = preprocessing_of(model_config)
     loaders = []
     transforms = build_transforms(
-        photo["img_size"], photo["mean"], photo["std"], train_config.crop_scale, photo["resample"]
+        photo["img_size"], photo["mean"], photo["std"], train_config.crop_scale, photo["resample"], normalized=False
     )
     for split, tfms in zip(("train", "val"), transforms, strict=True):
         rows = df[df["split"] == split]
@@ -452,12 +452,21 @@ class VisionGPT2Model(nn.Module):
 
     def _encode_images(self, images):
         """images (B, 3, H, W) -> tokens (B, N, C) that enter step 0; with final coupling, the encoder's output."""
-        return self.encoder.embed(images)
+        return self.encoder.embed(self._normalized(images))
+
+    def _normalized(self, images):
+        """Pixels (uint8) are normalised here, on the device: a quarter of the bytes had to be moved there."""
+        photo = self.preprocessing
+        return normalize(images, photo["mean"], photo["std"]) if images.dtype == torch.uint8 else images
+
+    def levels(self, images):
+        """images (B, 3, H, W), normalised, or uint8 pixels -> `encoder.levels`, a list of tokens (B, N, C)."""
+        return self.encoder.levels(self._normalized(images))
 
     def encoder_states(self, images):
-        """images (B, 3, H, W), or `encoder.levels` of them -> for each decoder block the tokens (B, N, embed_dim) that
+        """images as in `levels`, or what it makes of them -> for each decoder block the tokens (B, N, embed_dim) that
         it attends to."""
-        levels = images if isinstance(images, (list, tuple)) else self.encoder.levels(images)
+        levels = images if isinstance(images, (list, tuple)) else self.levels(images)
         levels = self.encoder.refine([level.to(self.gpt.tok_emb.weight.dtype) for level in levels])
         tokens = [bridge(level) for bridge, level in zip(self.bridges, levels, strict=True)]  # (B, N, embed_dim) each
         if self.config.coupling == "final":
@@ -485,7 +494,7 @@ class VisionGPT2Model(nn.Module):
         return [BlockCache(KeyValueCache(max_length)) for _ in self.gpt.trf_blocks]
 
     def forward(self, image, input_ids, labels=None):
-        """image (B, 3, H, W) or its `encoder.levels`, input_ids (B*K, T), labels (B*K, T) or None.
+        """image (B, 3, H, W) or its `levels`, input_ids (B*K, T), labels (B*K, T) or None.
 
         With labels: the mean cross-entropy over labels that are not -100, a scalar in nats; in training mode with the
         config's label smoothing (Szegedy et al. 2016). Without: logits

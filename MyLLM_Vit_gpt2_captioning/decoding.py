@@ -100,10 +100,10 @@ class Options:
 def generate_ids(model, images, sequences, max_tokens=50, temperature=1.0, deterministic=False, **options):
     """Continue each sequence by up to `max_tokens` tokens, for a batch of images; see `Options` for how.
 
-    images (B, 3, H, W) or their `encoder.levels`; sequences (B, T) start with BOS, more tokens are a prompt. Returns
-    ids (B * num_return_sequences, T + new) on the model's device, the captions of an image side by side; what follows a
-    row's first generated EOS is EOS. A caption is cut where the decoder's seq_len ends. Dropout is off; the model's
-    mode is restored afterwards. Raises ValueError for unsuitable options and for a prompt longer than seq_len.
+    images (B, 3, H, W) or the model's `levels` of them; sequences (B, T) start with BOS, more tokens are a prompt.
+    Returns ids (B * num_return_sequences, T + new) on the model's device, the captions of an image side by side; what
+    follows a row's first generated EOS is EOS. A caption is cut where the decoder's seq_len ends. Dropout is off; the
+    model's mode is restored afterwards. Raises ValueError for unsuitable options and for a prompt longer than seq_len.
     """
     options = Options(max_tokens, temperature, deterministic, **options)
     room = model.config.seq_len - sequences.size(1)

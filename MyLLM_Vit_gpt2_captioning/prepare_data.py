@@ -1,19 +1,23 @@
-"""Download a public dataset into the layout that training reads, or check a dataset of yours.
+"""Download a public dataset into the layout that training reads, check a dataset of yours, or reduce its photos once.
 
     python MyLLM_Vit_gpt2_captioning/prepare_data.py flickr8k                 1.1 GB, to data/flickr8k
     python MyLLM_Vit_gpt2_captioning/prepare_data.py flickr30k                4.4 GB
     python MyLLM_Vit_gpt2_captioning/prepare_data.py coco2017 --to big/coco   20 GB; twice that while unpacking
     python MyLLM_Vit_gpt2_captioning/prepare_data.py shapes                   nothing to download, it is rendered
     python MyLLM_Vit_gpt2_captioning/prepare_data.py --check data/flickr8k    report and contact sheet
+    python MyLLM_Vit_gpt2_captioning/prepare_data.py --shrink data/flickr30k  smaller photos, to data/flickr30k_256
 
 Run the same command again after an interruption: it goes on where it stopped, and does nothing when all is there.
 --check decodes every photo; its exit status is 1 when photos are missing, broken or in two splits.
+--shrink writes a copy of a dataset of any format with photos that load faster; train with --data_dir on the copy.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
+import photo_store
 import shapes
 from dataset_check import check_dataset
 from downloads import DATASETS, fetch_dataset
@@ -29,21 +33,32 @@ def main(argv=None):
     parser.add_argument(
         "name", nargs="?", choices=[*DATASETS, SHAPES], metavar="NAME", help=", ".join([*DATASETS, SHAPES])
     )
-    parser.add_argument("--to", type=Path, metavar="FOLDER", help="where to put it (default: data/NAME)")
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help="where to put it (default: data/NAME, FOLDER_SIDE)")
     parser.add_argument("--keep_archives", action="store_true", help="keep what was downloaded, once it is unpacked")
     parser.add_argument("--check", type=Path, metavar="FOLDER", help="check the dataset in this folder instead")
-    parser.add_argument("--captions_file", type=Path, help="check: the annotation file, when it is not found")
-    parser.add_argument("--image_dir", type=Path, help="check: the folder of photos, when they lie elsewhere")
+    parser.add_argument("--shrink", type=Path, metavar="FOLDER", help="write a copy of this dataset with small photos")
+    parser.add_argument("--captions_file", type=Path, help="check, shrink: the annotation file, when it is not found")
+    parser.add_argument("--image_dir", type=Path, help="check, shrink: the folder of photos, when they lie elsewhere")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="check: where to write (default: FOLDER/check)")
+    parser.add_argument(
+        "--side", type=int, default=photo_store.SIDE, help="shrink: pixels of the shorter side (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num_workers", type=int, default=os.cpu_count(), help="shrink: processes (default: one a core)"
+    )
     args = parser.parse_args(argv)
-    if (args.name is None) == (args.check is None):
-        parser.error(f"give a dataset ({', '.join(NAMES)}), or --check FOLDER")
+    if sum(choice is not None for choice in (args.name, args.check, args.shrink)) != 1:
+        parser.error(f"give a dataset ({', '.join(NAMES)}), --check FOLDER, or --shrink FOLDER")
 
     try:
         if args.check:
             report = args.report or args.check / "check"
             if not check_dataset(args.check, report, args.captions_file, args.image_dir):
                 sys.exit(1)
+        elif args.shrink:
+            folder = args.shrink.resolve()
+            store = args.to or folder.with_name(f"{folder.name}_{args.side}")
+            photo_store.write_store(args.shrink, store, args.side, args.captions_file, args.image_dir, args.num_workers)
         elif args.name == SHAPES:
             render_shapes(args.to or DATA_DIR / SHAPES)
         else:

@@ -70,7 +70,7 @@ class SelfCritical:
         images: what the model takes, B of them; places (B,): which of `photos` they are.
         """
         with autocast():
-            levels = images if isinstance(images, list) else model.encoder.levels(images)  # once for draws and loss
+            levels = images if isinstance(images, list) else model.levels(images)  # once for draws and loss
         bos = torch.full((len(places), 1), self.tokenizer.bos_token_id, device=levels[0].device)
         draw = partial(generate_ids, model, levels, bos, max_tokens=self.max_tokens)
         with autocast():

@@ -29,6 +29,7 @@ from preprocessing import load_image, preprocess
 from progress import progress_bar
 
 FORMAT = 1  # of these files; a change makes every cache a new one
+AUGMENTATION = 2  # of augmented views likewise: number of the augmentation that made their pixels
 SYNC_EVERY = 512  # photos between two points from which interrupted work goes on
 SPARE_BYTES = 2**30  # of the disk stay free
 
@@ -42,7 +43,7 @@ class TokenCache:
         View 0 is the plain photo, the others are augmented as in training, drawn from (view, photo): alike in all runs.
         """
         config, encoder = model.config, model.encoder
-        augmented = dict(view=view, crop_scale=crop_scale) if view else dict(view=0)
+        augmented = dict(view=view, crop_scale=crop_scale, augmentation=AUGMENTATION) if view else dict(view=0)
         self.view, self.preprocessing = augmented, model.preprocessing
         self.manifest = {
             "format": FORMAT,
@@ -128,7 +129,7 @@ class TokenCache:
             for images in loader:
                 batch = paths[stored : stored + len(images)]
                 with torch.inference_mode():
-                    tokens = model.encoder.levels(to_device(images, device))
+                    tokens = model.levels(to_device(images, device))
                 for file, level in zip(levels, tokens, strict=True):
                     level = level.half().cpu()  # (B, N, C)
                     bad = (~level.isfinite()).flatten(1).any(1).nonzero()

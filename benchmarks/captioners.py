@@ -13,7 +13,7 @@ sys.path.insert(0, str(REPO_ROOT / "MyLLM_Vit_gpt2_captioning"))
 import MyLLM_Vit_gpt2_captioning as script
 
 
-def make_pair(device="cpu", **changes):
+def make_pair(device="cpu", dtype=torch.float32, **changes):
     """-> (ours, theirs) in eval mode with the same weights; `changes` are model constants."""
     from transformers import VisionEncoderDecoderModel
 
@@ -26,13 +26,13 @@ def make_pair(device="cpu", **changes):
         ours.export_to_transformers(folder)
         theirs = VisionEncoderDecoderModel.from_pretrained(folder).eval()
     theirs.config.decoder_start_token_id = theirs.config.pad_token_id = config.eos_token_id
-    return ours.to(device), theirs.to(device)
+    return ours.to(device, dtype), theirs.to(device, dtype)
 
 
-def make_batch(images, captions_per_image, tokens, device="cpu", vocab_size=50257, img_size=224):
+def make_batch(images, captions_per_image, tokens, device="cpu", vocab_size=50257, img_size=224, dtype=torch.float32):
     """Random images (B, 3, H, W) and the ids of their captions (B * K, tokens), BOS in front, all of one length."""
     generator = torch.Generator().manual_seed(0)
     photos = torch.randn(images, 3, img_size, img_size, generator=generator)
     ids = torch.randint(vocab_size - 1, (images * captions_per_image, tokens), generator=generator)
     ids[:, 0] = vocab_size - 1
-    return photos.to(device), ids.to(device)
+    return photos.to(device, dtype), ids.to(device)

@@ -184,12 +184,18 @@ def test_crops_keep_what_they_promise(shape):
     assert 0.75 < min(aspects) < 0.9 and 1.1 < max(aspects) < 1.34
 
 
-def test_a_crop_of_everything_is_the_validation_image(script, photo):
-    """Training resamples as validation does: without crop, mirror and light the pixels are the same."""
-    train_tfms, valid_tfms = script.build_transforms(32, crop_scale=1.0)
-    train_tfms.mirrored = train_tfms.unmirrored
-    plain = valid_tfms(image=photo)["image"]
-    assert any(torch.equal(train_tfms(image=photo, seed=[seed])["image"], plain) for seed in range(10))
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
+def test_a_crop_of_everything_is_the_validation_image(script, photo, resample):
+    """Training resamples as validation does: without crop, mirror and light the pixels are the same, but for rounding
+    in another kernel. On photos, larger and smaller than the model's, at most one level of 255 nearly everywhere."""
+    for pixels in (photo, photo[:20, :20], np.asarray(Image.fromarray(photo).resize((300, 200)))):
+        train_tfms, valid_tfms = script.build_transforms(32, crop_scale=1.0, resample=resample)
+        train_tfms.mirrored = train_tfms.unmirrored
+        plain = valid_tfms(image=pixels)["image"]
+        differences = [train_tfms(image=pixels, seed=[seed])["image"] - plain for seed in range(10)]
+        levels = min(differences, key=lambda difference: difference.abs().sum()).abs() * 255 / 2  # pixels are -1..1
+        assert levels.mean() < 0.1
+        assert levels.max() < 3
 
 
 def test_training_transform_keeps_hue(script):
@@ -215,6 +221,57 @@ def test_load_image_turns_photos_upright(tmp_path):
     exif[0x0112] = 6  # the camera was held upright: turn by 90 degrees
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
     assert load_image(tmp_path / "turned.jpg").size == (20, 40)
+
+
+@pytest.mark.parametrize("turn", [1, 3, 6, 8])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_reduced_decoding_keeps_the_picture(tmp_path, mode, turn):
+    """A photo of 800 x 600 is decoded at a quarter for at least 150 pixels, and still upright, with its colours."""
+    smooth = np.random.default_rng(0).integers(0, 255, (4, 5, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    picture = Image.fromarray(smooth).resize((800, 600), Image.Resampling.BICUBIC).convert(mode)
+    picture.save(tmp_path / "photo.jpg", quality=95, exif=exif)
+    full, reduced = load_image(tmp_path / "photo.jpg"), load_image(tmp_path / "photo.jpg", least_side=150)
+    assert full.mode == reduced.mode == "RGB"
+    assert full.size == ((800, 600) if turn in (1, 3) else (600, 800))
+    assert reduced.size == (full.width // 4, full.height // 4)
+    expected, pixels = (np.asarray(image.resize((50, 50)), dtype=float) for image in (full, reduced))
+    assert np.abs(expected - pixels).mean() < 2
+    assert load_image(tmp_path / "photo.jpg", least_side=301).size == full.size  # half of it would be too small
+
+
+def test_least_side_changes_no_other_format(tmp_path, photo):
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    for source in (tmp_path / "photo.png", Image.open(tmp_path / "photo.png"), photo):
+        assert np.array_equal(load_image(source, least_side=4), photo)
+
+
+def test_load_image_leaves_an_opened_photo_as_it_is(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    opened = Image.open(tmp_path / "turned.jpg")
+    assert load_image(opened).size == (20, 40)
+    assert opened.size == (40, 20)
+
+
+def test_only_training_decodes_reduced_photos(script, tmp_path, photo, bpe):
+    """A validation photo is pixel for pixel what `preprocess` makes of the file, whatever its size."""
+    Image.fromarray(photo).resize((600, 500), Image.Resampling.BICUBIC).save(tmp_path / "large.jpg", quality=95)
+    df = pd.DataFrame({"image": [tmp_path / "large.jpg"], "caption": ["a dog"]})
+    train_tfms, valid_tfms = script.build_transforms(32)
+    image = script.Dataset(df, valid_tfms, bpe)[0][0]
+    assert torch.equal(image, preprocess(tmp_path / "large.jpg", 32, (0.5,) * 3, (0.5,) * 3))
+    sizes = []
+
+    def watched(image, captions, seed):
+        sizes.append(image.shape[:2])
+        return train_tfms(image=image, captions=captions, seed=seed)
+
+    watched.least_side = train_tfms.least_side
+    assert script.Dataset(df, watched, bpe)[0][0].shape == (3, 32, 32)
+    assert sizes == [(125, 150)]  # a quarter; an eighth would have less than twice the 32 pixels
 
 
 def test_bad_images_are_named(tmp_path):
@@ -332,3 +389,16 @@ def test_data_is_the_same_for_any_number_of_workers(script, dls, bpe):
         if epoch == 0:
             first = batches
     assert not torch.equal(first[0][0], batches[0][0])
+
+
+def test_pixels_are_normalised_by_the_model(script, tiny_model, tiny_config, dls):
+    """What loaders make are pixels, a quarter of the bytes; the model makes of them what `build_transforms` would."""
+    images, ids, labels = next(iter(dls[1]))
+    assert images.dtype == torch.uint8
+    photo, path = tiny_model.preprocessing, dls[1].dataset.images[0]
+    valid = script.build_transforms(photo["img_size"], photo["mean"], photo["std"])[1]
+    first = valid(image=np.asarray(script.load_image(path)))["image"]
+    torch.testing.assert_close(tiny_model._normalized(images)[0], first, atol=0, rtol=0)
+    assert torch.equal(tiny_model._normalized(first), first)
+    assert torch.equal(tiny_model(images, ids, labels), tiny_model(tiny_model._normalized(images), ids, labels))
+    assert torch.equal(tiny_model._encode_images(images)[:1], tiny_model._encode_images(first[None]))

@@ -187,7 +187,7 @@ def test_unknown_words_are_never_written(script, tiny_config):
 def test_a_prompt_is_context_and_never_loss(script, kind, monkeypatch):
     tokenizer = CaptionTokenizer.train(["what is red ? a dog"], 300, kind)
     df = pd.DataFrame({"image": ["1.jpg"], "caption": ["a dog"], "prompt": ["what is red ?"]})
-    monkeypatch.setattr(script, "load_image", lambda path: torch.zeros(2, 2, 3))
+    monkeypatch.setattr(script, "load_image", lambda path, least_side: torch.zeros(2, 2, 3))
     dataset = script.Dataset(df, lambda image, captions, seed: {"image": image}, tokenizer, max_length=64)
     _, ids, labels = dataset[0]
     prompt = script.encode_prompt(tokenizer, "what is red ?")

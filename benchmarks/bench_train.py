@@ -1,0 +1,204 @@
+"""How many captions a second does training take: ours, where K captions share one encoding of their image, against
+Hugging Face's VisionEncoderDecoderModel, fed one image a caption as everybody does, or handed shared encoder outputs?
+
+    python benchmarks/bench_train.py                                             on the CPU, float32
+    python benchmarks/bench_train.py --device cuda --batch_sizes 32 64 128 256   on a GPU, bf16, images a step
+
+ViT-B/16 and GPT-2 small with the same random weights, dropout 0.1, fused AdamW and clipping in both; captions of 20
+tokens. All take turns in one process. "Frozen": only cross-attention and its norms train. Memory is the most that one
+step takes on top of weights and optimizer, measured in a process of its own on a CPU.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+from functools import partial
+
+import torch
+from torch import nn
+
+from captioners import make_batch, make_pair
+from timing import interleaved, machine, median_and_range
+
+TOKENS, CAPTIONS = 20, 5
+WAYS = ("Hugging Face as used", "Hugging Face, shared encoder outputs", "ours", "ours, from cached tokens")
+
+
+def freeze(ours, theirs):
+    """Let only cross-attention and its norm train, in both models."""
+    ours.pretrained_parameters = lambda: [
+        name for name, _ in ours.named_parameters() if not any(f".{new}." in name for new in ours.NEW_LAYERS)
+    ]
+    ours.pretrained_layers_trainable(trainable=False)
+    for name, parameter in theirs.named_parameters():
+        parameter.requires_grad = "crossattention" in name or "ln_cross_attn" in name
+    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (ours, theirs)]
+    if counts[0] != counts[1]:
+        raise RuntimeError(f"ours trains {counts[0]:,} parameters, theirs {counts[1]:,}")
+
+
+def labels_of(ids):
+    """Ours: the next token; theirs shifts by itself, so it gets what is to be written."""
+    ours = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], dim=1)
+    return ours, ids[:, 1:]
+
+
+def loss_of(way, ours, theirs, images, ids, levels):
+    """One forward pass -> loss. Both see the same captions: TOKENS tokens with TOKENS - 1 labels."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    labels, theirs_labels = labels_of(ids)
+    if way.startswith("ours"):
+        return ours(levels if "cached" in way else images, ids, labels)
+    K = len(ids) // len(images)
+    if way == "Hugging Face as used":
+        given = {"pixel_values": images.repeat_interleave(K, dim=0)}
+    else:
+        trains = any(p.requires_grad for p in theirs.encoder.parameters())
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+            states = theirs.encoder(images).last_hidden_state
+        given = {"encoder_outputs": BaseModelOutput(states.repeat_interleave(K, dim=0))}
+    return theirs(decoder_input_ids=ids[:, :-1], labels=theirs_labels, **given, use_cache=False).loss
+
+
+class Step:
+    """A training step of one way, called without arguments."""
+
+    def __init__(self, way, ours, theirs, inputs, device):
+        model = ours if way.startswith("ours") else theirs
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
+        self.loss = partial(loss_of, way, ours, theirs, *inputs)
+        self.device = device
+
+    def __call__(self):
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            loss = self.loss()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        if not (loss.isfinite() and norm.isfinite()):  # which also waits for a GPU
+            raise RuntimeError("a loss or gradient is not finite")
+
+
+def make_inputs(ours, images, device):
+    """-> (images, ids, what a token cache would give)."""
+    photos, ids = make_batch(images, CAPTIONS, TOKENS, device)
+    with torch.no_grad():
+        levels = ours.levels(photos)
+    return photos, ids, levels
+
+
+def arithmetic(images, frozen):
+    """Floating-point operations of the matrix products of one of our steps: 2 a weight and row forward, as many again
+    for each of the two gradients, where they are computed."""
+    C, N, T, depth = 768, 197, TOKENS, 12
+    block = 12 * C * C  # weights of a ViT's block, and of a GPT-2 block without cross-attention
+    vit = images * depth * (2 * N * block + 4 * N * N * C) + images * 2 * 196 * C * 768
+    text = images * CAPTIONS * T
+    decoder = depth * (2 * text * (block + 2 * C * C) + 2 * images * N * 2 * C * C)
+    decoder += depth * images * CAPTIONS * (4 * T * T * C + 4 * T * N * C)
+    head = 2 * images * CAPTIONS * (T - 1) * 50257 * C
+    if frozen:  # the encoder only forward, gradients of activations everywhere, of weights in cross-attention only
+        cross = depth * (2 * text * 2 * C * C + 2 * images * N * 2 * C * C)
+        return vit + 2 * (decoder + head) + cross
+    return 3 * (vit + decoder + head)
+
+
+def measured_rate(device):
+    """Floating-point operations a second of a large matrix product in the dtype of training, the best of a few."""
+    dtype, side = (torch.bfloat16, 8192) if device == "cuda" else (torch.float32, 2048)
+    a, b = torch.randn(2, side, side, dtype=dtype, device=device)
+
+    def multiply():
+        c = a @ b
+        return c[0, 0].item()
+
+    return 2 * side**3 / min(interleaved({"matmul": multiply}, rounds=9, warmup=2)["matmul"])
+
+
+def compare(frozen, images, rounds, device):
+    """Print a row for each way of a step with so many images."""
+    ours, theirs = make_pair(device)
+    inputs = make_inputs(ours, images, device)
+    with torch.no_grad():  # without dropout they are the same model
+        losses = {way: loss_of(way, ours, theirs, *inputs).item() for way in WAYS}
+    if max(losses.values()) - min(losses.values()) > 1e-3:
+        raise RuntimeError(f"the losses differ: {losses}")
+    ours.train(), theirs.train()
+    if frozen:
+        freeze(ours, theirs)
+    ways = WAYS if frozen else WAYS[:3]
+    steps = {way: Step(way, ours, theirs, inputs, device) for way in ways}
+    peak = {}
+    if device == "cuda":
+        for way, step in steps.items():
+            step()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            step()
+            peak[way] = (torch.cuda.max_memory_allocated() - before) / 2**30
+    seconds = interleaved(steps, rounds)
+    rate = measured_rate(device)
+    for way, times in seconds.items():
+        captions = median_and_range([images * CAPTIONS / time for time in times])
+        used = [statistics.median(a / b for a, b in zip(seconds[WAYS[i]], times, strict=True)) for i in (0, 1)]
+        mfu = f"{arithmetic(images, frozen) / statistics.median(times) / rate:.0%}" if way == "ours" else ""
+        print(
+            f"| {'frozen' if frozen else 'all train'} | {images} | {way} | {captions} | {used[0]:.2f} | {used[1]:.2f} "
+            f"| {mfu} | {f'{peak[way]:.1f} GiB' if peak else ''} |",
+            flush=True,
+        )
+    print(f"<!-- matmul {rate / 1e9:,.0f} GFLOP/s -->")
+
+
+def peak_memory(way, images):
+    """Most memory (GiB) of two steps of a fresh process, above what weights and optimizer take."""
+    command = [sys.executable, __file__, "--peak_of", way, "--images", str(images)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def print_peak(way, images):
+    """In a process of its own: the largest resident size so far, minus that of model and optimizer."""
+    ours, theirs = make_pair()
+    inputs = make_inputs(ours, 1, "cpu")
+    keep, other = (ours, theirs) if way.startswith("ours") else (theirs, ours)
+    keep.train()
+    other.to("meta")  # the process holds one model only
+    Step(way, ours, theirs, inputs, "cpu")()  # gradients and moments now have their place
+    inputs = make_inputs(keep, images, "cpu") if keep is ours else (*make_batch(images, CAPTIONS, TOKENS), None)
+    step = Step(way, ours, theirs, inputs, "cpu")
+    state = sum(p.numel() * 4 for p in keep.parameters()) * 4  # weights, gradients, two moments
+    step(), step()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - state / 2**30)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[4], help="images a step (default: 4)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default: %(default)s)")
+    parser.add_argument("--peak_of", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--images", type=int, default=8, help="images of the step whose memory is measured on a CPU")
+    args = parser.parse_args(argv)
+    if args.peak_of:
+        print_peak(args.peak_of, args.images)
+        return
+    print(f"{machine()}\n\n    python benchmarks/bench_train.py --device {args.device}\n")
+    print("| weights | images | way | captions/s | over as used | over shared | MFU | memory of a step |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for images in args.batch_sizes:
+        for frozen in (False, True):
+            compare(frozen, images, args.rounds, args.device)
+    if args.device == "cpu":
+        print(f"\nMost memory of a process at {args.images} images, without weights, gradients and moments:\n")
+        memory = {way: peak_memory(way, args.images) for way in WAYS[:3]}
+        for way, gigabytes in memory.items():
+            print(f"- {way}: {gigabytes:.2f} GiB, {gigabytes / memory[WAYS[0]]:.2f} x")
+
+
+if __name__ == "__main__":
+    main()
