@@ -17,7 +17,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 import torch.utils.data
@@ -37,7 +36,7 @@ from batching import CaptionBatchSampler, exact_captions_per_image, stack, to_de
 from captions_tokenizer import CaptionTokenizer, check_eos, encode_caption, encode_prompt
 from command_line import as_toml, merge, parse_overrides, what_to_give, with_defaults
 from decoding import BlockCache, caption_images, generate_ids, trim
-from encoders import build_encoder, preprocessing_of, resolve_encoder
+from encoders import build_encoder, frame_of, preprocessing_of, resolve_encoder
 from MyLLM.ch3 import KeyValueCache, merge_heads, split_heads
 from MyLLM.ch4 import GPTModel, LayerNorm, TransformerBlock, initial_std
 from MyLLM.MyLLM_nominal import gpt2_config, hf_name, load_hf_gpt2_weights, read_hf_gpt2
@@ -569,7 +568,8 @@ class VisionGPT2Model(nn.Module):
         """
         if isinstance(source, (str, Path)):
             folder, stored = read_captioner_config(source)
-            model = cls(SimpleNamespace(**stored))
+            with frame_of(stored):
+                model = cls(SimpleNamespace(**stored), encoder_weights="stored")
             model._load_captioner(folder)
             return model.eval()
         config, _ = complete_configs(model=source)
@@ -592,7 +592,7 @@ class VisionGPT2Model(nn.Module):
     def _load_captioner(self, folder):
         """Load all weights of a captioner, strictly; on ValueError nothing has changed."""
         if hugging_face.is_captioner(checkpoint.load_config(folder)):
-            self.load_state_dict(hugging_face.read_captioner_weights(folder, self.state_dict(), hf_name))
+            checkpoint.fill(self, hugging_face.read_captioner_weights(folder, self.state_dict(), hf_name))
         else:
             checkpoint.load_strictly(self, folder / checkpoint.WEIGHTS_FILE)
 
@@ -950,7 +950,7 @@ def build_trainer(model_cfg, train_cfg, df):
     Raises FileNotFoundError that says what the run needed and how to give it locally, where weights cannot be had.
     """
     training = df[df["split"] == "train"]
-    texts = pd.concat([training[column] for column in ("caption", "prompt") if column in training])
+    texts = [text for column in ("caption", "prompt") if column in training for text in training[column]]
     try:
         tok = build_tokenizer(model_cfg, texts)
         learnt = model_cfg.tokenizer in ("bpe", "word") and not model_cfg.start_from
