@@ -1,0 +1,68 @@
+"""What the benchmarks share: candidates that take turns, medians with their ranges, the machine in one line."""
+
+import os
+import platform
+import statistics
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("torch", "timm", "transformers", "pillow", "opencv-python-headless", "albumentations", "numpy")
+
+
+def interleaved(candidates, rounds=5, warmup=1):
+    """Time functions without arguments against each other -> {name: seconds of a call, one for each round}.
+
+    Every round calls each of `candidates` {name: function} once, and begins with another one than the round before:
+    what slows the machine down for a while then strikes them all alike. `warmup` rounds come before and do not count.
+    """
+    names = list(candidates)
+    seconds = {name: [] for name in names}
+    for number in range(-warmup, rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter()
+            candidates[name]()
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_and_range(values):
+    """Numbers -> "median (smallest to largest)", with three digits that count."""
+    middle, low, high = (_three_digits(value) for value in (statistics.median(values), min(values), max(values)))
+    return f"{middle} ({low} to {high})"
+
+
+def machine():
+    """The processor, the cores this process may use, the accelerator where there is one, and versions, in one line."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parts = [f"{_processor()}, {cores} of {os.cpu_count()} cores"]
+    torch = sys.modules.get("torch")  # a benchmark without torch does not wait for its import
+    if torch is not None:
+        parts[0] += f", {torch.get_num_threads()} torch threads"
+        if torch.cuda.is_available():
+            parts.append(torch.cuda.get_device_name())
+    parts.append(f"Python {platform.python_version()}")
+    for package in PACKAGES:
+        try:
+            parts.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(parts)
+
+
+def _three_digits(value):
+    """1234.5 -> "1,234", 12.345 -> "12.3", 0.0012345 -> "0.00123"."""
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
+
+
+def _processor():
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
