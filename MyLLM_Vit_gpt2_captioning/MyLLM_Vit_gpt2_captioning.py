@@ -17,7 +17,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 import torch.utils.data
@@ -38,7 +37,7 @@ from captions_tokenizer import CaptionTokenizer, check_eos, encode_caption, enco
 from chunked_loss import chunked_cross_entropy
 from command_line import as_toml, merge, parse_overrides, what_to_give, with_defaults
 from decoding import BlockCache, caption_images, generate_ids, trim
-from encoders import build_encoder, preprocessing_of, resolve_encoder, run_block
+from encoders import build_encoder, frame_of, preprocessing_of, resolve_encoder, run_block
 from MyLLM.ch3 import KeyValueCache, merge_heads, split_heads
 from MyLLM.ch4 import GPTModel, LayerNorm, TransformerBlock, initial_std
 from MyLLM.MyLLM_nominal import gpt2_config, hf_name, load_hf_gpt2_weights, read_hf_gpt2
@@ -413,6 +412,7 @@ class VisionGPT2Model(nn.Module):
 
     NEW_LAYERS = ("ln_cross", "cross_attn", "refiner")  # what GPT-2 and the pretrained encoders lack
     gradient_checkpointing = False
+    loss = staticmethod(chunked_cross_entropy)
 
     def __init__(self, config, encoder_weights="scratch"):
         super().__init__()
@@ -509,7 +509,7 @@ class VisionGPT2Model(nn.Module):
         real = labels != IGNORED_LABEL  # padding is left out before the head, by far the widest layer
         smoothing = self.config.label_smoothing if self.training else 0.0
         hidden = self.gpt.final_norm(hidden[real])  # (real tokens, embed_dim)
-        return chunked_cross_entropy(hidden, self.gpt.tok_emb.weight, labels[real], smoothing)
+        return self.loss(hidden, self.gpt.tok_emb.weight, labels[real], smoothing)
 
     def checkpoint_gradients(self):
         """Compute blocks of ViT and decoder again in the backward pass instead of keeping what they made."""
@@ -588,7 +588,8 @@ class VisionGPT2Model(nn.Module):
         """
         if isinstance(source, (str, Path)):
             folder, stored = read_captioner_config(source)
-            model = cls(SimpleNamespace(**stored))
+            with frame_of(stored):
+                model = cls(SimpleNamespace(**stored), encoder_weights="stored")
             model._load_captioner(folder)
             return model.eval()
         config, _ = complete_configs(model=source)
@@ -611,7 +612,7 @@ class VisionGPT2Model(nn.Module):
     def _load_captioner(self, folder):
         """Load all weights of a captioner, strictly; on ValueError nothing has changed."""
         if hugging_face.is_captioner(checkpoint.load_config(folder)):
-            self.load_state_dict(hugging_face.read_captioner_weights(folder, self.state_dict(), hf_name))
+            checkpoint.fill(self, hugging_face.read_captioner_weights(folder, self.state_dict(), hf_name))
         else:
             checkpoint.load_strictly(self, folder / checkpoint.WEIGHTS_FILE)
 
@@ -696,7 +697,10 @@ class Trainer:
         if config.cache_tokens:
             read_tokens_from_disk(self.model, dls, config)
         self.optimization = self._optimization(config.lr, config.epochs * len(self.train_dl))
-        self.compiled = torch.compile(self.model) if config.compile else self.model  # with the same weights
+        self.compiled = self.model
+        if config.compile:
+            self.model.loss = torch.compiler.disable(self.model.loss)  # the number of chunks changes with the batch
+            self.compiled = torch.compile(self.model)  # with the same weights
         self.log = RunLog(self.model_path, config, questions=any(self.valid_dl.dataset.prompts))
         self.metrics = self.log.rows  # a dict an epoch, the rows of metrics.csv
         self.self_critical = SelfCritical(self.train_dl.dataset, config) if config.scst_epochs else None
@@ -943,7 +947,7 @@ def build_trainer(model_cfg, train_cfg, df):
     Raises FileNotFoundError that says what the run needed and how to give it locally, where weights cannot be had.
     """
     training = df[df["split"] == "train"]
-    texts = pd.concat([training[column] for column in ("caption", "prompt") if column in training])
+    texts = [text for column in ("caption", "prompt") if column in training for text in training[column]]
     try:
         tok = build_tokenizer(model_cfg, texts)
         learnt = model_cfg.tokenizer in ("bpe", "word") and not model_cfg.start_from

@@ -29,6 +29,7 @@ def main(argv=None):
         help='folder or hub id "user/repo", ours or a Hugging Face ViT + GPT-2 (default: captioner)',
     )
     add_decoding_arguments(parser)
+    parser.add_argument("--max_tokens", type=int, default=50, help="longest caption, in tokens (default: 50)")
     parser.add_argument("--num", type=int, default=1, help="captions an image (default: 1)")
     parser.add_argument("--prompt", default="", help="how the caption begins")
     parser.add_argument("--grid", type=Path, metavar="PNG", help="also draw the photos with their captions")
@@ -36,7 +37,7 @@ def main(argv=None):
 
     try:
         model, tokenizer = load_captioner(args.checkpoint)
-        options = dict(num_return_sequences=args.num, **decoding_options(args))
+        options = dict(max_tokens=args.max_tokens, num_return_sequences=args.num, **decoding_options(args))
         found = caption_images(model.to(train_config.device), tokenizer, args.images, prompt=args.prompt, **options)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -175,4 +175,12 @@ def load_strictly(model, path):
     ]
     if problems:
         raise ValueError(f"{path} does not fit the model:\n  " + "\n  ".join(sorted(problems)))
-    model.load_state_dict(stored)
+    fill(model, stored)
+
+
+def fill(model, weights):
+    """Give `model` the `weights`, a state_dict that fits: copied into its tensors, or, where it was built on the meta
+    device and so has none, in their place. Then they stay in the mapped file until they are used."""
+    own = model.state_dict()
+    frame = any(tensor.is_meta for tensor in own.values())
+    model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in weights.items()}, assign=frame)

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 CHUNK = 2**25  # scores at a time: 134 MB in float32
 
 
-@torch.compiler.disable  # the number of chunks changes from batch to batch
 def chunked_cross_entropy(hidden, weight, targets, label_smoothing=0.0, chunk=CHUNK):
     """hidden (N, C), head weight (V, C), targets (N,) -> mean cross-entropy, a float32 scalar.
 

@@ -4,24 +4,25 @@ A ViT is `embed(images)`, then `step(i, tokens)` for each decoder block i. In "s
 patch tokens and step i runs the ViT's i-th share of blocks, so that decoder block i attends to that depth: as many
 levels as decoder blocks. In "final" coupling `embed` runs the whole encoder, its own final norm included, `step` hands
 the tokens on unchanged, and there is one level. A CNN makes its last feature map, or several: see `GridEncoder`.
+
+timm is imported in the functions that use it. That takes seconds (torchvision and torch's compiler come with it), and a
+trained captioner with a plain ViT does not need it: see plain_vit.py.
 """
 
 import math
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.data import resolve_data_config
-from timm.layers import build_sincos2d_pos_embed
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import hugging_face
+import plain_vit
 
 COUPLINGS = ("stepped", "final")
 
@@ -32,6 +33,9 @@ def input_config(name, options=None):
     img_size in pixels of a square; mean and std one value a channel, for pixel values in 0..1. They come from the data
     config that timm keeps beside the model's weights. Raises ValueError for an unknown name.
     """
+    import timm
+    from timm.data import resolve_data_config
+
     if not timm.is_model(name.split(".")[0]):
         near = timm.list_models(f"*{name.split('.')[0][:8]}*")[:5]
         raise ValueError(f"timm has no model {name!r}" + (f"; it has {', '.join(near)}" if near else ""))
@@ -53,7 +57,11 @@ def resolve_encoder(config):
     """
     source = str(config.encoder).removeprefix("timm/")  # timm's models on the hub are called by their names
     config.encoder = source
-    if timm.is_model(source.split(".")[0]) or not (Path(source).is_dir() or "/" in source):
+    if not (Path(source).is_dir() or "/" in source):
+        return
+    import timm
+
+    if timm.is_model(source.split(".")[0]):
         return
     config.encoder, options, preprocessing, _ = hugging_face.read_tower(source)
     config.encoder_options = options | config.encoder_options
@@ -65,7 +73,11 @@ def resolve_encoder(config):
 def preprocessing_of(config):
     """The arguments of `preprocessing.preprocess` for a captioner's `config`: what the encoder was trained with, and
     on top of it what `config.preprocessing` says. Raises ValueError for a key that is not one of them."""
-    img_size, mean, std = input_config(config.encoder, config.encoder_options)
+    plain = plain_vit.options_of(config.encoder, config.encoder_options)
+    if plain and {"mean", "std"} <= config.preprocessing.keys():  # as in a trained captioner: no need to ask timm
+        img_size, mean, std = plain["img_size"], None, None
+    else:
+        img_size, mean, std = input_config(config.encoder, config.encoder_options)
     own = dict(img_size=img_size, mean=mean, std=std, resample="bicubic")
     unknown = config.preprocessing.keys() - own.keys()
     if unknown:
@@ -138,7 +150,8 @@ class Encoder(nn.Module):
 
 
 class ViTEncoder(Encoder):
-    """A timm VisionTransformer or Eva: class and register tokens, then the patches, as timm orders them."""
+    """A timm VisionTransformer or Eva, or the one of plain_vit.py: class and register tokens, then the patches, as timm
+    orders them."""
 
     def __init__(self, vit, steps, coupling):
         super().__init__()
@@ -157,7 +170,7 @@ class ViTEncoder(Encoder):
     def embed(self, images):
         tokens = self.vit.patch_embed(images)  # (B, N_patches, C)
         tokens = self.vit._pos_embed(tokens)  # (B, N, C): class token in front, position added
-        if isinstance(self.vit, Eva):  # it turns queries and keys in each block by the patch's position
+        if isinstance(tokens, tuple):  # an Eva turns queries and keys in each block by the patch's position
             tokens, self.rotary = tokens  # the same for all images, so keeping it makes no image depend on another
         else:
             tokens = self.vit.patch_drop(tokens)
@@ -348,12 +361,38 @@ class RefinerLayer(nn.Module):
         return self.norm_2(tokens + self.dropout(hidden))
 
 
+class _SkipInit(TorchFunctionMode):
+    """Leaves tensors as they are where `torch.nn.init` would draw numbers. On the meta device it would draw none, but
+    for `normal_` torch imports its compiler there."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def frame_of(stored):
+    """The context in which to build the frame of a trained captioner, with the model_config `stored` (a dict).
+
+    Around a plain ViT it is the meta device, on which tensors have a shape and no numbers: to draw random ones, only to
+    read others over them, would take seconds. timm's other models look at numbers when they are built.
+    """
+    if plain_vit.options_of(str(stored.get("encoder")), stored.get("encoder_options")):
+        with torch.device("meta"), _SkipInit():
+            yield
+    else:
+        yield
+
+
 def build_encoder(name, steps, coupling="stepped", options=None, weights="scratch", refiner=None, feature_levels=1):
     """Make the timm model `name` and put it behind the contract.
 
     `options` are keyword arguments of the timm model, such as {"img_size": 48, "depth": 3}. `weights` is "pretrained"
-    (timm downloads them), "scratch" (random), the path of a local weights file, or a transformers ViT or CLIP (folder
-    or hub id). `options` may also hold "norm_eps", the epsilon of a ViT's norms. A model without blocks to step gets
+    (timm downloads them), "scratch" (random), "stored" (those of a trained captioner, which are loaded afterwards: a
+    plain ViT is then made without timm), the path of a local weights file, or a transformers ViT or CLIP (folder or
+    hub id). `options` may also hold "norm_eps", the epsilon of a ViT's norms. A model without blocks to step gets
     coupling "final" whatever `coupling` says, and a line is printed about it. `refiner`: arguments of
     `ConvolutionalRefiner`, for a CNN that is to have one. `feature_levels`: last feature maps of a CNN that become
     tokens; with two or more a CNN can be stepped.
@@ -362,6 +401,13 @@ def build_encoder(name, steps, coupling="stepped", options=None, weights="scratc
     """
     if coupling not in COUPLINGS:
         raise ValueError(f"coupling {coupling!r} is not one of {', '.join(COUPLINGS)}")
+    plain = plain_vit.options_of(name, options) if weights == "stored" else None
+    if plain and not refiner and feature_levels == 1:
+        return ViTEncoder(plain_vit.VisionTransformer(**plain), steps, coupling)
+    import timm
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
     img_size, _, _ = input_config(name, options)
     try:
         model = timm.create_model(name, pretrained=weights == "pretrained", **_timm_options(name, options))
@@ -372,7 +418,7 @@ def build_encoder(name, steps, coupling="stepped", options=None, weights="scratc
             f"the pretrained weights of {name} could not be downloaded ({type(error).__name__}); "
             "give a local file with --encoder_weights FILE (.safetensors or .pth, timm's key names)"
         ) from error
-    if weights not in ("pretrained", "scratch"):
+    if weights not in ("pretrained", "scratch", "stored"):
         _load_local_weights(model, weights, name, options or {})
     if isinstance(model, (VisionTransformer, Eva)):
         if refiner:
@@ -392,6 +438,8 @@ def build_encoder(name, steps, coupling="stepped", options=None, weights="scratc
 
 def _timm_options(name, options):
     """What timm is asked for: our options, without the classifier."""
+    import timm
+
     options = dict(options or {}, num_classes=0)
     entrypoint = timm.models.model_entrypoint(name.split(".")[0])
     family = vars(sys.modules[entrypoint.__module__])
@@ -413,6 +461,8 @@ def _load_local_weights(model, source, name, options):
 
     Raises FileNotFoundError, or ValueError that lists what does not fit.
     """
+    import timm
+
     path = Path(source)
     if not path.is_file() and path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
         tower, tower_options, _, read = hugging_face.read_tower(source)
@@ -440,6 +490,8 @@ def _load_local_weights(model, source, name, options):
 def _start_positions_from_sincos(vit):
     """Let the learned positions of a random ViT start from the fixed 2-D sine-cosine table (Chen et al. 2021, MoCo v3;
     Beyer et al. 2022). timm starts them at std 0.02, far below the patches: where things are is then learnt late."""
+    from timm.layers import build_sincos2d_pos_embed
+
     if vit.pos_embed is not None and vit.embed_dim % 4 == 0:
         table = build_sincos2d_pos_embed(vit.patch_embed.grid_size, vit.embed_dim)  # (N_patches, C)
         vit.pos_embed[0, -len(table) :] = table  # behind the positions of class and register tokens, if any

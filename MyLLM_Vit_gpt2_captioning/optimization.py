@@ -5,7 +5,6 @@ import math
 from functools import partial
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 
 EMBEDDINGS = ("tok_emb", "pos_emb", "positions", "_token")  # in a parameter's name; a ViT has pos_embed and cls_token
@@ -70,6 +69,8 @@ def average_of(model, decay):
 
     At first it is about the last tenth of the steps, so that the random start is forgotten at once.
     """
+    from timm.utils import ModelEmaV3  # here, so that captioning a photo does not wait for timm
+
     return ModelEmaV3(model, decay, use_warmup=True, warmup_gamma=9, warmup_power=1)  # step / (9 + step), at most decay
 
 

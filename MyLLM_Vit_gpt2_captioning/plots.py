@@ -1,10 +1,10 @@
-"""Pictures of a run: loss and perplexity by epoch, and a grid of photos with their captions."""
+"""Pictures of a run: loss and perplexity by epoch, and a grid of photos with their captions.
+
+matplotlib is imported in the functions that draw, so that captioning a photo does not wait for it.
+"""
 
 import textwrap
 from itertools import pairwise
-
-import matplotlib.pyplot as plt
-from matplotlib.ticker import MaxNLocator
 
 from preprocessing import load_image
 
@@ -15,6 +15,9 @@ def plot_curve(metrics, quantity, path):
     `metrics`: one dict an epoch with the keys epoch, stage, train_<quantity> and valid_<quantity>, or <quantity> in the
     epochs that were scored. A dotted line marks where a training stage begins.
     """
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     series = {"training": (f"train_{quantity}", "tab:blue"), "validation": (f"valid_{quantity}", "tab:orange")}
     if f"train_{quantity}" not in metrics[0]:
@@ -54,6 +57,8 @@ def plot_captions(images, generated, references, path, columns=5):
 
     `images`: PIL images; `generated`: list of str; `references`: list of str, "" where no true caption is known.
     """
+    import matplotlib.pyplot as plt
+
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 4.1 * rows), squeeze=False, layout="constrained")
@@ -79,6 +84,8 @@ def plot_captions(images, generated, references, path, columns=5):
 
 def show_windows():
     """Show the open figures if there is a display; otherwise do nothing. Returns when the windows are closed."""
+    import matplotlib.pyplot as plt
+
     if plt.get_backend().lower() not in ("agg", "template", "pdf", "svg", "ps", "cairo"):
         plt.show()
     plt.close("all")

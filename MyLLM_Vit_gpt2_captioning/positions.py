@@ -17,8 +17,10 @@ class SinusoidalPositions(nn.Module):
         super().__init__()
         if embed_dim % 2:
             raise ValueError(f"sinusoidal positions need an even embed_dim, not {embed_dim}")
-        frequencies = torch.exp(-math.log(10_000) * torch.arange(0, embed_dim, 2) / embed_dim)  # (embed_dim / 2,)
-        angles = torch.arange(seq_len)[:, None] * frequencies  # (seq_len, embed_dim / 2)
+        # On the CPU also where a model is built on the meta device: these numbers are in no checkpoint.
+        even = torch.arange(0, embed_dim, 2, device="cpu")
+        frequencies = torch.exp(-math.log(10_000) * even / embed_dim)  # (embed_dim / 2,)
+        angles = torch.arange(seq_len, device="cpu")[:, None] * frequencies  # (seq_len, embed_dim / 2)
         table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(
             1
         )  # (seq_len, embed_dim), sines at even places

@@ -2,12 +2,9 @@
 
 import math
 
-import pandas as pd
-
 import pages
 import plots
 from checkpoint import CURVES, write_atomically
-from evaluation import score_subset
 
 
 class RunLog:
@@ -33,6 +30,8 @@ class RunLog:
 
         `trained`: the training loss, or the mean reward of self-critical training, whose loss says nothing.
         """
+        import pandas as pd  # here, as evaluation below, so that captioning a photo does not wait for it
+
         train_loss = trained
         if stage == "self-critical":
             train_loss, scores = math.nan, {"reward": trained, **scores}
@@ -55,6 +54,8 @@ class RunLog:
     def score(self, epoch, model, tokenizer, dataset):
         """Caption the same validation photos as in other epochs, log the first eight in samples.md -> {"CIDEr",
         "BLEU-4"}, or {"exact_answers"} for questions; empty in epochs that `score_every` leaves out."""
+        from evaluation import score_subset
+
         config = self.config
         if config.score_every < 1 or config.score_images < 1 or (epoch + 1) % config.score_every:
             return {}

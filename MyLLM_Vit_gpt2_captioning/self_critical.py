@@ -17,8 +17,6 @@ import torch.utils.data
 from batching import CaptionBatchSampler, stack
 from captions_tokenizer import encode_caption
 from decoding import generate_ids, next_token_scores
-from metrics import CiderD
-from ptb_tokenization import tokenize
 
 BASELINES = ("mean", "greedy")
 DRAWS = ("sample", "beam")
@@ -35,6 +33,10 @@ class SelfCritical:
 
         Raises ValueError for questions (their answers are no captions), an unknown baseline and too few samples.
         """
+        # Here, so that captioning a photo does not wait for it: the tokenizer's rules are large when they are compiled.
+        from metrics import CiderD
+        from ptb_tokenization import tokenize
+
         samples, baseline, self.draws = config.scst_samples, config.scst_baseline, config.scst_draws
         if any(dataset.prompts):
             raise ValueError(
@@ -97,6 +99,8 @@ class SelfCritical:
 
     def rewards(self, ids, places):
         """Captions ids (rows, T) that begin with BOS, places (rows,) of their photos -> CIDEr, float32 (rows,)."""
+        from ptb_tokenization import tokenize
+
         texts = tokenize([self.tokenizer.decode(row[1:]) for row in ids.tolist()])
         ended = (ids[:, 1:] == self.tokenizer.eos_token_id).any(1).tolist()
         texts = [f"{text} {END_WORD}" if end else text for text, end in zip(texts, ended, strict=True)]

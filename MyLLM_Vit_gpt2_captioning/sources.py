@@ -13,14 +13,14 @@ for questions about images, `prompt`.
 
 Captions are lowercased and stripped; a missing one is "". Splits are made by image, never by caption: two captions of
 one photo in different splits would let validation see a training photo.
+
+pandas is imported in the functions that make frames, so that captioning a photo does not wait for it.
 """
 
 import io
 import json
 import re
 from pathlib import Path
-
-import pandas as pd
 
 RESULTS_FILE = "results.csv"
 CAPTIONS_FILE = "captions.txt"
@@ -209,6 +209,8 @@ def _named(columns, path, expected=("image", "caption")):
 def read_table(path):
     """A table with a header line: Flickr30k's (separated by "|", where a quotation mark is just a character), CSV, or
     TSV."""
+    import pandas as pd
+
     text = _text(path)
     header = text.split("\n", 1)[0]
     if "|" in header:
@@ -255,6 +257,8 @@ def read_flickr_tokens(path):
 
 def _frame(rows, row_name, columns=("image", "caption")):
     """Rows (number, *values) -> DataFrame whose index is the number."""
+    import pandas as pd
+
     numbers = [row[0] for row in rows]
     return pd.DataFrame([row[1:] for row in rows], columns=list(columns), index=pd.Index(numbers, name=row_name))
 
@@ -346,6 +350,8 @@ def _photos(folder):
 def _read_folder(folder):
     """COCO's annotations, a dataset saved by `datasets`, or photos with a .txt beside each."""
     if any(folder.glob(COCO_FILES)):
+        import pandas as pd
+
         return pd.concat([_read_json(path) for path in sorted(folder.glob(COCO_FILES))])
     if _is_saved_dataset(folder):
         return read_saved_dataset(folder)
@@ -468,7 +474,8 @@ def assign_splits(images, data_dir, seed=0, given=None):
                 raise ValueError(f"{data_dir}: the published split puts none of the images with captions into {split}")
         if given is None or set(splits) != {"train"}:
             return splits
-    from sklearn.model_selection import GroupShuffleSplit  # here, so that captioning a photo does not wait for it
+    import pandas as pd
+    from sklearn.model_selection import GroupShuffleSplit
 
     if images.nunique() < 3:
         raise ValueError(f"{data_dir}: {images.nunique()} image(s) cannot be split into train, val and test")
@@ -506,6 +513,8 @@ def drop_unusable(df, source):
 
     Raises FileNotFoundError when no photo is there at all, ValueError when no caption is usable.
     """
+    import pandas as pd
+
     exists = {image: Path(image).is_file() for image in df["image"].unique()}
     problems = {
         "has no caption": df["caption"] == "",
