@@ -1,12 +1,13 @@
 # make run     train the captioner and show it; ARGS="--epochs 3" passes options to the script
 # make test    style check and tests
+# make bench   the benchmarks of the CPU set, to benchmarks/RESULTS.md: half an hour on a machine that does nothing else
 # make clean   remove .venv and the rendered Shapes
 # Both make .venv and install the requirements the first time (torch brings several GB of CUDA packages on Linux).
 
 PYTHON ?= python3
 SCRIPT = MyLLM_Vit_gpt2_captioning/MyLLM_Vit_gpt2_captioning.py
 
-.PHONY: run test clean
+.PHONY: run test bench clean
 
 run: .venv/run-installed
 	.venv/bin/python $(SCRIPT) $(ARGS)
@@ -15,6 +16,9 @@ test: .venv/test-installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest
+
+bench: .venv/run-installed
+	.venv/bin/python benchmarks/run_all.py $(ARGS)
 
 clean:
 	rm -rf .venv data/shapes

@@ -6,15 +6,16 @@ Hugging Face's VisionEncoderDecoderModel, fed one image a caption as everybody d
 
 ViT-B/16 and GPT-2 small with the same random weights, dropout 0.1, fused AdamW and clipping in both; captions of 20
 tokens. All take turns in one process. "Frozen": only cross-attention and its norms train. Memory is the most that one
-step takes on top of weights and optimizer, measured in a process of its own on a CPU.
+step takes, on a CPU in a process of its own.
 """
 
 import argparse
-import resource
+import gc
 import statistics
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -156,24 +157,31 @@ def compare(frozen, images, rounds, device):
 
 
 def peak_memory(way, images):
-    """Most memory (GiB) of two steps of a fresh process, above what weights and optimizer take."""
+    """A CPU step in a process of its own -> GiB: the most that the process takes, and how much of it came on top."""
     command = [sys.executable, __file__, "--peak_of", way, "--images", str(images)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return [float(x) for x in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:]]
 
 
 def print_peak(way, images):
-    """In a process of its own: the largest resident size so far, minus that of model and optimizer."""
+    """The most resident memory during a step, and what of it was not there before, in GiB; Linux only."""
+
+    def status(key):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(key)).split()[1]) / 2**20
+
     ours, theirs = make_pair()
-    inputs = make_inputs(ours, 1, "cpu")
+    inputs = make_inputs(ours, images, "cpu")
     keep, other = (ours, theirs) if way.startswith("ours") else (theirs, ours)
-    keep.train()
     other.to("meta")  # the process holds one model only
-    Step(way, ours, theirs, inputs, "cpu")()  # gradients and moments now have their place
-    inputs = make_inputs(keep, images, "cpu") if keep is ours else (*make_batch(images, CAPTIONS, TOKENS), None)
+    keep.train()
     step = Step(way, ours, theirs, inputs, "cpu")
-    state = sum(p.numel() * 4 for p in keep.parameters()) * 4  # weights, gradients, two moments
-    step(), step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - state / 2**30)
+    step()  # the moments now have their place
+    step.optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest value so far
+    step()
+    print(status("VmHWM"), status("VmHWM") - before)
 
 
 def main(argv=None):
@@ -188,16 +196,22 @@ def main(argv=None):
         print_peak(args.peak_of, args.images)
         return
     print(f"{machine()}\n\n    python benchmarks/bench_train.py --device {args.device}\n")
+    if args.device == "cpu":
+        print("| memory | process, GiB | on top of weights and moments | ratio | |\n| --- | --- | --- | --- | --- |")
+        memory = {way: peak_memory(way, args.images) for way in WAYS[:3]}
+        for way, (whole, top) in memory.items():
+            used = memory[WAYS[0]]
+            print(
+                f"| {args.images} images, {way} | "
+                f"{whole:.2f} | {top:.2f} | {whole / used[0]:.2f} | {top / used[1]:.2f} |",
+                flush=True,
+            )
+        print()
     print("| weights | images | way | captions/s | over as used | over shared | MFU | memory of a step |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for images in args.batch_sizes:
         for frozen in (False, True):
             compare(frozen, images, args.rounds, args.device)
-    if args.device == "cpu":
-        print(f"\nMost memory of a process at {args.images} images, without weights, gradients and moments:\n")
-        memory = {way: peak_memory(way, args.images) for way in WAYS[:3]}
-        for way, gigabytes in memory.items():
-            print(f"- {way}: {gigabytes:.2f} GiB, {gigabytes / memory[WAYS[0]]:.2f} x")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 
 from conftest import REPO_ROOT
 
@@ -47,3 +48,42 @@ def test_photos_of_the_input_benchmark(tmp_path, script):
         bench_data.ready(small, tfms, None)
     with pytest.raises(ValueError, match=r"0\.jpg: \(3, 32, 32\)"):
         bench_data.ready(photos, script.build_transforms(32)[1], None)
+
+
+def test_both_captioners_are_one_model(tmp_path):
+    """Ours and Hugging Face's have the same loss in every way that is timed, and the same ids."""
+    from bench_generate import naive_generate, theirs_generate
+    from bench_train import WAYS, loss_of
+    from captioners import make_batch, make_pair
+    from decoding import generate_ids
+
+    options = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    ours, theirs = make_pair(
+        encoder_options=options, embed_dim=24, num_heads=2, depth=2, vocab_size=60, eos_token_id=59
+    )
+    images, ids = make_batch(2, 3, 7, vocab_size=60, img_size=32)
+    levels = ours.levels(images)
+    losses = [loss_of(way, ours, theirs, images, ids, levels).item() for way in WAYS]
+    assert losses == pytest.approx([losses[0]] * len(WAYS), abs=1e-5)
+    ours.config.eos_token_id, theirs.generation_config.eos_token_id = -1, None
+    start = ids[::3, :1]
+    expected = theirs_generate(theirs, levels)
+    assert expected.shape == (2, 20)
+    assert torch.equal(generate_ids(ours, levels, start, 20, deterministic=True)[:, 1:], expected)
+    assert torch.equal(naive_generate(ours, images, start), expected)
+
+
+def test_results_keep_other_sections(tmp_path, monkeypatch):
+    import run_all
+
+    monkeypatch.setattr(run_all, "RESULTS", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(run_all, "run", lambda name: f"2000-01-01. {name}: 1 | 2\n")
+    run_all.main(["generate"])
+    run_all.main(["data"])
+    found = run_all.read_sections((tmp_path / "RESULTS.md").read_text())
+    assert {title: text.strip() for title, text in found.items()} == {
+        title: f"2000-01-01. {name}: 1 | 2" if name in ("generate", "data") else "not measured"
+        for name, (title, _, _) in run_all.SECTIONS.items()
+    }
+    with pytest.raises(SystemExit):
+        run_all.main(["speed"])

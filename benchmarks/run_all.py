@@ -1,0 +1,70 @@
+"""Run the benchmarks of the CPU set one after the other and write what they print to benchmarks/RESULTS.md.
+
+python benchmarks/run_all.py                     all; half an hour on two cores that do nothing else
+python benchmarks/run_all.py generate startup    only these; the other sections stay as they are
+python benchmarks/run_all.py --device cuda       what there is for a GPU
+"""
+
+import argparse
+import datetime
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+RESULTS = FOLDER / "RESULTS.md"
+ONE_CORE = {"OMP_NUM_THREADS": "1"}
+# Section: (title, arguments of its script, what the environment gets)
+SECTIONS = {
+    "train": ("Training", [], {}),
+    "generate": ("Writing captions", [], {}),
+    "token_cache": ("Training from the token cache", [], {}),
+    "data": ("Reading photos", [], ONE_CORE),
+    "startup": ("The first caption from a new process", [], {}),
+    "train_cuda": ("Training on a GPU", ["--device", "cuda", "--batch_sizes", "32", "64", "128", "256"], {}),
+    "generate_cuda": ("Writing captions on a GPU", ["--device", "cuda", "--batch_sizes", "1", "64"], {}),
+}
+HEAD = "# What the benchmarks measured\n\nWritten by `make bench`; a section is as old as its date.\n"
+
+
+def read_sections(text):
+    """RESULTS.md -> {title: its lines}."""
+    parts = re.split(r"^## (.*)\n", text, flags=re.M)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def write_sections(found):
+    """{title: text} -> RESULTS.md, in the order of SECTIONS; what nobody measured says so."""
+    titles = [title for title, _, _ in SECTIONS.values()]
+    body = "".join(f"\n## {title}\n\n{found.get(title, 'not measured').strip()}\n" for title in titles)
+    RESULTS.write_text(HEAD + body, encoding="utf-8")
+
+
+def run(name):
+    """One section: its script in a process of its own -> what it printed, with the date. Raises CalledProcessError."""
+    _, arguments, environment = SECTIONS[name]
+    command = [sys.executable, str(FOLDER / f"bench_{name.removesuffix('_cuda')}.py"), *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
+    return f"{datetime.date.today()}. {done.stdout.strip()}\n"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(SECTIONS))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    args = parser.parse_args(argv)
+    unknown = set(args.names) - SECTIONS.keys()
+    if unknown:
+        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    found = read_sections(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    for name in args.names or [name for name in SECTIONS if name.endswith("_cuda") == (args.device == "cuda")]:
+        print(f"{name} ...", flush=True)
+        found[SECTIONS[name][0]] = run(name)
+        write_sections(found)  # at once: what is measured stays when a later one fails
+    print(f"written to {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()
