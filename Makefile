@@ -1,5 +1,6 @@
 # make run     train the captioner and show it; ARGS="--epochs 3" passes options to the script
 # make test    style check and tests
+# make soak    what takes longer than tests may: 20 kills, memory over thousands of steps
 # make bench   the benchmarks of the CPU set, to benchmarks/RESULTS.md: half an hour on a machine that does nothing else
 # make clean   remove .venv and the rendered Shapes
 # Both make .venv and install the requirements the first time (torch brings several GB of CUDA packages on Linux).
@@ -7,7 +8,7 @@
 PYTHON ?= python3
 SCRIPT = MyLLM_Vit_gpt2_captioning/MyLLM_Vit_gpt2_captioning.py
 
-.PHONY: run test bench clean
+.PHONY: run test soak bench clean
 
 run: .venv/run-installed
 	.venv/bin/python $(SCRIPT) $(ARGS)
@@ -16,6 +17,9 @@ test: .venv/test-installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest
+
+soak: .venv/test-installed
+	SOAK=1 KILLS=20 .venv/bin/python -m pytest -s -k "killed_at_random or memory_stays_flat" tests/test_resume.py
 
 bench: .venv/run-installed
 	.venv/bin/python benchmarks/run_all.py $(ARGS)

@@ -12,6 +12,7 @@ import gc
 import math
 import os
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,19 +34,22 @@ import shapes
 import sources
 from augmentation import TrainingTransforms, ValidationTransforms
 from batching import CaptionBatchSampler, exact_captions_per_image, several, stack, to_device
+from built_in import BUILT_IN, load_data
 from captions_tokenizer import CaptionTokenizer, check_eos, encode_caption, encode_prompt
 from chunked_loss import chunked_cross_entropy
 from command_line import as_toml, merge, parse_overrides, what_to_give, with_defaults
 from decoding import BlockCache, caption_images, generate_ids, trim
 from encoders import build_encoder, frame_of, preprocessing_of, resolve_encoder, run_block
+from hugging_face import read_config
 from MyLLM.ch3 import KeyValueCache, merge_heads, split_heads
 from MyLLM.ch4 import GPTModel, LayerNorm, TransformerBlock, initial_std
 from MyLLM.MyLLM_nominal import gpt2_config, hf_name, load_hf_gpt2_weights, read_hf_gpt2
-from optimization import Optimization, mixed_precision
+from optimization import Optimization, be_deterministic, mixed_precision
 from positions import SinusoidalPositions
 from preprocessing import load_image, normalize
 from progress import progress_bar
 from run_log import RunLog, perplexity
+from run_state import RunState, Stopped
 from self_critical import SelfCritical
 from token_cache import read_tokens_from_disk
 
@@ -59,7 +63,7 @@ IMAGE_DIR = DATA_DIR / "flickr30k_images"
 CAPTIONS_FILE = ""  # found in DATA_DIR when empty
 OUTPUT_DIR = REPO_ROOT / "captioner"
 RECIPES_DIR = REPO_ROOT / "recipes"
-BUILT_IN = {"shapes": shapes.write_dataset, "vqa_shapes": shapes.write_questions}  # rendered into DATA_DIR / name
+RESUME_CHECKPOINT_PATH = ""  # "auto" goes on from OUTPUT_DIR/last, a path from there; "" starts afresh
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 tokenizer = CaptionTokenizer(HF_GPT2_REPO)  # GPT-2's; pad token = EOS; read on first use, so importing needs no network
@@ -128,6 +132,9 @@ train_config = SimpleNamespace(
     score_images=200,  # validation photos that are captioned for these scores
     best_by="perplexity",  # what decides which epoch is kept: "perplexity", or "CIDEr" of those captions
     keep_epoch_checkpoints=False,  # also keep the weights of every epoch, named by epoch and validation loss
+    resume=RESUME_CHECKPOINT_PATH,  # stopped run to go on with: "auto" (the one in model_path), or a path
+    save_minutes=10.0,  # between states to go on from, in model_path/last; one is saved after every epoch, too
+    deterministic=False,  # only operations that give the same bits every time: on a GPU slower
     scst_epochs=0,  # epochs behind the others that raise the CIDEr of the model's captions, which then decides best_by
     scst_lr=5e-5,  # their peak learning rate
     scst_samples=5,  # captions drawn for a photo; a step draws batch_size captions
@@ -145,7 +152,7 @@ def complete_configs(model=None, train=None):
     the captioner to start from, and a transformers model as encoder is put into timm's words."""
     model, defaults = model or SimpleNamespace(), model_config
     if getattr(model, "start_from", "") and not vars(defaults).keys() <= vars(model).keys():
-        stored = SimpleNamespace(**read_captioner_config(model.start_from)[1])
+        stored = SimpleNamespace(**read_config(model.start_from, gpt2_config)[1])
         defaults = with_defaults(stored, model_config)
         model = SimpleNamespace(**vars(model))
         model.preprocessing = stored.preprocessing | getattr(model, "preprocessing", {})
@@ -283,7 +290,7 @@ def build_tokenizer(model_config, captions):
     """The tokenizer of the captioner to start from, or the one that `model_config.tokenizer` names; "bpe" and "word"
     are learnt from `captions`."""
     if model_config.start_from:
-        return CaptionTokenizer(read_captioner_config(model_config.start_from)[0])
+        return CaptionTokenizer(read_config(model_config.start_from, gpt2_config)[0])
     if model_config.tokenizer == "gpt2":
         return tokenizer
     return CaptionTokenizer.train(captions, model_config.vocab_size, model_config.tokenizer)
@@ -587,14 +594,14 @@ class VisionGPT2Model(nn.Module):
         Raises FileNotFoundError or ValueError that says what is missing or does not fit.
         """
         if isinstance(source, (str, Path)):
-            folder, stored = read_captioner_config(source)
+            folder, stored = read_config(source, gpt2_config)
             with frame_of(stored):
                 model = cls(SimpleNamespace(**stored), encoder_weights="stored")
             model._load_captioner(folder)
             return model.eval()
         config, _ = complete_configs(model=source)
         if config.start_from:
-            folder, _ = read_captioner_config(config.start_from)
+            folder, _ = read_config(config.start_from, gpt2_config)
             model = cls(config)
             model._load_captioner(folder)
             return model
@@ -637,23 +644,9 @@ class VisionGPT2Model(nn.Module):
         return rows if len(rows) > 1 else rows[0]
 
 
-def read_captioner_config(source):
-    """A trained captioner (folder or hub id, ours or Hugging Face's) -> (folder, its model_config as a dict)."""
-    folder = checkpoint.find_folder(source)
-    stored = checkpoint.load_config(folder)
-    if hugging_face.is_captioner(stored):
-        folder = hugging_face.fetch(source)
-        config, preprocessing = hugging_face.read_captioner_config(folder, gpt2_config)
-    elif "model_config" in stored:
-        config, preprocessing = stored["model_config"], stored["preprocessing"]
-    else:
-        raise ValueError(f"{folder}: a {stored['model_type']} model, not a captioner")
-    return folder, config | {"preprocessing": preprocessing, "start_from": ""}  # what it started from is history
-
-
 def load_captioner(source):
     """A trained captioner (folder or hub id, ours or Hugging Face's) -> (model in eval mode, its tokenizer)."""
-    folder, _ = read_captioner_config(source)
+    folder, _ = read_config(source, gpt2_config)
     model, tok = VisionGPT2Model.from_pretrained(folder), CaptionTokenizer(folder)
     check_eos(tok, model.config)
     return model, tok
@@ -678,6 +671,8 @@ class Trainer:
     def __init__(self, model_config, train_config, dls):
         model_config, self.train_config = complete_configs(model_config, train_config)
         config = self.train_config
+        if config.deterministic:
+            be_deterministic()
         self.train_dl, self.valid_dl = dls
         self.tokenizer = getattr(self.train_dl.dataset, "tokenizer", tokenizer)
         if len(self.tokenizer) > model_config.vocab_size:
@@ -706,7 +701,10 @@ class Trainer:
         self.self_critical = SelfCritical(self.train_dl.dataset, config) if config.scst_epochs else None
         self.best = {"best_perplexity": math.inf, "best_epoch": None}
         self.trains = self.stage = None  # what is not frozen; what the epoch is called in metrics.csv
-        self._enter_stage(epoch=0)
+        self.enter_stage(epoch=0)
+        self.state = RunState(self, first_epoch=-1 if config.epochs == 0 else 0, root=REPO_ROOT)
+        if config.resume:
+            self.state.resume(config.resume)
 
     def _optimization(self, lr, batches):
         steps = math.ceil(batches / self.train_config.accumulate)
@@ -723,7 +721,7 @@ class Trainer:
         self.train_config.epochs = epochs
         self.optimization.reschedule(math.ceil(epochs * len(self.train_dl) / self.train_config.accumulate))
 
-    def _enter_stage(self, epoch):
+    def enter_stage(self, epoch):
         """Make trainable what trains in this epoch, and say so when it changes."""
         config = self.train_config
         stage = "GPT-2 blocks" if epoch >= config.freeze_epochs_gpt else "new layers"
@@ -745,9 +743,13 @@ class Trainer:
                 print(f"epoch {epoch + 1}: {stage} training")
                 if self.best["best_epoch"] is not None:
                     self.load_best_model()
-                batches = config.scst_epochs * len(self.self_critical.loader)
-                self.optimization = self._optimization(config.scst_lr, batches)
+                self.start_self_critical()
         self.stage = stage
+
+    def start_self_critical(self):
+        """An optimizer and a schedule of their own for rewards."""
+        batches = self.train_config.scst_epochs * len(self.self_critical.loader)
+        self.optimization = self._optimization(self.train_config.scst_lr, batches)
 
     def _loss(self, batch):
         """A batch of `collate_fn` -> its mean loss per label."""
@@ -783,26 +785,30 @@ class Trainer:
         A step whose loss or gradient is not finite changes nothing; after `max_bad_steps` of them in a row
         FloatingPointError is raised.
         """
-        self._enter_stage(epoch)
+        self.enter_stage(epoch)
         self.model.train()
         rewarded = self.stage == "self-critical"
         loader, name = (self.self_critical.loader, "reward") if rewarded else (self.train_dl, "loss")
         for part in (loader.dataset, loader.batch_sampler):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
-        total, count = 0.0, 0
+        at = self.state.enter(epoch)
+        loader.batch_sampler.first = at["batches"]
         K = getattr(loader.dataset, "captions_per_image", 1)
         epochs = self.train_config.epochs + self.train_config.scst_epochs
         bar = progress_bar(len(loader.dataset) // K, f"epoch {epoch + 1}/{epochs}")  # images, whatever K
         for batches in several(loader, self.train_config.accumulate):
             seen = []
-            if self.optimization.step(self._losses(batches, seen)):
-                total += sum(value * weight for value, weight in seen)
-                count += sum(weight for _, weight in seen)
-                bar.set_postfix({name: f"{total / count:.3f}", "lr": f"{self.optimization.lr:.1e}"}, refresh=False)
+            with self.state.step():
+                if self.optimization.step(self._losses(batches, seen)):
+                    at["total"] += sum(value * weight for value, weight in seen)
+                    at["count"] += sum(weight for _, weight in seen)
+                    shown = {name: f"{at['total'] / at['count']:.3f}", "lr": f"{self.optimization.lr:.1e}"}
+                    bar.set_postfix(shown, refresh=False)
+                at["batches"] += len(batches)
             bar.update(sum(len(batch[-1]) for batch in batches) // K)
         bar.close()
-        return total / count if count else math.nan
+        return at["total"] / at["count"] if at["count"] else math.nan
 
     @torch.inference_mode()
     def valid_one_epoch(self, epoch):
@@ -825,27 +831,38 @@ class Trainer:
         non-finite end the run early; what was best is kept.
         """
         try:
-            first = -1 if self.train_config.epochs == 0 else 0  # what rewards start from may stay the best
-            for epoch in range(first, self.train_config.epochs + self.train_config.scst_epochs):
-                trained = self.train_one_epoch(epoch) if epoch >= 0 else math.nan
-                valid_perplexity, scores = self.valid_one_epoch(epoch), self.score_one_epoch(epoch)
-                self.log.record(epoch, self.stage, self.optimization.lr, trained, valid_perplexity, scores)
-                if self.log.is_best():
-                    best = {"best_perplexity": valid_perplexity, "best_epoch": epoch}
-                    self.save_model(best)
-                    self.best = best  # only now: an interrupted save has kept the files of the epoch before
-                if self.train_config.keep_epoch_checkpoints:
-                    checkpoint.save_epoch(
-                        self.model_path, self.averaged.state_dict(), epoch + 1, self.metrics[-1]["valid_loss"]
-                    )
-                self.clean()
-        except (FloatingPointError, KeyboardInterrupt) as reason:
-            if self.best["best_epoch"] is None:
+            with self.state.signals():
+                for epoch in range(
+                    self.state.position["epoch"], self.train_config.epochs + self.train_config.scst_epochs
+                ):
+                    self._run_epoch(epoch)
+        except BaseException as reason:
+            self.state.save()
+            if not isinstance(reason, (FloatingPointError, KeyboardInterrupt)) or self.best["best_epoch"] is None:
+                raise
+            if isinstance(reason, Stopped):
                 raise
             print(f"stopped early: {str(reason) or 'interrupted'}; the best epoch is kept")
         if self.best["best_epoch"] is None:
             raise FloatingPointError("the validation perplexity was never finite: try a lower --lr")
         return dict(self.best)
+
+    def _run_epoch(self, epoch):
+        start = time.monotonic()
+        trained = self.train_one_epoch(epoch) if epoch >= 0 else math.nan
+        middle = time.monotonic()
+        valid_perplexity, scores = self.valid_one_epoch(epoch), self.score_one_epoch(epoch)
+        self.log.record(epoch, self.stage, self.optimization.lr, trained, valid_perplexity, scores)
+        if self.log.is_best():
+            best = {"best_perplexity": valid_perplexity, "best_epoch": epoch}
+            self.save_model(best)
+            self.best = best  # only now: an interrupted save has kept the files of the epoch before
+        if self.train_config.keep_epoch_checkpoints:
+            weights = self.averaged.state_dict()
+            checkpoint.save_epoch(self.model_path, weights, epoch + 1, self.metrics[-1]["valid_loss"])
+        self.log.time(epoch, training=middle - start, evaluation=time.monotonic() - middle)
+        self.clean()
+        self.state.finish(epoch)
 
     def score_one_epoch(self, epoch):
         """Caption some validation photos -> {"CIDEr", "BLEU-4"} or {"exact_answers"}; see `RunLog.score`."""
@@ -925,22 +942,6 @@ def read_configs(argv):
     return SimpleNamespace(**model_cfg), SimpleNamespace(**train_cfg), download
 
 
-def load_data(train_cfg, download=False):
-    """The captions that the run trains on, rendered or downloaded first if need be -> DataFrame of usable rows.
-
-    Raises FileNotFoundError with the command that fetches a public dataset that is not there.
-    """
-    data_dir = train_cfg.data_dir
-    built_in = next((name for name in BUILT_IN if data_dir.resolve() == (DATA_DIR / name).resolve()), None)
-    if built_in:
-        BUILT_IN[built_in](data_dir, train_cfg.shapes_scenes)
-    elif download:
-        import downloads  # here, so that nothing else waits for it
-
-        downloads.fetch_dataset(train_cfg.dataset, data_dir)
-    return sources.load_usable(data_dir, train_cfg.captions_file, train_cfg.image_dir, train_cfg.dataset)
-
-
 def build_trainer(model_cfg, train_cfg, df):
     """Tokenizer, loaders, model and Trainer for the captions in `df`.
 
@@ -962,9 +963,9 @@ def main(argv=None):
     """Train, plot, demonstrate -> {"best_perplexity", "best_epoch"}, for Shapes also {"scores"}."""
     model_cfg, train_cfg, download = read_configs(sys.argv[1:] if argv is None else argv)
     torch.manual_seed(train_cfg.seed)
-    df = load_data(train_cfg, download)
+    df = load_data(train_cfg, DATA_DIR, download)
     trainer = build_trainer(model_cfg, train_cfg, df)
-    earlier = checkpoint.set_aside(train_cfg.model_path)
+    earlier = None if trainer.state.resumed else checkpoint.set_aside(train_cfg.model_path)
     if earlier:
         print(f"an earlier run was moved to {earlier}")
     resolved = as_toml(model_config=trainer.model.config, train_config=trainer.train_config)
@@ -993,5 +994,7 @@ if __name__ == "__main__":
         main()
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except Stopped as reason:
+        print(f"{reason}; the same command with --resume auto goes on from here")
     except KeyboardInterrupt:
         sys.exit("interrupted")

@@ -35,6 +35,7 @@ class CaptionBatchSampler(Sampler):
         self.captions_per_image = captions_per_image
         self.groups_per_batch = batch_size // captions_per_image
         self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+        self.first = 0  # batches that the next epoch leaves out, because a run that goes on has seen them
         self.lengths, self.window = lengths, window
 
     def set_epoch(self, epoch):
@@ -62,7 +63,8 @@ class CaptionBatchSampler(Sampler):
             windows = [order[start : start + size] for start in range(0, len(order), size)]
             order = np.concatenate([window[np.argsort(longest[window], kind="stable")] for window in windows])
             starts = rng.permutation(starts) if self.shuffle else starts
-        for start in starts:
+        first, self.first = self.first, 0
+        for start in starts[first:]:
             yield [int(row) for g in order[start : start + self.groups_per_batch] for row in groups[g]]
 
 

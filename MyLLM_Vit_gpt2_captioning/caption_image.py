@@ -13,10 +13,13 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
+
 import plots
 from command_line import add_decoding_arguments, decoding_options
 from decoding import caption_images
 from MyLLM_Vit_gpt2_captioning import OUTPUT_DIR, load_captioner, train_config
+from optimization import mixed_precision
 from preprocessing import load_image
 
 
@@ -38,7 +41,9 @@ def main(argv=None):
     try:
         model, tokenizer = load_captioner(args.checkpoint)
         options = dict(max_tokens=args.max_tokens, num_return_sequences=args.num, **decoding_options(args))
-        found = caption_images(model.to(train_config.device), tokenizer, args.images, prompt=args.prompt, **options)
+        autocast, _ = mixed_precision(torch.device(train_config.device), args.precision)
+        with autocast():
+            found = caption_images(model.to(train_config.device), tokenizer, args.images, prompt=args.prompt, **options)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
     captions = [caption if args.num > 1 else [caption] for caption in found]

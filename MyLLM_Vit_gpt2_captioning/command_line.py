@@ -205,6 +205,11 @@ def add_decoding_arguments(parser):
     parser.add_argument("--top_k", type=int, help="draw from the k likeliest words only")
     parser.add_argument("--top_p", type=float, help="draw from the likeliest words that have this probability together")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        help='"float32", "bf16" (on newer CPUs faster, a few words may differ) or "auto": bf16 or fp16 on CUDA only',
+    )
 
 
 def decoding_options(args):

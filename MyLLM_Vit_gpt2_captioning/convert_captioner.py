@@ -16,7 +16,8 @@ import torch
 
 import checkpoint
 import hugging_face
-from MyLLM_Vit_gpt2_captioning import REPO_ROOT, load_captioner, read_captioner_config
+from hugging_face import read_config
+from MyLLM_Vit_gpt2_captioning import REPO_ROOT, gpt2_config, load_captioner
 
 
 def main(argv=None):
@@ -28,7 +29,7 @@ def main(argv=None):
     try:
         if args.target.exists():
             raise FileExistsError(f"{args.target} is there already: give another folder")
-        folder, config = read_captioner_config(args.source)
+        folder, config = read_config(args.source, gpt2_config)
         model, tokenizer = load_captioner(folder)
         theirs = hugging_face.is_captioner(checkpoint.load_config(folder))
         if theirs:

@@ -16,12 +16,15 @@ import re
 import sys
 from pathlib import Path
 
+import torch
+
 import pages
 import sources
 from checkpoint import write_atomically
 from command_line import add_decoding_arguments, decoding_options
 from evaluation import as_table, cider_of_each, exact_answers, predict, score, table_rows
 from MyLLM_Vit_gpt2_captioning import DATA_DIR, OUTPUT_DIR, load_captioner, train_config
+from optimization import mixed_precision
 from token_cache import TokenCache, fill_caches
 
 SHOWN = 40  # best and worst photos on the page
@@ -61,6 +64,7 @@ def evaluate_split(args):
     else:
         model, tokenizer = load_captioner(args.checkpoint)
         model.to(train_config.device)
+        autocast, _ = mixed_precision(torch.device(train_config.device), args.precision)
         options = dict(batch_size=args.batch_size, **decoding_options(args))
         if args.cache_dir:
             cache = TokenCache(args.cache_dir, model)
@@ -69,11 +73,13 @@ def evaluate_split(args):
         if "prompt" in rows:
             right = rows.groupby(["image", "prompt"], sort=False)["caption"].agg(list).to_dict()
             asked = list(zip(*right, strict=True))  # images, questions
-            answers, _ = predict(model, tokenizer, *map(list, asked), **options)
+            with autocast():
+                answers, _ = predict(model, tokenizer, *map(list, asked), **options)
             entries = zip(*asked, answers, strict=True)
             predictions = [dict(image_id=image_id(i), question=q, caption=a) for i, q, a in entries]
             return _write(output, {"exact answers": exact_answers(answers, right.values())}, predictions)
-        captions, ended = predict(model, tokenizer, images, **options)
+        with autocast():
+            captions, ended = predict(model, tokenizer, images, **options)
         candidates = dict(zip(images, captions, strict=True))
     scores = score(candidates, references, ended)
     _write(output, scores, [dict(image_id=image_id(image), caption=caption) for image, caption in candidates.items()])

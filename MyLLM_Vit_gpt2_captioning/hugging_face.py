@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 
 from captions_tokenizer import END_OF_TEXT
-from checkpoint import CONFIG_FILE, TOKENIZER_FILE, find_folder, load_weights, write_atomically
+from checkpoint import CONFIG_FILE, TOKENIZER_FILE, find_folder, load_config, load_weights, write_atomically
 
 CAPTIONER = "vision-encoder-decoder"  # the model_type of such a config.json
 WEIGHTS_FILE, TORCH_FILE = "model.safetensors", "pytorch_model.bin"
@@ -319,6 +319,23 @@ def read_tower(source):
 def is_captioner(config):
     """True for the config.json (a dict) of a VisionEncoderDecoderModel."""
     return config.get("model_type") == CAPTIONER
+
+
+def read_config(source, read_decoder):
+    """A trained captioner (folder or hub id, ours or Hugging Face's) -> (folder, its model_config as a dict).
+
+    `read_decoder` as in `read_captioner_config`. Raises FileNotFoundError, or ValueError for what is no captioner.
+    """
+    folder = find_folder(source)
+    stored = load_config(folder)
+    if is_captioner(stored):
+        folder = fetch(source)
+        config, preprocessing = read_captioner_config(folder, read_decoder)
+    elif "model_config" in stored:
+        config, preprocessing = stored["model_config"], stored["preprocessing"]
+    else:
+        raise ValueError(f"{folder}: a {stored['model_type']} model, not a captioner")
+    return folder, config | {"preprocessing": preprocessing, "start_from": ""}  # what it started from is history
 
 
 def read_captioner_config(folder, read_decoder):

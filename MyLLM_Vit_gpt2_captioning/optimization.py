@@ -2,6 +2,7 @@
 accumulated and clipped gradients, the moving average of the weights."""
 
 import math
+import os
 from functools import partial
 
 import torch
@@ -64,6 +65,13 @@ def mixed_precision(device, precision="auto"):
     return autocast, torch.amp.GradScaler(enabled=precision == "fp16")
 
 
+def be_deterministic():
+    """Only operations that give the same bits every time; one that has no such form raises RuntimeError."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may choose another sum each time
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+
+
 def average_of(model, decay):
     """An exponential moving average of the model's weights (Polyak & Juditsky 1992), started from a copy of them.
 
@@ -83,7 +91,7 @@ class Optimization:
     def __init__(self, model, lr, steps, scaler, config):
         """`lr`: peak of new layers; `steps`: of the whole schedule; `scaler`: of `mixed_precision`; `config`: the
         train_config."""
-        self.model, self.scaler, self.config = model, scaler, config
+        self.model, self.scaler, self.config, self.peak = model, scaler, config, lr
         groups = parameter_groups(model, model.pretrained_parameters(), lr, config)
         fused = groups[0]["params"][0].device.type in ("cuda", "cpu")
         self.optimizer = torch.optim.AdamW(groups, fused=fused)
@@ -123,6 +131,33 @@ class Optimization:
         if self.average:
             self.average.update(self.model, step=self.scheduler.last_epoch)
         return True
+
+    def state_dict(self):
+        """All that the next steps depend on, next to the model."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": self.average.module.state_dict() if self.average else None,
+            "lr": self.peak,
+        }
+
+    def load_state_dict(self, state):
+        """Go on from what `state_dict` gave. Where the config has another peak rate or length by now, the schedule is
+        the new one, at the step it had come to."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average:
+            self.average.module.load_state_dict(state["average"])
+        done, steps = state["scheduler"]["last_epoch"], self.scheduler.total_steps
+        if (self.peak, steps) == (state["lr"], state["scheduler"]["total_steps"]):
+            self.scheduler.load_state_dict(state["scheduler"])
+            return
+        for group in self.optimizer.param_groups:
+            for key in ("initial_lr", "max_lr", "min_lr"):
+                group[key] *= self.peak / state["lr"]
+        self.scheduler.last_epoch = done
+        self.reschedule(steps)
 
     def _is_bad(self, value):
         """True when a loss or gradient norm is not finite; too many of them in a row end the run."""

@@ -24,6 +24,7 @@ class RunLog:
                 "which scst_epochs needs"
             )
         self.rows, self.samples = [], {}  # samples: {epoch: captions of the first scored images}
+        self.timings = []  # rows of timings.csv, which unlike metrics.csv is another one every time
 
     def record(self, epoch, stage, lr, trained, valid_perplexity, scores):
         """Add an epoch (counted from 0), print it, write metrics.csv.
@@ -44,6 +45,14 @@ class RunLog:
         trained = "" if math.isnan(train_loss) else f"training perplexity {row['train_perplexity']:.3f}, "
         shown = "".join(f", {name} {value:.3f}" for name, value in scores.items())
         print(f"epoch {epoch + 1}: {trained}validation perplexity {valid_perplexity:.3f}{shown}")
+
+    def time(self, epoch, training, evaluation):
+        """Add an epoch (counted from 0) to timings.csv: seconds since the run started, or went on in its middle."""
+        import pandas as pd
+
+        self.timings.append(dict(epoch=epoch + 1, training=round(training, 3), evaluation=round(evaluation, 3)))
+        table = pd.DataFrame(self.timings)
+        write_atomically(self.folder / "timings.csv", lambda path: table.to_csv(path, index=False))
 
     def is_best(self):
         """True when the last epoch is the best so far."""

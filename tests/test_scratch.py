@@ -194,6 +194,6 @@ def test_a_tower_that_never_trains_has_no_last_stage(script, tiny_config, dls, t
     config = SimpleNamespace(epochs=3, freeze_epochs_all=1, device="cpu", model_path=tmp_path, batch_size=4)
     trainer = script.Trainer(tiny_config, config, dls)
     for epoch in range(3):
-        trainer._enter_stage(epoch)
+        trainer.enter_stage(epoch)
     assert capsys.readouterr().out.count("training") == 1
     assert not any(p.requires_grad for p in model.encoder.parameters())

@@ -108,8 +108,8 @@ def test_whole_script_on_twelve_photos(script, flickr, tmp_path, capsys):
     result = script.main(["--data_dir", str(flickr), "--model_path", str(output), *TINY])
     assert set(result) == {"best_perplexity", "best_epoch"}
     assert sorted(path.name for path in output.iterdir()) == [
-        "captioner.pt", "captioner.safetensors", "cider.png", "config.json", "demo.png", "loss.png", "metrics.csv",
-        "perplexity.png", "recipe.toml", "samples.md", "tokenizer.json",
+        "captioner.pt", "captioner.safetensors", "cider.png", "config.json", "demo.png", "last", "loss.png",
+        "metrics.csv", "perplexity.png", "recipe.toml", "samples.md", "timings.csv", "tokenizer.json",
     ]  # fmt: skip
     table = pd.read_csv(output / "metrics.csv")
     assert table["epoch"].tolist() == [1, 2]
@@ -162,7 +162,7 @@ def test_flickr8k_in_the_default_folder(script, flickr, monkeypatch):
     monkeypatch.setattr(script.train_config, "data_dir", flickr)
     monkeypatch.setattr(script.train_config, "image_dir", flickr / "flickr30k_images")
     _, train_cfg, _ = script.read_configs([])
-    df = script.load_data(train_cfg)
+    df = script.load_data(train_cfg, script.DATA_DIR)
     assert len(df) == 24
     assert df["image"].map(lambda path: path.parent == flickr / "images").all()
 

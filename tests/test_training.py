@@ -74,7 +74,7 @@ def test_stages_are_those_that_change_something(
     trainer = script.Trainer(tiny_config, tiny_train_config, dls)
     seen = []
     for epoch in range(3):
-        trainer._enter_stage(epoch)
+        trainer.enter_stage(epoch)
         seen.append(trainer.stage)
     assert seen == stages
 
