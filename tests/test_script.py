@@ -269,6 +269,10 @@ def test_caption_image_searches_and_samples(capsys):
     assert draws != lines("--temperature", "3", "--top_k", "50", "--num", "5", "--seed", "2")
     assert lines("--prompt", "below a")[0].startswith(f"{scene[0]}: below a")
     assert lines("--beam", "1") == lines()
+    assert len(lines("--beam", "4", "--length_penalty", "9")[0]) >= len(beams[0])
+    with pytest.raises(SystemExit, match="--length_penalty is for beam search"):
+        lines("--length_penalty", "2")
+    assert lines("--precision", "bf16") == lines()
     with pytest.raises(SystemExit, match="choose beam search"):
         caption_image.main([*scene, "--beam", "4", "--sample"])
     with pytest.raises(SystemExit, match="num_beams must be at least 1"):
