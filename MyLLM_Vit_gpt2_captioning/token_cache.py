@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import zlib
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -93,7 +94,7 @@ class TokenCache:
         """Compute the tokens that are `missing`.
 
         Raises ValueError that names a photo that cannot be read or whose tokens float16 cannot hold; the tokens of the
-        photos before it stay.
+        photos before it stay. OSError that names the folder when the disk is full; the tokens before that stay, too.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".lock"):  # a second run that needs the same tokens waits for them
@@ -152,10 +153,20 @@ class TokenCache:
                     lines.flush()
                     os.fsync(lines.fileno())
                     written = []
+            for file in (lines, *levels):
+                file.close()  # writes what Python still held back
+        except OSError as error:
+            if isinstance(error, FileNotFoundError):  # a photo's
+                raise
+            raise OSError(
+                f"{self.folder}: the tokens could not be written ({error.strerror or error}); those of {self.rows:,} "
+                "photos are kept. Make room, or give another disk with --cache_dir FOLDER, and start again"
+            ) from error
         finally:
             bar.close()
             for file in (lines, *levels):
-                file.close()
+                with suppress(OSError):  # of a full disk, again
+                    file.close()
             self._maps = None
 
     def _identity(self, path, captions):
