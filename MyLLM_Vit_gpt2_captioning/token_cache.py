@@ -182,17 +182,23 @@ class TokenCache:
 
     def _read_index(self):
         """What is there: {path: [row, size, time, mirrored]}. Only whole lines whose tokens are on the disk
-        count; nothing is changed, because another run may be at work here."""
+        count, and none behind a damaged one; nothing is changed, because another run may be at work here."""
         self.index, self.rows, self._whole, self._maps = {}, 0, 0, None
         index, manifest = self.folder / "index.jsonl", self.folder / "manifest.json"
         if not (index.is_file() and manifest.is_file()):
             return
-        self.shapes = [tuple(shape) for shape in json.loads(manifest.read_text())["shapes"]]
+        try:
+            self.shapes = [tuple(shape) for shape in json.loads(manifest.read_bytes())["shapes"]]
+        except (ValueError, KeyError, TypeError):  # damaged: all is computed again
+            return
         sizes = [file.stat().st_size if file.is_file() else 0 for file in self._files()]
         stored = min(size // (2 * math.prod(shape)) for size, shape in zip(sizes, self.shapes, strict=True))
         for line in index.read_bytes().splitlines(keepends=True)[:stored]:
             if line.endswith(b"\n"):
-                path, *identity = json.loads(line)
+                try:
+                    path, *identity = json.loads(line)
+                except ValueError:
+                    break
                 self.index[path] = [self.rows, *identity]
                 self.rows += 1
                 self._whole += len(line)  # bytes of the index that count
