@@ -33,20 +33,20 @@ import plots
 import shapes
 import sources
 from augmentation import TrainingTransforms, ValidationTransforms
+from bad_images import BadImages, CheckedLoader
 from batching import CaptionBatchSampler, exact_captions_per_image, several, stack, to_device
-from built_in import BUILT_IN, load_data
+from built_in import BUILT_IN, default_recipe, load_data
 from captions_tokenizer import CaptionTokenizer, check_eos, encode_caption, encode_prompt
 from chunked_loss import chunked_cross_entropy
 from command_line import as_toml, merge, parse_overrides, what_to_give, with_defaults
 from decoding import BlockCache, caption_images, generate_ids, trim
 from encoders import build_encoder, frame_of, preprocessing_of, resolve_encoder, run_block
-from hugging_face import read_config
 from MyLLM.ch3 import KeyValueCache, merge_heads, split_heads
 from MyLLM.ch4 import GPTModel, LayerNorm, TransformerBlock, initial_std
 from MyLLM.MyLLM_nominal import gpt2_config, hf_name, load_hf_gpt2_weights, read_hf_gpt2
 from optimization import Optimization, be_deterministic, mixed_precision
 from positions import SinusoidalPositions
-from preprocessing import load_image, normalize
+from preprocessing import normalize
 from progress import progress_bar
 from run_log import RunLog, perplexity
 from run_state import RunState, Stopped
@@ -117,6 +117,7 @@ train_config = SimpleNamespace(
     cache_views=1,  # versions of a training photo in the cache: itself, and augmented ones, the same for every seed
     crop_scale=0.8,  # smallest share of a photo's area that a training crop keeps
     max_bad_steps=20,  # consecutive steps with a non-finite loss or gradient after which training stops
+    max_bad_images=100,  # photos that may turn out unreadable before training stops; their captions count nothing
     num_workers=0 if DEVICE == "cpu" else min(8, os.cpu_count()),  # processes that load images
     device=DEVICE,  # where to train; cuda:1 is a second GPU
     gradient_checkpointing=False,  # compute blocks again in the backward pass: slower, but takes little memory
@@ -145,6 +146,7 @@ train_config = SimpleNamespace(
 )
 
 IGNORED_LABEL = -100  # what cross_entropy skips
+read_config = partial(hugging_face.read_config, read_decoder=gpt2_config, constants=model_config)
 
 
 def complete_configs(model=None, train=None):
@@ -152,7 +154,7 @@ def complete_configs(model=None, train=None):
     the captioner to start from, and a transformers model as encoder is put into timm's words."""
     model, defaults = model or SimpleNamespace(), model_config
     if getattr(model, "start_from", "") and not vars(defaults).keys() <= vars(model).keys():
-        stored = SimpleNamespace(**read_config(model.start_from, gpt2_config)[1])
+        stored = SimpleNamespace(**read_config(model.start_from)[1])
         defaults = with_defaults(stored, model_config)
         model = SimpleNamespace(**vars(model))
         model.preprocessing = stored.preprocessing | getattr(model, "preprocessing", {})
@@ -219,7 +221,7 @@ class Dataset(torch.utils.data.Dataset):
     makes them, and decodes and augments the image once for all K. The tokenizer is GPT-2's unless one is given.
     """
 
-    def __init__(self, df, tfms, tokenizer=None, captions_per_image=1, max_length=1024, seed=0):
+    def __init__(self, df, tfms, tokenizer=None, captions_per_image=1, max_length=1024, seed=0, max_bad_images=100):
         self.images = [str(path) for path in df["image"]]
         self.captions = list(df["caption"])
         self.prompts = list(df["prompt"]) if "prompt" in df else [""] * len(df)
@@ -228,6 +230,7 @@ class Dataset(torch.utils.data.Dataset):
             self.captions_of.setdefault(image, []).extend(filter(None, texts))
         self.tfms, self.tokenizer = tfms, _gpt2_tokenizer() if tokenizer is None else tokenizer
         self.captions_per_image, self.max_length, self.seed = captions_per_image, max_length, seed
+        self.bad_images = BadImages(self.captions_of, max_bad_images)
         self.token_caches = []  # a `TokenCache` for each view, where the encoder's tokens are not computed anew
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # shared: workers live longer than an epoch
 
@@ -247,11 +250,11 @@ class Dataset(torch.utils.data.Dataset):
         return [item for start in range(0, len(rows), K) for item in self._items(rows[start : start + K])]
 
     def look(self, path, row):
-        """What the model is given of an image: a tensor (3, H, W), or from a token cache one (N, C) a level."""
+        """What the model is given of an image (grey if unreadable): (3, H, W), or from a token cache (N, C) a level."""
         seed = [self.seed, int(self.epoch), row]
         if self.token_caches:
             return self.token_caches[np.random.default_rng(seed).integers(len(self.token_caches))][path]
-        pixels = np.asarray(load_image(path, getattr(self.tfms, "least_side", None)))  # (H, W, 3) uint8
+        pixels = self.bad_images.load(path, getattr(self.tfms, "least_side", None))  # (H, W, 3) uint8
         return self.tfms(image=pixels, captions=self.captions_of[path], seed=seed)["image"]
 
     def _items(self, rows):
@@ -262,8 +265,10 @@ class Dataset(torch.utils.data.Dataset):
             token_ids = encode_caption(self.tokenizer, self.captions[row], self.max_length, prompt)
             labels = _shift_labels(token_ids)
             if prompt:
-                given = min(len(encode_prompt(self.tokenizer, prompt)), self.max_length - 2) - 1
+                given = min(len(encode_prompt(self.tokenizer, prompt)), max(1, self.max_length - 2)) - 1
                 labels[:given] = [IGNORED_LABEL] * given
+            if self.images[row] in self.bad_images:  # there is nothing to learn from a grey image
+                labels = [IGNORED_LABEL] * len(labels)
             items.append((image, token_ids, labels))
         return items
 
@@ -290,7 +295,7 @@ def build_tokenizer(model_config, captions):
     """The tokenizer of the captioner to start from, or the one that `model_config.tokenizer` names; "bpe" and "word"
     are learnt from `captions`."""
     if model_config.start_from:
-        return CaptionTokenizer(read_config(model_config.start_from, gpt2_config)[0])
+        return CaptionTokenizer(read_config(model_config.start_from)[0])
     if model_config.tokenizer == "gpt2":
         return tokenizer
     return CaptionTokenizer.train(captions, model_config.vocab_size, model_config.tokenizer)
@@ -298,35 +303,29 @@ def build_tokenizer(model_config, captions):
 
 def build_dataloaders(df, tokenizer, model_config, train_config):
     """DataFrame of `_load_flickr_dataframe` -> (training DataLoader, validation DataLoader)."""
-    model_config, train_config = complete_configs(model_config, train_config)
+    model_config, config = complete_configs(model_config, train_config)
     photo = preprocessing_of(model_config)
     loaders = []
     transforms = build_transforms(
-        photo["img_size"], photo["mean"], photo["std"], train_config.crop_scale, photo["resample"], normalized=False
+        photo["img_size"], photo["mean"], photo["std"], config.crop_scale, photo["resample"], normalized=False
     )
     for split, tfms in zip(("train", "val"), transforms, strict=True):
         rows = df[df["split"] == split]
         if rows.empty:
-            raise ValueError(f"{train_config.data_dir}: no usable caption is in the {split} split")
-        training, K = split == "train", train_config.captions_per_image
+            raise ValueError(f"{config.data_dir}: no usable caption is in the {split} split")
+        training, K = split == "train", config.captions_per_image
         if not training:
             K = exact_captions_per_image(rows["image"], K)  # validation counts every caption exactly once
         words = rows["caption"].str.count(" ").to_list()  # tells long captions from short ones in any tokens
-        loader = torch.utils.data.DataLoader(
-            Dataset(rows, tfms, tokenizer, K, model_config.seq_len, train_config.seed),
+        loader = CheckedLoader(
+            Dataset(rows, tfms, tokenizer, K, model_config.seq_len, config.seed, config.max_bad_images),
             batch_sampler=CaptionBatchSampler(
-                rows["image"],
-                train_config.batch_size,
-                K,
-                training,
-                train_config.seed,
-                words,
-                train_config.length_window,
+                rows["image"], config.batch_size, K, training, config.seed, words, config.length_window
             ),
             collate_fn=partial(collate_fn, tokenizer=tokenizer, captions_per_image=K),
-            num_workers=train_config.num_workers,
-            persistent_workers=train_config.num_workers > 0,
-            pin_memory=train_config.device.startswith("cuda"),
+            num_workers=config.num_workers,
+            persistent_workers=config.num_workers > 0,
+            pin_memory=config.device.startswith("cuda"),
             generator=torch.Generator(),  # its own: how often workers start must not shift the dropout's random numbers
         )
         loaders.append(loader)
@@ -594,14 +593,14 @@ class VisionGPT2Model(nn.Module):
         Raises FileNotFoundError or ValueError that says what is missing or does not fit.
         """
         if isinstance(source, (str, Path)):
-            folder, stored = read_config(source, gpt2_config)
+            folder, stored = read_config(source)
             with frame_of(stored):
                 model = cls(SimpleNamespace(**stored), encoder_weights="stored")
             model._load_captioner(folder)
             return model.eval()
         config, _ = complete_configs(model=source)
         if config.start_from:
-            folder, _ = read_config(config.start_from, gpt2_config)
+            folder, _ = read_config(config.start_from)
             model = cls(config)
             model._load_captioner(folder)
             return model
@@ -646,7 +645,7 @@ class VisionGPT2Model(nn.Module):
 
 def load_captioner(source):
     """A trained captioner (folder or hub id, ours or Hugging Face's) -> (model in eval mode, its tokenizer)."""
-    folder, _ = read_config(source, gpt2_config)
+    folder, _ = read_config(source)
     model, tok = VisionGPT2Model.from_pretrained(folder), CaptionTokenizer(folder)
     check_eos(tok, model.config)
     return model, tok
@@ -770,6 +769,8 @@ class Trainer:
         """
         weights = [_labels(batch) if len(batch) == 3 else len(batch[1]) for batch in batches]
         for batch, weight in zip(batches, weights, strict=True):
+            if not weight:
+                continue  # none of its photos can be read
             if len(batch) == 3:
                 loss = self._loss(batch)
                 value = loss.item()
@@ -918,16 +919,7 @@ def read_configs(argv):
     captioner to start from, and of the command line. Without a dataset the recipe is Shapes'."""
     sections = dict(model_config=model_config, train_config=train_config)
     given, recipe, download = parse_overrides(argv, __file__, **sections)
-    given_paths = {"data_dir", "captions_file"} & given["train_config"].keys()
-    if recipe is None and not given_paths and not download and sources.find_captions(train_config.data_dir) is None:
-        print(
-            f"no dataset in {train_config.data_dir}: training on the built-in Shapes instead. To train on Flickr30k, "
-            "add --download, or put results.csv and flickr30k_images/ there; data/README.md says where to get them."
-        )
-        recipe = "shapes"
-    if recipe is None and "data_dir" in given_paths:
-        folder = given["train_config"]["data_dir"].resolve()
-        recipe = next((name for name in BUILT_IN if folder == (DATA_DIR / name).resolve()), None)
+    recipe = recipe or default_recipe(given["train_config"], train_config.data_dir, DATA_DIR, download)
     from_recipe, model_cfg, train_cfg = merge(given, recipe, RECIPES_DIR, REPO_ROOT, **sections)
     if recipe in BUILT_IN and "data_dir" not in from_recipe["train_config"] | given["train_config"]:
         from_recipe["train_config"]["data_dir"] = train_cfg["data_dir"] = DATA_DIR / recipe

@@ -7,6 +7,24 @@ import sources
 BUILT_IN = {"shapes": shapes.write_dataset, "vqa_shapes": shapes.write_questions}
 
 
+def default_recipe(given, data_dir, data_folder, download):
+    """The recipe of a run that names none -> that of the built-in dataset in the folder it was given, or Shapes' where
+    there is no dataset at all, or None. `given`: its train constants; `data_dir`: where the dataset else is."""
+    if "data_dir" in given:
+        return _built_in(given["data_dir"], data_folder)
+    if "captions_file" in given or download or sources.find_captions(data_dir) is not None:
+        return None
+    print(
+        f"no dataset in {data_dir}: training on the built-in Shapes instead. To train on Flickr30k, "
+        "add --download, or put results.csv and flickr30k_images/ there; data/README.md says where to get them."
+    )
+    return "shapes"
+
+
+def _built_in(folder, data_folder):
+    return next((name for name in BUILT_IN if folder.resolve() == (data_folder / name).resolve()), None)
+
+
 def load_data(train_cfg, data_folder, download=False):
     """The captions that the run trains on, rendered or downloaded first if need be -> DataFrame of usable rows.
 
@@ -14,8 +32,7 @@ def load_data(train_cfg, data_folder, download=False):
     public dataset that is not there.
     """
     data_dir = train_cfg.data_dir
-    built_in = next((name for name in BUILT_IN if data_dir.resolve() == (data_folder / name).resolve()), None)
-    if built_in:
+    if built_in := _built_in(data_dir, data_folder):
         BUILT_IN[built_in](data_dir, train_cfg.shapes_scenes)
     elif download:
         import downloads  # here, so that nothing else waits for it

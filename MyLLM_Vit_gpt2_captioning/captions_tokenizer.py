@@ -26,6 +26,13 @@ def _byte_level(model):
     return backend
 
 
+def _read(path, read):
+    try:
+        return read(str(path))
+    except Exception as error:  # the library raises Exception itself
+        raise ValueError(f"{path}: damaged, or not a tokenizer ({error}); take the file from a backup") from error
+
+
 class CaptionTokenizer:
     """`encode(text)` -> ids without special tokens; `decode(ids)` -> text without special tokens.
 
@@ -68,12 +75,14 @@ class CaptionTokenizer:
 
     @cached_property
     def backend(self):
-        """The underlying `tokenizers.Tokenizer`. Raises FileNotFoundError that says where to get a missing one."""
+        """The underlying `tokenizers.Tokenizer`. Raises FileNotFoundError that says where to get a missing one,
+        ValueError that names a damaged file."""
         folder = Path(self.source)
         if (folder / TOKENIZER_FILE).is_file():
-            backend = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+            backend = _read(folder / TOKENIZER_FILE, Tokenizer.from_file)
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            backend = _byte_level(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+            merges = str(folder / "merges.txt")
+            backend = _byte_level(_read(folder / "vocab.json", lambda vocab: models.BPE.from_file(vocab, merges)))
             backend.add_special_tokens([END_OF_TEXT])
         elif folder.is_dir():
             raise FileNotFoundError(f"{folder}: no {TOKENIZER_FILE}, and no vocab.json with merges.txt")
@@ -137,7 +146,7 @@ def encode_caption(tokenizer, caption, max_length, prompt=""):
 
     With a prompt (a question) the ids are [BOS] prompt caption [EOS].
     """
-    ids = encode_prompt(tokenizer, prompt)[: max_length - 2]
+    ids = encode_prompt(tokenizer, prompt)[: max(1, max_length - 2)]
     caption_ids = tokenizer.encode(f" {caption}" if prompt else caption)
     return [*ids, *caption_ids[: max_length - 1 - len(ids)], tokenizer.eos_token_id]
 

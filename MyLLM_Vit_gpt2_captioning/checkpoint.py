@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ TORCH_FILE = "captioner.pt"
 CONFIG_FILE = "config.json"
 RECIPE_FILE = "recipe.toml"
 EPOCHS_FOLDER = "epochs"
+OTHER_COPY = "take another copy of the checkpoint, or train again"
+SIZES = ("embed_dim", "num_heads", "depth", "seq_len", "vocab_size", "img_size")  # in config.json; never below 1
 CURVES = ("loss", "perplexity", "CIDEr", "exact_answers", "reward")  # a picture each, where a run has them
 RUN_FILES = (
     RECIPE_FILE,
@@ -44,7 +47,8 @@ RUN_FILES = (
 def write_atomically(path, write):
     """`write(draft_path)`, then put the finished file in the place of `path` in one step.
 
-    A reader, or a crash at any moment, sees the old file or the new one, never half of one.
+    A reader, or a crash at any moment, sees the old file or the new one, never half of one. Raises OSError that names
+    `path` when the disk is full or the folder cannot be written.
     """
     path = Path(path)
     draft = path.with_name(f".{path.name}.part")
@@ -53,8 +57,15 @@ def write_atomically(path, write):
         with open(draft, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
+    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where the disk is full
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(
+            f"{path}: could not be written ({reason}); what was there before is still whole. Make room, or allow "
+            "writing there, or choose another folder"
+        ) from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder itself may be gone
+            draft.unlink(missing_ok=True)
 
 
 def save_checkpoint(folder, state_dict, config, tokenizer):
@@ -91,10 +102,11 @@ def portable(config, root):
     return {key: shown(value) for key, value in vars(config).items()}
 
 
-def load_config(folder):
+def load_config(folder, constants=None):
     """config.json of a checkpoint of ours or of Hugging Face's, as a dict.
 
-    Raises FileNotFoundError or ValueError that names the file.
+    Raises FileNotFoundError or ValueError that names the file; also where a value of ours has another type than in
+    `constants`, the script's model_config.
     """
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
@@ -102,10 +114,28 @@ def load_config(folder):
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if isinstance(config, dict) and ({"model_config", "preprocessing"} <= config.keys() or "model_type" in config):
+        raise ValueError(f"{path}: not valid JSON ({error}); {OTHER_COPY}") from error
+    if isinstance(config, dict) and {"model_config", "preprocessing"} <= config.keys():
+        photo = dict(img_size=0, mean=[], std=[], resample="")
+        for section, known in (("model_config", vars(constants) if constants else {}), ("preprocessing", photo)):
+            _check_types(config[section], known, f"{path}: {section}")
+        return config
+    if isinstance(config, dict) and isinstance(config.get("model_type"), str):
         return config
     raise ValueError(f"{path}: not the config of a captioner (no model_config and preprocessing in it)")
+
+
+def _check_types(values, known, place):
+    """Raise ValueError where `values` is no dict, or one of them has another type than in `known`; an int may stand for
+    a float, a text for a path."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{place} is {repr(values)[:60]}, but must be an object; {OTHER_COPY}")
+    for key in values.keys() & known.keys():
+        value, kind = values[key], type(known[key])
+        right = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+        if not right or (key in SIZES and value < 1):
+            expected = "a positive int" if key in SIZES else f"of type {kind.__name__}"
+            raise ValueError(f"{place}: {key} is {repr(value)[:60]}, but must be {expected}; {OTHER_COPY}")
 
 
 def load_weights(path):
@@ -121,7 +151,8 @@ def load_weights(path):
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{path}: damaged, or not a weights file ({str(error).splitlines()[0]})") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: damaged, or not a weights file ({reason}); {OTHER_COPY}") from error
 
 
 def set_aside(folder):
@@ -130,7 +161,12 @@ def set_aside(folder):
     Returns the new place, or None when there was no earlier run.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"{folder}: cannot be made ({error.strerror}); choose another with --model_path FOLDER"
+        ) from error
     config = folder / CONFIG_FILE
     if not config.is_file():
         return None
@@ -176,7 +212,7 @@ def load_strictly(model, path):
         if stored[key].shape != own[key].shape
     ]
     if problems:
-        raise ValueError(f"{path} does not fit the model:\n  " + "\n  ".join(sorted(problems)))
+        raise ValueError(f"{path} does not fit the model:\n  " + "\n  ".join(sorted(problems)) + f"\n{OTHER_COPY}")
     fill(model, stored)
 
 

@@ -15,7 +15,7 @@ def chunked_cross_entropy(hidden, weight, targets, label_smoothing=0.0, chunk=CH
     """hidden (N, C), head weight (V, C), targets (N,) -> mean cross-entropy, a float32 scalar.
 
     The value and gradients of `F.cross_entropy(F.linear(hidden, weight), targets)`; under autocast products are made in
-    its dtype, everything else in float32. `chunk`: scores that may exist at a time.
+    its dtype, everything else in float32. `chunk`: scores that may exist at a time. Without any token the loss is 0.
     """
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, label_smoothing, max(1, chunk // len(weight)))
 
@@ -48,7 +48,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                         grad_weight += error.t() @ x
         # Divided by N in `backward` only: in fp16 the smallest of these numbers would be lost, divided they all would.
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.count = len(hidden)
+        ctx.count = max(1, len(hidden))
         return total / ctx.count
 
     @staticmethod

@@ -16,8 +16,7 @@ import torch
 
 import checkpoint
 import hugging_face
-from hugging_face import read_config
-from MyLLM_Vit_gpt2_captioning import REPO_ROOT, gpt2_config, load_captioner
+from MyLLM_Vit_gpt2_captioning import REPO_ROOT, load_captioner, read_config
 
 
 def main(argv=None):
@@ -29,7 +28,7 @@ def main(argv=None):
     try:
         if args.target.exists():
             raise FileExistsError(f"{args.target} is there already: give another folder")
-        folder, config = read_config(args.source, gpt2_config)
+        folder, config = read_config(args.source)
         model, tokenizer = load_captioner(folder)
         theirs = hugging_face.is_captioner(checkpoint.load_config(folder))
         if theirs:

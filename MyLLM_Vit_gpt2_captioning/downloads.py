@@ -67,7 +67,10 @@ def _refuse_unsafe(member, archive):
     mode = stat.S_IFMT(member.external_attr >> 16)
     for path in (PurePosixPath(member.filename), PureWindowsPath(member.filename)):
         if path.anchor or ".." in path.parts or mode not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise ValueError(f"{archive}: refused, for it holds {member.filename!r}, a link or a name that leads out")
+            raise ValueError(
+                f"{archive}: refused, for it holds {member.filename!r}, a link or a name that leads out; nothing was "
+                "unpacked: get the archive from its publisher"
+            )
 
 
 def _place(name, places):

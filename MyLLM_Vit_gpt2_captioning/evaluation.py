@@ -59,11 +59,11 @@ def evaluate(model, dataloader, tokenizer, device=None, java=False, **options):
 
 
 def score_subset(model, tokenizer, dataset, count, look=None):
-    """Caption the first `count` images of a `Dataset`, or answer its first `count` questions ->
+    """Caption the first `count` images of a `Dataset` (without `bad_images`), or answer its first `count` questions ->
     ({name: true captions}, captions, {"CIDEr", "BLEU-4"} or {"exact_answers"})."""
     truth = {}
     for image, prompt, caption in zip(dataset.images, dataset.prompts, dataset.captions, strict=True):
-        if (image, prompt) in truth or len(truth) < count:
+        if image not in dataset.bad_images and ((image, prompt) in truth or len(truth) < count):
             truth.setdefault((image, prompt), []).append(caption)
     images, prompts = (list(column) for column in zip(*truth, strict=True))
     captions, _ = predict(model, tokenizer, images, prompts, title="scoring", look=look)

@@ -321,13 +321,14 @@ def is_captioner(config):
     return config.get("model_type") == CAPTIONER
 
 
-def read_config(source, read_decoder):
+def read_config(source, read_decoder, constants=None):
     """A trained captioner (folder or hub id, ours or Hugging Face's) -> (folder, its model_config as a dict).
 
-    `read_decoder` as in `read_captioner_config`. Raises FileNotFoundError, or ValueError for what is no captioner.
+    `read_decoder` as in `read_captioner_config`, `constants` as in `load_config`. Raises FileNotFoundError, or
+    ValueError for what is no captioner.
     """
     folder = find_folder(source)
-    stored = load_config(folder)
+    stored = load_config(folder, constants)
     if is_captioner(stored):
         folder = fetch(source)
         config, preprocessing = read_captioner_config(folder, read_decoder)

@@ -108,15 +108,19 @@ class Optimization:
 
     def step(self, losses):
         """One step down the gradient of the sum of `losses`, scalars that are asked for one by one so that only one
-        graph exists at a time -> True; False where a loss or the gradient is not finite: nothing has changed.
+        graph exists at a time -> True; False where a loss or the gradient is not finite, or where there is no loss (no
+        photo of the batches could be read): nothing has changed.
 
         Raises FloatingPointError after `max_bad_steps` of those in a row.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        loss = None
         for loss in losses:
             if self._is_bad(loss):
                 return False
             self.scaler.scale(loss).backward()
+        if loss is None:
+            return False
         self.scaler.unscale_(self.optimizer)
         if self._is_bad(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)):
             if self.scaler.is_enabled():  # it skips the step too, and takes a smaller scale

@@ -92,11 +92,22 @@ def show_windows():
 
 
 def draw_demo(caption, rows, count, path):
-    """Caption the first `count` photos of `rows` (or answer a question about each), print it and draw it to `path`.
+    """Caption the first `count` photos of `rows` that can be read (or answer a question about each), print it and draw
+    it to `path`.
 
     `rows`: a DataFrame with image, caption and maybe prompt; `caption(images, prompt=[...])` gives the texts.
     """
-    rows = rows.drop_duplicates("image").head(count)
+    rows, photos = rows.drop_duplicates("image"), []
+    readable = []
+    for image in rows["image"]:
+        if len(photos) == count:
+            break
+        try:
+            photos.append(load_image(image))
+            readable.append(image)
+        except (OSError, ValueError) as error:
+            print(f"warning: {error}. The demo goes on without it")
+    rows = rows[rows["image"].isin(readable)]
     if rows.empty:
         return
     questions = list(rows["prompt"]) if "prompt" in rows else [""] * len(rows)
@@ -104,4 +115,4 @@ def draw_demo(caption, rows, count, path):
     for image, question, text, truth in zip(rows["image"], questions, generated, rows["caption"], strict=True):
         print(f"{image.name} {question}\n    generated: {text}\n    true:      {truth}")
     shown = [f"{question} {text}".strip() for question, text in zip(questions, generated, strict=True)]
-    plot_captions([load_image(image) for image in rows["image"]], shown, list(rows["caption"]), path)
+    plot_captions(photos, shown, list(rows["caption"]), path)

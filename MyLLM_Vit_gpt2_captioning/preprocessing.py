@@ -21,17 +21,29 @@ def load_image(source, least_side=None):
     name = getattr(source, "filename", "") or "the image" if isinstance(source, Image.Image) else source
     try:
         if isinstance(source, Image.Image):
-            return ImageOps.exif_transpose(source).convert("RGB")  # phones store the turn beside the pixels
+            return _as_rgb(ImageOps.exif_transpose(source))  # phones store the turn beside the pixels
         image = Image.open(source)
         if least_side:
             image.draft(None, (least_side, least_side))  # does nothing for other formats
         image.load()
         ImageOps.exif_transpose(image, in_place=True)  # nobody else has this image: it needs no copy
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return image if image.mode == "RGB" else _as_rgb(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such image") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a decoder may stumble over a damaged file in any way: TypeError, struct.error, ...
         raise ValueError(f"{name}: not a readable image ({error}); replace the file or remove its rows") from error
+
+
+def _as_rgb(image):
+    """An image of any mode -> 8-bit RGB. Transparency is left out: the colours are those that are stored."""
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255: nearly all of it white
+        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray((values // 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; save it with 8 bits a channel")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns
+    return image.convert("RGB")
 
 
 def to_tensor(pixels):

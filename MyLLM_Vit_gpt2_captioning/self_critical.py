@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.data
 
+from bad_images import CheckedLoader
 from batching import CaptionBatchSampler, stack
 from captions_tokenizer import encode_caption
 from decoding import generate_ids, next_token_scores
@@ -58,7 +59,8 @@ class SelfCritical:
         lengths = [len(encode_caption(self.tokenizer, text, dataset.max_length)) for text in texts]
         self.max_tokens = int(np.quantile(lengths, 0.99))
         per_step = max(1, config.batch_size // samples)
-        self.loader = torch.utils.data.DataLoader(
+        self.bad_images = dataset.bad_images
+        self.loader = CheckedLoader(
             _PhotoDataset(dataset, self.photos),
             batch_sampler=CaptionBatchSampler(self.photos, per_step, seed=dataset.seed),
             collate_fn=_collate,
@@ -87,7 +89,8 @@ class SelfCritical:
             with autocast():
                 greedy = draw(deterministic=True)  # (B, T)
             baselines = self.rewards(greedy, places)[:, None]
-        advantages = (rewards - baselines).to(ids.device).flatten()  # (B * samples,)
+        readable = torch.tensor([self.photos[place] not in self.bad_images for place in places.tolist()])
+        advantages = ((rewards - baselines) * readable[:, None]).to(ids.device).flatten()  # (B * samples,)
         targets = ids[:, 1:]
         ends = targets == self.tokenizer.eos_token_id
         real = ends.cumsum(1) - ends.long() == 0  # (B * samples, T - 1): up to the first EOS, which counts
@@ -112,7 +115,7 @@ class _PhotoDataset(torch.utils.data.Dataset):
     """Each photo of a caption dataset once: (what the model takes, its place)."""
 
     def __init__(self, dataset, photos):
-        self.dataset, self.photos = dataset, photos
+        self.dataset, self.photos, self.bad_images = dataset, photos, dataset.bad_images
 
     def set_epoch(self, epoch):
         self.dataset.set_epoch(epoch)

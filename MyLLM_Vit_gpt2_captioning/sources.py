@@ -17,6 +17,7 @@ one photo in different splits would let validation see a training photo.
 pandas is imported in the functions that make frames, so that captioning a photo does not wait for it.
 """
 
+import codecs
 import io
 import json
 import re
@@ -46,6 +47,7 @@ COLUMN_NAMES = {
     "prompt": ("question",),
 }
 NOT_UTF8 = "\ufffd"  # what stands in a caption for bytes that are no UTF-8
+LONGEST_CAPTION = 10_000  # characters; what is longer is no caption, and scoring it may take minutes
 
 
 # --- the one entrance -------------------------------------------------------------------------------------------------
@@ -123,14 +125,24 @@ def _find_images(names, roots, source, row_name):
         if name in found:
             continue
         candidates = [root / name for root in roots]  # an absolute name stays what it is
-        within = zip(candidates, roots, strict=True)
+        within = zip(candidates, roots, strict=True) if "\0" not in name else ()  # NUL: no path can be made of it
         suspicious = Path(name).is_absolute() or ".." in Path(name).parts
         if suspicious and not any(path.resolve().is_relative_to(root.resolve()) for path, root in within):
-            raise ValueError(f"{source}, {row_name} {row}: the image {name!r} lies outside of {roots[0]}")
+            raise ValueError(
+                f"{source}, {row_name} {row}: the image {name!r} lies outside of {roots[0]}; move it there"
+            )
         # COCO's names come with their folder (train2017/1.jpg), which is left out when the image folder is that folder.
         candidates += [root / Path(name).name for root in roots if "/" in name and not Path(name).is_absolute()]
-        found[name] = next((path for path in candidates if path.is_file()), candidates[0])
+        found[name] = next((path for path in candidates if _is_file(path)), candidates[0])
     return names.map(found)
+
+
+def _is_file(path):
+    """Whether it is one; also for a name that is too long to be one, where Path raises OSError."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 # --- readers: path -> DataFrame with image (name), caption, maybe split and prompt ------------------------------------
@@ -170,7 +182,7 @@ def _cleaned(df, path):
             raise ValueError(
                 f"{path}, {df.index.name} {df.index[row]}: the {column} is {df[column].iloc[row]!r}, not a text"
             )
-        df[column] = df[column].fillna("").astype(str).str.split().str.join(" ").str.lower()
+        df[column] = df[column].astype(object).fillna("").astype(str).str.split().str.join(" ").str.lower()
     if "split" in df:
         if df["split"].isna().all():
             return df.drop(columns="split")
@@ -186,11 +198,20 @@ def _cleaned(df, path):
 
 
 def _text(path):
-    """The text of a file; bytes that are no UTF-8 become NOT_UTF8, so that their rows can be counted and named."""
-    text = path.read_bytes().decode("utf-8-sig", errors="replace")
+    """The text of a file, UTF-8 or what Windows calls Unicode (UTF-16 with its mark), its lines ended by "\n" alone;
+    bytes that are neither become NOT_UTF8, so that their rows can be counted and named."""
+    text = _decoded(path)
     if not text.strip():
         raise ValueError(f"{path}: the file is empty")
     return text
+
+
+def _decoded(path):
+    content = path.read_bytes()
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = content.decode("utf-16" if utf16 else "utf-8-sig", errors="replace").replace("\r\n", "\n")
+    # Alone, as Macs once ended lines, "\r" ends them too; beside "\n" it is a character of a caption.
+    return text if "\n" in text else text.replace("\r", "\n")
 
 
 def _named(columns, path, expected=("image", "caption")):
@@ -220,9 +241,12 @@ def read_table(path):
     else:
         options = dict(sep=",", skipinitialspace=True)
     try:
-        df = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, na_values=[""], **options)
+        options |= dict(dtype=str, keep_default_na=False, na_values=[""], lineterminator="\n")
+        df = pd.read_csv(io.StringIO(text), **options)
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise ValueError(f"{path}: {str(error).strip()}") from error
+        raise ValueError(
+            f"{path}: {str(error).strip()}; quote captions that hold the separator, and close the quotes"
+        ) from error
     if not isinstance(df.index, pd.RangeIndex):  # pandas then takes the first column for row names
         raise ValueError(f"{path}, line 2: more fields than the header has; quote captions that hold the separator")
     df.columns = [str(column).strip() for column in df.columns]
@@ -260,15 +284,28 @@ def _frame(rows, row_name, columns=("image", "caption")):
     import pandas as pd
 
     numbers = [row[0] for row in rows]
-    return pd.DataFrame([row[1:] for row in rows], columns=list(columns), index=pd.Index(numbers, name=row_name))
+    values = [[_utf8(value) for value in row[1:]] for row in rows]
+    return pd.DataFrame(values, columns=list(columns), index=pd.Index(numbers, name=row_name))
+
+
+def _utf8(value):
+    """A text as it is, but for halves of surrogate pairs, which JSON can escape and UTF-8 cannot hold: NOT_UTF8."""
+    if isinstance(value, str) and not value.isascii():
+        return value.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    return value
+
+
+def _parse_json(text, place):
+    """Raises ValueError that names the `place` of what is not JSON, or JSON that no program would have written."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets in each other
+        raise ValueError(f"{place}: not valid JSON ({error}); mend the file or take another copy of it") from error
 
 
 def _read_json(path):
     """COCO, Karpathy, a mapping from image to captions, or a list of records."""
-    try:
-        content = json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    content = _parse_json(_text(path), path)
     try:
         if isinstance(content, list):
             return _records(enumerate(content), path, "record")
@@ -318,10 +355,7 @@ def _read_json_lines(path):
     def records():
         for number, line in enumerate(_text(path).split("\n"), 1):
             if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
+                yield number, _parse_json(line, f"{path}, line {number}")
 
     return _records(records(), path, "line")
 
@@ -359,7 +393,7 @@ def _read_folder(folder):
     for photo in _photos(folder):
         text = photo.with_suffix(".txt")
         if text.is_file():
-            for line in text.read_bytes().decode("utf-8-sig", errors="replace").rstrip("\r\n").split("\n"):
+            for line in _decoded(text).rstrip("\n").split("\n"):
                 number += 1
                 rows.append((number, photo.name, line))
     if not rows:
@@ -508,17 +542,18 @@ def load_usable(data_dir, captions_file, image_dir, dataset):
 
 
 def drop_unusable(df, source):
-    """Drop rows without a caption, with a caption that is not UTF-8, or whose photo is missing; say how many, and name
-    the first of each kind with its row in `source` -> DataFrame with a fresh index.
+    """Drop rows without a caption, with a caption that is not UTF-8 or too long, or whose photo is missing; say how
+    many, and name the first of each kind with its row in `source` -> DataFrame with a fresh index.
 
     Raises FileNotFoundError when no photo is there at all, ValueError when no caption is usable.
     """
     import pandas as pd
 
-    exists = {image: Path(image).is_file() for image in df["image"].unique()}
+    exists = {image: _is_file(Path(image)) for image in df["image"].unique()}
     problems = {
         "has no caption": df["caption"] == "",
         "has a caption that is not UTF-8": df["caption"].str.contains(NOT_UTF8, regex=False),
+        f"has a caption of more than {LONGEST_CAPTION:,} characters": df["caption"].str.len() > LONGEST_CAPTION,
         "names a photo that is not there": ~df["image"].map(exists).astype(bool),
     }
     if problems["names a photo that is not there"].all():
@@ -529,7 +564,7 @@ def drop_unusable(df, source):
             first = rows.to_numpy().argmax()
             print(
                 f"warning: {source}: left out {rows.sum():,} of {len(df):,} rows; the first, "
-                f"{df.index.name or 'row'} {df.index[first]}, {what}: {df['image'].iloc[first]}"
+                f"{df.index.name or 'row'} {df.index[first]}, {what}: {str(df['image'].iloc[first])[:200]}"
             )
             usable &= ~rows.to_numpy()
     if not usable.any():

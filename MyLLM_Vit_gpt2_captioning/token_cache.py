@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import zlib
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -93,7 +94,7 @@ class TokenCache:
         """Compute the tokens that are `missing`.
 
         Raises ValueError that names a photo that cannot be read or whose tokens float16 cannot hold; the tokens of the
-        photos before it stay.
+        photos before it stay. OSError that names the folder when the disk is full; the tokens before that stay, too.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".lock"):  # a second run that needs the same tokens waits for them
@@ -152,10 +153,20 @@ class TokenCache:
                     lines.flush()
                     os.fsync(lines.fileno())
                     written = []
+            for file in (lines, *levels):
+                file.close()  # writes what Python still held back
+        except OSError as error:
+            if isinstance(error, FileNotFoundError):  # a photo's
+                raise
+            raise OSError(
+                f"{self.folder}: the tokens could not be written ({error.strerror or error}); those of {self.rows:,} "
+                "photos are kept. Make room, or give another disk with --cache_dir FOLDER, and start again"
+            ) from error
         finally:
             bar.close()
             for file in (lines, *levels):
-                file.close()
+                with suppress(OSError):  # of a full disk, again
+                    file.close()
             self._maps = None
 
     def _identity(self, path, captions):
@@ -171,17 +182,23 @@ class TokenCache:
 
     def _read_index(self):
         """What is there: {path: [row, size, time, mirrored]}. Only whole lines whose tokens are on the disk
-        count; nothing is changed, because another run may be at work here."""
+        count, and none behind a damaged one; nothing is changed, because another run may be at work here."""
         self.index, self.rows, self._whole, self._maps = {}, 0, 0, None
         index, manifest = self.folder / "index.jsonl", self.folder / "manifest.json"
         if not (index.is_file() and manifest.is_file()):
             return
-        self.shapes = [tuple(shape) for shape in json.loads(manifest.read_text())["shapes"]]
+        try:
+            self.shapes = [tuple(shape) for shape in json.loads(manifest.read_bytes())["shapes"]]
+        except (ValueError, KeyError, TypeError):  # damaged: all is computed again
+            return
         sizes = [file.stat().st_size if file.is_file() else 0 for file in self._files()]
         stored = min(size // (2 * math.prod(shape)) for size, shape in zip(sizes, self.shapes, strict=True))
         for line in index.read_bytes().splitlines(keepends=True)[:stored]:
             if line.endswith(b"\n"):
-                path, *identity = json.loads(line)
+                try:
+                    path, *identity = json.loads(line)
+                except ValueError:
+                    break
                 self.index[path] = [self.rows, *identity]
                 self.rows += 1
                 self._whole += len(line)  # bytes of the index that count

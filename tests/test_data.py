@@ -397,7 +397,7 @@ def test_pixels_are_normalised_by_the_model(script, tiny_model, tiny_config, dls
     assert images.dtype == torch.uint8
     photo, path = tiny_model.preprocessing, dls[1].dataset.images[0]
     valid = script.build_transforms(photo["img_size"], photo["mean"], photo["std"])[1]
-    first = valid(image=np.asarray(script.load_image(path)))["image"]
+    first = valid(image=np.asarray(load_image(path)))["image"]
     torch.testing.assert_close(tiny_model._normalized(images)[0], first, atol=0, rtol=0)
     assert torch.equal(tiny_model._normalized(first), first)
     assert torch.equal(tiny_model(images, ids, labels), tiny_model(tiny_model._normalized(images), ids, labels))

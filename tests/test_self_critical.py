@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import self_critical
+from bad_images import BadImages
 from captions_tokenizer import CaptionTokenizer
 from metrics import CiderD
 from ptb_tokenization import tokenize
@@ -24,6 +25,7 @@ class Photos:
 
     def __init__(self):
         self.captions_of = {f"{name}.jpg": [f"a {name} runs .", f"the {name} is here ."] for name in SUBJECTS}
+        self.bad_images = BadImages(self.captions_of, 0)
         texts = [text for captions in self.captions_of.values() for text in captions]
         self.tokenizer = CaptionTokenizer.train(texts, 100, "word")
         self.prompts, self.max_length, self.seed = [""] * len(texts), 24, 0

@@ -212,20 +212,26 @@ def test_two_runs_fill_one_cache(tiny_model, photos, tmp_path, monkeypatch):
     assert torch.equal(late.batch(photos)[0], first.batch(photos)[0])
 
 
-@pytest.mark.parametrize("damage", ["short level", "no manifest", "no level"])
+@pytest.mark.parametrize("damage", ["short level", "damaged line", "no manifest", "half a manifest", "no level"])
 def test_a_damaged_cache_is_mended(tiny_model, photos, tmp_path, monkeypatch, damage):
     """As after a copy that broke off: rows without tokens are computed again, never served as zeros."""
     cache = TokenCache(tmp_path, tiny_model).fill(tiny_model, photos)
     expected, level = cache.batch(photos), cache.folder / "level_1.float16"
     if damage == "short level":
         os.truncate(level, 7 * 5 * 24 * 2 + 3)
+    elif damage == "damaged line":
+        lines = (cache.folder / "index.jsonl").read_bytes().splitlines(keepends=True)
+        (cache.folder / "index.jsonl").write_bytes(b"".join([*lines[:7], b"\0" * 30 + b"\n", *lines[8:]]))
+    elif damage == "half a manifest":
+        os.truncate(cache.folder / "manifest.json", 40)
     else:
         (cache.folder / "manifest.json" if damage == "no manifest" else level).unlink()
     seen = count_images(tiny_model, monkeypatch)
     again = TokenCache(tmp_path, tiny_model)
-    assert sum(path in again for path in photos) == (7 if damage == "short level" else 0)
+    kept = 7 if damage in ("short level", "damaged line") else 0
+    assert sum(path in again for path in photos) == kept
     again.fill(tiny_model, photos)
-    assert sum(seen) == (3 if damage == "short level" else PHOTOS)
+    assert sum(seen) == PHOTOS - kept
     assert all(map(torch.equal, again.batch(photos), expected))
     assert len((cache.folder / "index.jsonl").read_text().splitlines()) == PHOTOS
     assert TokenCache(tmp_path, tiny_model).rows == PHOTOS

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+import bad_images
 from captions_tokenizer import END_OF_TEXT, CaptionTokenizer
 from conftest import CAPTIONS
 from decoding import generate_ids
@@ -187,8 +188,8 @@ def test_unknown_words_are_never_written(script, tiny_config):
 def test_a_prompt_is_context_and_never_loss(script, kind, monkeypatch):
     tokenizer = CaptionTokenizer.train(["what is red ? a dog"], 300, kind)
     df = pd.DataFrame({"image": ["1.jpg"], "caption": ["a dog"], "prompt": ["what is red ?"]})
-    monkeypatch.setattr(script, "load_image", lambda path, least_side: torch.zeros(2, 2, 3))
-    dataset = script.Dataset(df, lambda image, captions, seed: {"image": image}, tokenizer, max_length=64)
+    monkeypatch.setattr(bad_images, "load_image", lambda path, least_side: torch.zeros(2, 2, 3))
+    dataset = script.Dataset(df, lambda image, captions, seed: {"image": torch.tensor(image)}, tokenizer, max_length=64)
     _, ids, labels = dataset[0]
     prompt = script.encode_prompt(tokenizer, "what is red ?")
     assert ids[: len(prompt)] == prompt

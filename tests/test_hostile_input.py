@@ -1,0 +1,711 @@
+"""Input that fights back: every case ends with a clear error or a counted skip, and nothing written before is lost.
+
+The table of all cases with what happened is HOSTILE_INPUT.md beside this file. A case whose words differ from it fails;
+    UPDATE_TABLE=1 python -m pytest tests/test_hostile_input.py
+writes it anew.
+"""
+
+import contextlib
+import csv
+import inspect
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import stat
+import struct
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import checkpoint
+import dataset_check
+import downloads
+import sources
+from conftest import CAPTIONS
+from preprocessing import load_image
+from run_log import RunLog
+from self_critical import SelfCritical
+from token_cache import TokenCache
+
+TABLE = Path(__file__).with_name("HOSTILE_INPUT.md")
+UPDATE = "UPDATE_TABLE" in os.environ
+CASES, OUTCOMES = {}, {}  # (section, input): the function that tries it; what happened
+
+
+def case(section, name):
+    """A case: a function of fixtures, which returns what happened in words, or raises what the user is told."""
+
+    def add(function):
+        assert (section, name) not in CASES
+        CASES[section, name] = function
+        return function
+
+    return add
+
+
+def row(key, outcome):
+    """A row of the table. What libraries and systems say differs between versions, so it is left out."""
+    words = re.sub(r"-view0-[0-9a-f]{12}", "-view0-...", outcome)
+    words = re.sub(r"not a readable image \(.*?\);", "not a readable image (why);", words)
+    words = re.sub(r"(damaged, or not an? [a-z ]+) \(.*?\)(;|$)", r"\1 (why)\2", words)
+    words = re.sub(r"(could not be written|cannot be made|not valid JSON|not a usable zip archive) \(.*?\)(;|$)",
+                   r"\1 (why)\2", words)  # fmt: skip
+    return f"| {key[1]} | {' '.join(words.split())} |".replace("\0", "\\0")
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 255, (24, 32, 3), dtype=np.uint8)
+
+
+def save(path, pixels=PIXELS, **options):
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def png(width, height, depth, kind, data):
+    """The bytes of a PNG whose header says what it likes."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+
+@case("Images", "truncated JPEG")
+def _(tmp_path):
+    path = save(tmp_path / "photo.jpg")
+    path.write_bytes(path.read_bytes()[:-200])
+    assert "truncated" in dataset_check.read_photo(path).fault
+    load_image(path)
+
+
+@case("Images", "file of zero bytes")
+def _(tmp_path):
+    (tmp_path / "photo.jpg").touch()
+    assert dataset_check.read_photo(tmp_path / "photo.jpg").fault == "empty"
+    load_image(tmp_path / "photo.jpg")
+
+
+@case("Images", "web page named photo.jpg")
+def _(tmp_path):
+    (tmp_path / "photo.jpg").write_text("<html>not found</html>")
+    load_image(tmp_path / "photo.jpg")
+
+
+@case("Images", "PNG named photo.jpg")
+def _(tmp_path):
+    path = save(tmp_path / "photo.jpg", format="PNG")
+    assert np.array_equal(np.asarray(load_image(path, least_side=8)), PIXELS)
+    return "read, every pixel: the content decides, not the name"
+
+
+@case("Images", "CMYK JPEG")
+def _(tmp_path):
+    Image.new("RGB", (16, 16), (200, 40, 40)).convert("CMYK").save(tmp_path / "photo.jpg", quality=95)
+    red, green, blue = np.asarray(load_image(tmp_path / "photo.jpg")).mean((0, 1))
+    assert abs(red - 200) < 5 and abs(green - 40) < 5 and abs(blue - 40) < 5
+    return "read as RGB, with its colours"
+
+
+@case("Images", "16-bit grey PNG and TIFF")
+def _(tmp_path):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    for name, values in (("photo.png", ramp), ("photo.tif", ramp), ("wide.tif", ramp.astype(np.int32))):
+        pixels = np.asarray(load_image(save(tmp_path / name, values)))
+        assert np.array_equal(pixels[..., 0], np.arange(256).reshape(16, 16))
+        assert (pixels == pixels[..., :1]).all()
+    return "read, 65,536 levels as 256 (Pillow alone would show nearly all of it white)"
+
+
+@case("Images", "16-bit colour PNG")
+def _(tmp_path):
+    lines = b"".join(b"\0" + struct.pack(">12H", *[0x8000, 0xFFFF, 0] * 4) for _ in range(4))
+    (tmp_path / "photo.png").write_bytes(png(4, 4, 16, 2, lines))
+    assert (np.asarray(load_image(tmp_path / "photo.png")) == (128, 255, 0)).all()
+    return "read, 65,536 levels as 256"
+
+
+@case("Images", "TIFF of floating-point numbers")
+def _(tmp_path):
+    load_image(save(tmp_path / "photo.tif", np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)))
+
+
+@case("Images", "palette with transparency")
+def _(tmp_path, recwarn):
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([255, 0, 0, 0, 255, 0])
+    image.save(tmp_path / "photo.png", transparency=bytes([0, 128]))
+    assert (np.asarray(load_image(tmp_path / "photo.png")) == (0, 255, 0)).all()
+    assert not any(issubclass(warning.category, UserWarning) for warning in recwarn)
+    return "read with its colours as they are stored; transparency is left out"
+
+
+@case("Images", "animated GIF")
+def _(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+    frames[0].save(tmp_path / "photo.gif", save_all=True, append_images=frames[1:])
+    assert (np.asarray(load_image(tmp_path / "photo.gif")) == (255, 0, 0)).all()
+    return "its first frame is read"
+
+
+@case("Images", "turned by EXIF, all eight ways")
+def _(tmp_path):
+    turned = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1),
+              6: np.rot90, 7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: lambda a: np.rot90(a, -1)}  # fmt: skip
+    for orientation, stored in turned.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = save(tmp_path / "photo.png", np.ascontiguousarray(stored(PIXELS)), exif=exif)
+        assert np.array_equal(np.asarray(load_image(path)), PIXELS), orientation
+    return "turned upright"
+
+
+@case("Images", "damaged EXIF, or any other damaged bytes")
+def _(tmp_path):
+    """600 damaged files: each is an image, or is refused by its name."""
+    exif, path, generator = Image.Exif(), tmp_path / "photo", np.random.default_rng(0)
+    exif[0x0112], exif[0x010E] = 6, "a photo"
+    for kind in ("JPEG", "PNG", "WEBP", "GIF"):
+        whole = np.frombuffer(save(path, format=kind, exif=exif).read_bytes(), np.uint8)
+        for _ in range(150):
+            damaged = whole.copy()
+            places = generator.integers(0, generator.choice([60, 300, len(whole)]), generator.integers(1, 8))
+            damaged[places % len(whole)] = generator.integers(0, 256, len(places))
+            path.write_bytes(damaged.tobytes())
+            try:
+                assert load_image(path).mode == "RGB"
+            except ValueError as error:
+                assert str(error).startswith(f"{path}: not a readable image")
+    return "read, or refused as any unreadable image: 600 files with random damage"
+
+
+@case("Images", "1 x 1 pixel")
+def _(tmp_path, script):
+    path = save(tmp_path / "photo.png", PIXELS[:1, :1])
+    for transforms in script.build_transforms(32):
+        assert transforms(image=np.asarray(load_image(path)), seed=[0])["image"].shape == (3, 32, 32)
+    return "read; the check names photos with a side below 32 pixels"
+
+
+@case("Images", "decompression bomb: 400 million pixels in 100 bytes")
+def _(tmp_path):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png(20_000, 20_000, 8, 2, b"\0"))  # decoding it would say that it is truncated
+    assert len(path.read_bytes()) < 100
+    with pytest.raises(ValueError, match=r"bomb\.png: not a readable image \(Image size \(400000000 pixels\) exceeds"):
+        load_image(path)
+    return "refused as any unreadable image, by the number of pixels that its header names, before decoding"
+
+
+@case("Images", "directory named 1000.jpg")
+def _(flickr, capsys):
+    photo = flickr / "flickr30k_images" / "1000.jpg"
+    photo.unlink()
+    photo.mkdir()
+    with pytest.raises(ValueError, match=r"1000\.jpg: not a readable image"):
+        load_image(photo)
+    return left_out(flickr, capsys)
+
+
+def left_out(folder, capsys):
+    """What `load_usable` says about the rows it leaves out; the other rows stay."""
+    sources.load_usable(folder, None, None, "flickr30k")
+    return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("warning"))
+
+
+# --- photos that break while a run trains -----------------------------------------------------------------------------
+
+
+def batches_of(loader):
+    return [(ids, labels) for _, ids, labels in loader]
+
+
+def breaks(flickr, *names):
+    for name in names:
+        (flickr / "flickr30k_images" / name).write_bytes(b"damaged")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_photo_changes_neither_order_nor_steps(
+    script, tiny_config, tiny_train_config, flickr, bpe, capfd, workers
+):
+    """The other photos come as they would; the broken one is grey, and its labels count nothing."""
+    tiny_train_config.num_workers = workers
+    df = script._load_flickr_dataframe(flickr, flickr / "flickr30k_images")
+
+    def epochs():
+        loader, _ = script.build_dataloaders(df, bpe, tiny_config, tiny_train_config)
+        for epoch in range(2):
+            loader.dataset.set_epoch(epoch)
+            loader.batch_sampler.set_epoch(epoch)
+            yield from loader
+        yield loader.dataset.bad_images
+
+    *whole, known = epochs()
+    assert not known.flags.any()
+    breaks(flickr, "1003.jpg")
+    *broken, known = epochs()
+    assert known.flags.sum() == 1  # however often it was asked for, in whichever worker
+    assert capfd.readouterr().out.count("1003.jpg: not a readable image") == 1
+    assert len(broken) == len(whole) == 8
+    hidden = 0
+    for (images, ids, labels), (others, other_ids, other_labels) in zip(whole, broken, strict=True):
+        assert torch.equal(ids, other_ids)
+        for image, other, row, other_row in zip(
+            images.repeat_interleave(2, 0), others.repeat_interleave(2, 0), labels, other_labels, strict=True
+        ):
+            if (other_row == -100).all():
+                hidden += 1
+                assert other.float().std() == 0
+            else:
+                assert torch.equal(image, other) and torch.equal(row, other_row)
+    assert hidden == 4  # two captions, two epochs
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_without_any_readable_photo_is_left_out(script, tiny_config, tiny_train_config, flickr, bpe, accumulate):
+    tiny_train_config.batch_size, tiny_train_config.accumulate, tiny_train_config.max_bad_steps = 2, accumulate, 1
+    breaks(flickr, "1001.jpg", "1008.jpg")  # in training, in validation
+    df = script._load_flickr_dataframe(flickr, flickr / "flickr30k_images")
+    dls = script.build_dataloaders(df, bpe, tiny_config, tiny_train_config)
+    trainer = script.Trainer(tiny_config, tiny_train_config, dls)
+    steps = []
+    step = trainer.optimization.step
+    trainer.optimization.step = lambda losses: steps.append(step(losses)) or steps[-1]
+    result = trainer.run_training()
+    assert steps.count(False) == (1 if accumulate == 1 else 0) and len(steps) == 8 // accumulate
+    assert trainer.optimization.bad_steps == 0
+    assert np.isfinite(result["best_perplexity"]) and np.isfinite(trainer.metrics[0]["train_loss"])
+
+
+def test_an_unreadable_photo_teaches_no_reward(script, tiny_config, tiny_train_config, flickr, bpe):
+    tiny_train_config.scst_epochs = 1
+    breaks(flickr, *(f"{1000 + i}.jpg" for i in range(7)))  # of 8
+    df = script._load_flickr_dataframe(flickr, flickr / "flickr30k_images")
+    training, _ = script.build_dataloaders(df, bpe, tiny_config, tiny_train_config)
+    scst = SelfCritical(training.dataset, script.with_defaults(tiny_train_config, script.train_config))
+    model = script.VisionGPT2Model(tiny_config)
+    rewards = iter(range(1000))
+    scst.rewards = lambda ids, places: torch.tensor([float(next(rewards)) for _ in ids])
+    for images, places in scst.loader:
+        readable = [place for place in places.tolist() if scst.photos[place] not in scst.bad_images]
+        loss, _ = scst.loss(model, images, places, lambda: contextlib.nullcontext())
+        (gradient,) = torch.autograd.grad(loss, model.gpt.tok_emb.weight)
+        assert gradient.any() == bool(readable)
+
+
+@case("A run", "photos that break: 1 of 8 in training, 1 of 2 in validation")
+def _(script, flickr, tmp_path, capfd, monkeypatch):
+    from test_script import TINY
+
+    monkeypatch.setattr(script, "DATA_DIR", tmp_path / "no_data")
+    breaks(flickr, "1003.jpg", "1008.jpg")
+    script.main(["--data_dir", str(flickr), "--model_path", str(tmp_path / "captioner"), *TINY, "--epochs", "1"])
+    said = capfd.readouterr().out
+    assert {"captioner.safetensors", "demo.png"} <= {path.name for path in (tmp_path / "captioner").iterdir()}
+    return next(line for line in said.splitlines() if "1003.jpg: not a readable" in line)
+
+
+@case("A run", "more broken photos than `max_bad_images`")
+def _(script, tiny_config, tiny_train_config, flickr, bpe):
+    tiny_train_config.num_workers, tiny_train_config.max_bad_images = 2, 1
+    breaks(flickr, "1002.jpg", "1003.jpg")
+    df = script._load_flickr_dataframe(flickr, flickr / "flickr30k_images")
+    for _ in script.build_dataloaders(df, bpe, tiny_config, tiny_train_config)[0]:
+        pass
+
+
+@case("A run", "no readable photo in validation")
+def _(script, tiny_config, tiny_train_config, flickr, bpe):
+    breaks(flickr, "1008.jpg", "1009.jpg")
+    df = script._load_flickr_dataframe(flickr, flickr / "flickr30k_images")
+    for _ in script.build_dataloaders(df, bpe, tiny_config, tiny_train_config)[1]:
+        pass
+
+
+@case("A run", "`data/` vanishes while it trains")
+def _(script, tiny_config, tiny_train_config, flickr, dls):
+    trainer = script.Trainer(tiny_config, tiny_train_config, dls)
+    trainer.run_training()
+    shutil.rmtree(flickr)
+    try:
+        trainer.train_one_epoch(1)
+    finally:
+        trainer.load_best_model()  # what was written is there
+
+
+# --- captions ---------------------------------------------------------------------------------------------------------
+
+
+def read(folder, content, name="captions.csv"):
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return sources.read_captions(folder / name)["caption"].tolist()
+
+
+def usable(flickr, capsys, caption):
+    """Flickr30k with one more caption, as JSON Lines -> what is said about it; the others stay."""
+    rows = [dict(image=f"{1000 + i}.jpg", caption=text) for i in range(12) for text in CAPTIONS]
+    text = "\n".join(map(json.dumps, [*rows, dict(image="1000.jpg", caption=caption)]))
+    (flickr / "results.csv").unlink()
+    (flickr / "captions.jsonl").write_text(text)
+    said = left_out(flickr, capsys)
+    assert len(sources.drop_unusable(sources.load(flickr), "captions.jsonl")) == len(rows)
+    return said
+
+
+@case("Captions", "byte order mark, line ends of Windows and of old Macs")
+def _(tmp_path):
+    for lines in ("\r\n", "\r"):
+        assert read(tmp_path, f"\ufeffimage,caption{lines}1.jpg,ein Käfer{lines}".encode()) == ["ein käfer"]
+    return "read, without them"
+
+
+@case("Captions", "UTF-16, which Windows calls Unicode")
+def _(tmp_path):
+    assert read(tmp_path, "image,caption\r\n1.jpg,ein Käfer\r\n".encode("utf-16")) == ["ein käfer"]
+    return "read"
+
+
+@case("Captions", "separators and quotation marks in a quoted CSV field, in JSON, behind Flickr8k's tab")
+def _(tmp_path):
+    text = "say \"hi\", | she\tsaid; 'so'"
+    table = io.StringIO()
+    csv.writer(table).writerows([("image", "caption"), ("1.jpg", text)])
+    truth = ["say \"hi\", | she said; 'so'"]
+    assert read(tmp_path, table.getvalue()) == truth
+    assert read(tmp_path, json.dumps({"1.jpg": [text]}), "captions.json") == truth
+    assert read(tmp_path, f"1.jpg#0\t{text}", "Flickr8k.token.txt") == truth
+    return "read as they are"
+
+
+@case("Captions", "an unquoted separator")
+def _(tmp_path):
+    read(tmp_path, "image_name| comment_number| comment\n1.jpg| 0| a dog\n1.jpg| 1| a | b\n", "results.csv")
+
+
+@case("Captions", "a quotation mark that nothing closes, in CSV")
+def _(tmp_path):
+    read(tmp_path, 'image,caption\n1.jpg,"a dog\n2.jpg,a cat\n')
+
+
+@case("Captions", "NUL bytes")
+def _(tmp_path, bpe):
+    assert read(tmp_path, "image,caption\n1.jpg,a\0dog\n2.jpg,b\n") == ["a\0dog", "b"]
+    assert bpe.decode(bpe.encode("a\0dog")) == "a\0dog"
+    return "read; a token like any other"
+
+
+@case("Captions", "100,000 characters")
+def _(flickr, capsys):
+    return usable(flickr, capsys, "a.b," * 25_000)
+
+
+@case("Captions", "10,000 characters")
+def _(tmp_path, script, bpe):
+    assert read(tmp_path, json.dumps({"1.jpg": "dog " * 2500}), "captions.json") == [("dog " * 2500).strip()]
+    ids = script.encode_caption(bpe, "dog " * 2500, 24)
+    assert len(ids) == 24 and ids[-1] == bpe.eos_token_id
+    return "read; training cuts it to `seq_len` tokens, the end of the caption included"
+
+
+@case("Captions", "right to left, emoji, combining marks")
+def _(tmp_path, bpe):
+    text = "\u05db\u05dc\u05d1 \u0631\u0643\u0636 \U0001f468\u200d\U0001f469\u200d\U0001f467 e\u0301"
+    assert read(tmp_path, f"image,caption\n1.jpg,{text}\n") == [text]
+    assert bpe.decode(bpe.encode(text)) == text
+    return "read; its tokens give the same text again"
+
+
+@case("Captions", "empty")
+def _(flickr, capsys):
+    return usable(flickr, capsys, "  ")
+
+
+@case("Captions", "half of a surrogate pair, as JSON can escape it")
+def _(flickr, capsys):
+    return usable(flickr, capsys, "a dog \ud83d runs")
+
+
+@case("Captions", "Latin-1")
+def _(flickr, capsys):
+    with open(flickr / "results.csv", "ab") as file:
+        file.write("1000.jpg| 2| ein Käfer\n".encode("latin-1"))
+    return left_out(flickr, capsys)
+
+
+@case("Captions", "JSON of 100,000 brackets")
+def _(tmp_path):
+    read(tmp_path, "[" * 100_000, "captions.json")
+
+
+@case("Captions", "a line that is no JSON")
+def _(tmp_path):
+    read(tmp_path, '{"image": "1.jpg", "caption": "a"}\n{"image": \n', "captions.jsonl")
+
+
+@case("Captions", "a photo's name with NUL, or of 300 characters")
+def _(flickr, capsys):
+    for name in ("a\0b.jpg", "x" * 300 + ".jpg"):
+        with open(flickr / "results.csv", "a") as file:
+            file.write(f"{name}| 0| a dog\n")
+    said = left_out(flickr, capsys)
+    assert "left out 2 of 26 rows" in said
+    return said
+
+
+@case("Captions", "a photo's name that leads out of the folder")
+def _(flickr):
+    with open(flickr / "results.csv", "a") as file:
+        file.write("../../secret.jpg| 0| a secret\n")
+    sources.load(flickr)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def captioner(tiny_model, bpe, tmp_path):
+    """A checkpoint folder."""
+    config = dict(model_config=checkpoint.portable(tiny_model.config, tmp_path), preprocessing=tiny_model.preprocessing)
+    checkpoint.save_checkpoint(tmp_path / "captioner", tiny_model.state_dict(), config, bpe)
+    return tmp_path / "captioner"
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_checkpoint_that_is_damaged_below_is_whole(script, captioner, tiny_model):
+    model, _ = script.load_captioner(captioner)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny_model.parameters(), strict=True))
+
+
+def half_written(name):
+    @case("Files", f"half-written {name}")
+    def _(script, captioner):
+        content = (captioner / name).read_bytes()
+        (captioner / name).write_bytes(content[: len(content) // 2])
+        if name.endswith(".pt"):
+            checkpoint.load_weights(captioner / name)
+        script.load_captioner(captioner)
+
+
+for file in (checkpoint.WEIGHTS_FILE, checkpoint.TORCH_FILE, checkpoint.CONFIG_FILE, checkpoint.TOKENIZER_FILE):
+    half_written(file)
+
+
+@case("Files", "weights that are a pickle with code in it")
+def _(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"weights": Evil()}, tmp_path / "captioner.pt")
+    try:
+        checkpoint.load_weights(tmp_path / "captioner.pt")
+    finally:
+        assert not (tmp_path / "ran").exists()
+
+
+def wrong_type(section, key, value):
+    @case("Files", f"`config.json` with `{key}` {json.dumps(value)}")
+    def _(script, captioner):
+        config = json.loads((captioner / "config.json").read_text())
+        (config[section] if section else config)[key] = value
+        (captioner / "config.json").write_text(json.dumps(config))
+        script.load_captioner(captioner)
+
+
+for place in (
+    (None, "model_config", [1, 2]),
+    (None, "preprocessing", 224),
+    ("model_config", "embed_dim", "768"),
+    ("model_config", "depth", -1),
+    ("model_config", "num_heads", True),
+    ("model_config", "encoder_options", "none"),
+    ("preprocessing", "mean", 0.5),
+    ("preprocessing", "img_size", None),
+):
+    wrong_type(*place)
+
+
+@case("Files", "a tensor of the wrong shape, one missing, one unknown")
+def _(script, captioner, tiny_model):
+    weights = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
+    weights["gpt.pos_emb.weight"] = torch.zeros(3, 32)
+    weights["stranger"] = weights.pop("gpt.final_norm.scale")
+    save_file(weights, captioner / checkpoint.WEIGHTS_FILE)
+    script.load_captioner(captioner)
+
+
+def bad_archive(what, *members):
+    @case("Files", f"archive with {what}")
+    def _(tmp_path):
+        with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+            for name, content in (("a/1.jpg", "1"), *members):
+                archive.writestr(name, content)
+        (tmp_path / "inside").mkdir()
+        try:
+            downloads.extract(tmp_path / "photos.zip", tmp_path / "inside", {"a/": "images/"})
+        finally:
+            assert not list((tmp_path / "inside").iterdir()) and not (tmp_path / "evil.txt").exists()
+
+
+LINK = zipfile.ZipInfo("a/link")
+LINK.external_attr = (stat.S_IFLNK | 0o777) << 16
+bad_archive("`..` in a name", ("a/../../evil.txt", "evil"))
+bad_archive("an absolute name", ("/etc/evil.txt", "evil"))
+bad_archive("a link", (LINK, "/etc"))
+
+
+@case("Files", "half an archive")
+def _(tmp_path):
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.writestr("a/1.jpg", b"1" * 1000)
+    (tmp_path / "photos.zip").write_bytes((tmp_path / "photos.zip").read_bytes()[:500])
+    downloads.extract(tmp_path / "photos.zip", tmp_path, {"a/": "images/"})
+
+
+@contextlib.contextmanager
+def disk_full_behind(size):
+    """Writing fails as on a full disk, behind `size` bytes of a file (the reason that is told is another)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@case("Files", "disk full half-way through `captioner.safetensors`")
+def _(captioner, tiny_model, bpe):
+    before = contents(captioner)
+    try:
+        with disk_full_behind(20_000):
+            checkpoint.save_checkpoint(captioner, tiny_model.state_dict(), {}, bpe)
+    finally:
+        assert contents(captioner) == before
+
+
+@case("Files", "disk full half-way through `captioner.pt`")
+def _(captioner, tiny_model):
+    before = contents(captioner)
+    try:
+        with disk_full_behind(20_000):
+            checkpoint.write_atomically(
+                captioner / "captioner.pt", lambda path: torch.save(tiny_model.state_dict(), path)
+            )
+    finally:
+        assert contents(captioner) == before
+
+
+@case("Files", "disk full half-way through `metrics.csv`")
+def _(script, tiny_train_config, tmp_path):
+    log = RunLog(tmp_path / "captioner", script.with_defaults(tiny_train_config, script.train_config))
+    log.record(0, "everything", 1e-3, 3.0, 20.0, {})
+    before = contents(tmp_path / "captioner")
+    try:
+        with disk_full_behind(150):
+            log.record(1, "everything", 1e-3, 2.0, 10.0, {})
+    finally:
+        assert list(before) == ["metrics.csv"] and contents(tmp_path / "captioner") == before
+
+
+@case("Files", "disk full half-way through the token cache")
+def _(tiny_model, flickr, tmp_path, monkeypatch):
+    monkeypatch.setattr("token_cache.SYNC_EVERY", 2)
+    photos = sorted((flickr / "flickr30k_images").iterdir())
+    whole = TokenCache(tmp_path / "whole", tiny_model).fill(tiny_model, photos)
+    size = (whole.folder / "level_0.float16").stat().st_size
+    try:
+        with disk_full_behind(size // 2):
+            TokenCache(tmp_path / "token_cache", tiny_model).fill(tiny_model, photos, batch_size=2)
+    finally:
+        kept = TokenCache(tmp_path / "token_cache", tiny_model)
+        assert 0 < kept.rows < len(photos)
+        first = photos[: kept.rows]
+        assert all(map(torch.equal, kept.batch(first), whole.batch(first)))
+        kept.fill(tiny_model, photos)  # with room again, the rest
+        assert all(map(torch.equal, kept.batch(photos), whole.batch(photos)))
+
+
+@contextlib.contextmanager
+def read_only(folder):
+    """`folder` may not be written, not even by a test that runs as root."""
+    folder.chmod(0o555)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+@case("Files", "output folder that may not be written")
+def _(tiny_model, bpe):
+    with tempfile.TemporaryDirectory() as place:  # not in `tmp_path`, which only its owner may enter
+        folder = Path(place)
+        (folder / "captioner").mkdir()
+        folder.chmod(0o755)
+        weights = tiny_model.state_dict()
+        with read_only(folder / "captioner"), pytest.raises(OSError) as error:
+            checkpoint.save_checkpoint(folder / "captioner", weights, {}, bpe)
+        return f"error: {error.value}".replace(f"{place}/", "")
+
+
+@case("Files", "output folder that may not be made: found before training")
+def _():
+    with tempfile.TemporaryDirectory() as place:
+        with read_only(Path(place)), pytest.raises(OSError) as error:
+            checkpoint.set_aside(Path(place) / "captioner")
+        return f"error: {error.value}".replace(f"{place}/", "")
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*(Tag data|Truncated|Corrupt EXIF)")  # Pillow about the damage
+@pytest.mark.parametrize("key", CASES, ids=lambda key: key[1])
+def test_case(key, request, tmp_path):
+    function = CASES[key]
+    arguments = {name: request.getfixturevalue(name) for name in inspect.signature(function).parameters}
+    try:
+        outcome = function(**arguments)
+        assert outcome, "the case neither failed nor said what happened"
+    except (OSError, ValueError) as error:  # what the script prints as "error: ..."
+        outcome = f"error: {error}"
+    OUTCOMES[key] = row(key, outcome.replace(f"{tmp_path}/", ""))
+    assert str(tmp_path) not in OUTCOMES[key]
+    if not UPDATE:
+        assert OUTCOMES[key] in TABLE.read_text(encoding="utf-8").splitlines()
+
+
+def test_the_table_shows_all_cases_and_no_others():
+    if UPDATE:
+        lines = [
+            "# Input that fights back",
+            "",
+            'What happens to it; written by `test_hostile_input.py`. "error:" ends the program with that line.',
+        ]
+        for section in dict.fromkeys(section for section, _ in CASES):
+            lines += ["", f"## {section}", "", "| input | what happens |", "| --- | --- |"]
+            lines += [OUTCOMES[key] for key in CASES if key[0] == section]
+        TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    shown = re.findall(r"^\| (.*?) \| ", TABLE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [name for name in shown if name not in ("input", "---")] == [name for _, name in CASES]
