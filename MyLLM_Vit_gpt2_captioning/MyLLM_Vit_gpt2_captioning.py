@@ -33,12 +33,12 @@ import plots
 import shapes
 import sources
 from augmentation import TrainingTransforms, ValidationTransforms
-from bad_images import BadImages, CheckedLoader
-from batching import CaptionBatchSampler, exact_captions_per_image, several, stack, to_device
-from built_in import BUILT_IN, default_recipe, load_data
-from captions_tokenizer import CaptionTokenizer, check_eos, encode_caption, encode_prompt
+from bad_images import BadImages
+from batching import CaptionBatchSampler, build_loader, exact_captions_per_image, several, stack, to_device
+from built_in import data_paths, default_recipe, load_data
+from captions_tokenizer import CaptionTokenizer, check_eos, encode_caption, encode_prompt, fit_config
 from chunked_loss import chunked_cross_entropy
-from command_line import as_toml, merge, parse_overrides, what_to_give, with_defaults
+from command_line import merge, parse_overrides, what_to_give, with_defaults, write_recipe
 from decoding import BlockCache, caption_images, generate_ids, trim
 from encoders import build_encoder, frame_of, preprocessing_of, resolve_encoder, run_block
 from MyLLM.ch3 import KeyValueCache, merge_heads, split_heads
@@ -316,19 +316,13 @@ def build_dataloaders(df, tokenizer, model_config, train_config):
         training, K = split == "train", config.captions_per_image
         if not training:
             K = exact_captions_per_image(rows["image"], K)  # validation counts every caption exactly once
-        words = rows["caption"].str.count(" ").to_list()  # tells long captions from short ones in any tokens
-        loader = CheckedLoader(
-            Dataset(rows, tfms, tokenizer, K, model_config.seq_len, config.seed, config.max_bad_images),
-            batch_sampler=CaptionBatchSampler(
-                rows["image"], config.batch_size, K, training, config.seed, words, config.length_window
-            ),
-            collate_fn=partial(collate_fn, tokenizer=tokenizer, captions_per_image=K),
-            num_workers=config.num_workers,
-            persistent_workers=config.num_workers > 0,
-            pin_memory=config.device.startswith("cuda"),
-            generator=torch.Generator(),  # its own: how often workers start must not shift the dropout's random numbers
+        dataset = Dataset(rows, tfms, tokenizer, K, model_config.seq_len, config.seed, config.max_bad_images)
+        words = [caption.count(" ") for caption in dataset.captions]  # tells long captions from short ones
+        sampler = CaptionBatchSampler(
+            dataset.images, config.batch_size, K, training, config.seed, words, config.length_window
         )
-        loaders.append(loader)
+        collate = partial(collate_fn, tokenizer=tokenizer, captions_per_image=K)
+        loaders.append(build_loader(dataset, sampler, collate, config))
     return tuple(loaders)
 
 
@@ -674,12 +668,7 @@ class Trainer:
             be_deterministic()
         self.train_dl, self.valid_dl = dls
         self.tokenizer = getattr(self.train_dl.dataset, "tokenizer", tokenizer)
-        if len(self.tokenizer) > model_config.vocab_size:
-            raise ValueError(f"the tokenizer has {len(self.tokenizer)} tokens, vocab_size is {model_config.vocab_size}")
-        if model_config.start_from:
-            check_eos(self.tokenizer, model_config)
-        model_config.eos_token_id = self.tokenizer.eos_token_id
-        model_config.unk_token_id = getattr(self.tokenizer, "unk_token_id", -1)
+        fit_config(model_config, self.tokenizer)
         config.device = str(config.device)  # a torch.device could not be written into config.json
         self.device = torch.device(config.device)
         self.model = VisionGPT2Model.from_pretrained(model_config).to(self.device)
@@ -921,16 +910,13 @@ def read_configs(argv):
     given, recipe, download = parse_overrides(argv, __file__, **sections)
     recipe = recipe or default_recipe(given["train_config"], train_config.data_dir, DATA_DIR, download)
     from_recipe, model_cfg, train_cfg = merge(given, recipe, RECIPES_DIR, REPO_ROOT, **sections)
-    if recipe in BUILT_IN and "data_dir" not in from_recipe["train_config"] | given["train_config"]:
-        from_recipe["train_config"]["data_dir"] = train_cfg["data_dir"] = DATA_DIR / recipe
+    chosen = from_recipe["train_config"] | given["train_config"]
+    train_cfg |= data_paths(recipe, chosen, train_config, DATA_DIR)
     if model_cfg["start_from"]:  # the captioner brings the rest
         own = from_recipe["model_config"] if "start_from" in from_recipe["model_config"] else {}
         chosen = ({} if "start_from" in given["model_config"] else own) | given["model_config"]
         chosen["start_from"] = model_cfg["start_from"]
         model_cfg = vars(complete_configs(model=SimpleNamespace(**chosen))[0])
-    chosen = from_recipe["train_config"] | given["train_config"]
-    if "image_dir" not in chosen and ("data_dir" in chosen or not train_config.image_dir.is_dir()):
-        train_cfg["image_dir"] = None  # looked for beside the captions
     return SimpleNamespace(**model_cfg), SimpleNamespace(**train_cfg), download
 
 
@@ -960,11 +946,7 @@ def main(argv=None):
     earlier = None if trainer.state.resumed else checkpoint.set_aside(train_cfg.model_path)
     if earlier:
         print(f"an earlier run was moved to {earlier}")
-    resolved = as_toml(model_config=trainer.model.config, train_config=trainer.train_config)
-    print(resolved)
-    checkpoint.write_atomically(
-        train_cfg.model_path / checkpoint.RECIPE_FILE, lambda path: path.write_text(resolved, encoding="utf-8")
-    )
+    write_recipe(train_cfg.model_path, model_config=trainer.model.config, train_config=trainer.train_config)
     result = trainer.run_training()
 
     trainer.load_best_model()

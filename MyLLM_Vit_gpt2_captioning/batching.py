@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from bad_images import CheckedLoader
+
 
 class CaptionBatchSampler(Sampler):
     """Yields lists of row indices; rows b*K .. b*K+K-1 of a batch are captions of the same image.
@@ -66,6 +68,19 @@ class CaptionBatchSampler(Sampler):
         first, self.first = self.first, 0
         for start in starts[first:]:
             yield [int(row) for g in order[start : start + self.groups_per_batch] for row in groups[g]]
+
+
+def build_loader(dataset, batch_sampler, collate_fn, config):
+    """A DataLoader of a caption dataset with what `config`, the train_config, says about workers and the device."""
+    return CheckedLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        collate_fn=collate_fn,
+        num_workers=config.num_workers,
+        persistent_workers=config.num_workers > 0,
+        pin_memory=config.device.startswith("cuda"),
+        generator=torch.Generator(),  # its own: how often workers start must not shift the dropout's random numbers
+    )
 
 
 def exact_captions_per_image(images, wanted):

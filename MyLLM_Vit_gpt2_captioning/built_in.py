@@ -25,6 +25,20 @@ def _built_in(folder, data_folder):
     return next((name for name in BUILT_IN if folder.resolve() == (data_folder / name).resolve()), None)
 
 
+def data_paths(recipe, chosen, defaults, data_folder):
+    """Where the data of a run is, as far as nobody said -> dict of train constants.
+
+    `chosen`: the train constants that were given or are in the `recipe`; `defaults`: the train_config.
+    """
+    paths = {}
+    if recipe in BUILT_IN and "data_dir" not in chosen:
+        paths["data_dir"] = data_folder / recipe
+    elsewhere = paths or "data_dir" in chosen or not defaults.image_dir.is_dir()
+    if elsewhere and "image_dir" not in chosen:
+        paths["image_dir"] = None  # looked for beside the captions
+    return paths
+
+
 def load_data(train_cfg, data_folder, download=False):
     """The captions that the run trains on, rendered or downloaded first if need be -> DataFrame of usable rows.
 

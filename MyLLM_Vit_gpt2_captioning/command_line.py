@@ -14,6 +14,8 @@ import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
+from checkpoint import RECIPE_FILE, write_atomically
+
 
 def constant_comments(source_file, names):
     """The comment behind each keyword of `name = SimpleNamespace(key=value,  # comment ...)` -> {key: comment}."""
@@ -157,6 +159,13 @@ def as_toml(**sections):
     for name, section in sections.items():
         lines += [f"# {name}", *(f"{key} = {plain(v)}" for key, v in vars(section).items() if v is not None), ""]
     return "\n".join(lines)
+
+
+def write_recipe(folder, **sections):
+    """Print the configs of a run and write them to `folder`/recipe.toml, a recipe that gives the run again."""
+    text = as_toml(**sections)
+    print(text)
+    write_atomically(Path(folder) / RECIPE_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _with_underscores(word):

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.data
 
-from bad_images import CheckedLoader
-from batching import CaptionBatchSampler, stack
+from batching import CaptionBatchSampler, build_loader, stack
 from captions_tokenizer import encode_caption
 from decoding import generate_ids, next_token_scores
 
@@ -60,13 +59,8 @@ class SelfCritical:
         self.max_tokens = int(np.quantile(lengths, 0.99))
         per_step = max(1, config.batch_size // samples)
         self.bad_images = dataset.bad_images
-        self.loader = CheckedLoader(
-            _PhotoDataset(dataset, self.photos),
-            batch_sampler=CaptionBatchSampler(self.photos, per_step, seed=dataset.seed),
-            collate_fn=_collate,
-            num_workers=config.num_workers,
-            generator=torch.Generator(),  # its own: how often workers start must not shift the draws
-        )
+        sampler = CaptionBatchSampler(self.photos, per_step, seed=dataset.seed)
+        self.loader = build_loader(_PhotoDataset(dataset, self.photos), sampler, _collate, config)
 
     def loss(self, model, images, places, autocast):
         """A batch of `loader` -> (loss, a scalar whose gradient is the policy's; mean reward of the draws).

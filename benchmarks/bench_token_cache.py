@@ -42,7 +42,7 @@ def make_trainer(encoder, captions_per_image, cached, df, folder):
     chosen = dict(
         encoder=encoder, encoder_weights=weights, coupling="final", captions_per_image=captions_per_image,
         cache_tokens=cached, cache_views=1, cache_dir=folder, model_path=folder / "run", batch_size=80, score_images=0,
-        best_by="perplexity",
+        best_by="perplexity", feature_levels=1 if "vit" in encoder else 2,
     )  # fmt: skip
     argv = ["--recipe", "flickr8k_frozen", *(f"--{key}={value}" for key, value in chosen.items())]
     model_cfg, train_cfg, _ = script.read_configs(argv)

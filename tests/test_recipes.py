@@ -8,6 +8,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
+import built_in
 import command_line
 from conftest import REPO_ROOT, TINY_ENCODER, make_flickr
 
@@ -65,7 +66,7 @@ def test_recipe_trains_saves_reloads_and_captions(script, name, local_weights, t
         name, REPO_ROOT / "recipes", model_config=script.model_config, train_config=script.train_config
     )
     changes = SMALL | dict(model_path=tmp_path / "out", cache_dir=tmp_path / "cache") | SMALL_ENCODER.get(name, {})
-    if name not in script.BUILT_IN:
+    if name not in built_in.BUILT_IN:
         changes["data_dir"] = data
     folder, weights_of = local_weights
     if name == "flickr8k_frozen_scst":  # goes on from what the other recipe trains
@@ -92,9 +93,8 @@ def test_recipe_trains_saves_reloads_and_captions(script, name, local_weights, t
         assert [path.name[:14] for path in kept] == ["epoch_01_loss_", "epoch_02_loss_"]
         assert load_file(kept[0]).keys() == load_file(tmp_path / "out" / "captioner.safetensors").keys()
     model, tokenizer = script.load_captioner(tmp_path / "out")
-    photo = next(
-        iter((tmp_path / "data" / name / "images" if name in script.BUILT_IN else data / "flickr30k_images").iterdir())
-    )
+    photos = tmp_path / "data" / name / "images" if name in built_in.BUILT_IN else data / "flickr30k_images"
+    photo = next(photos.iterdir())
     assert isinstance(script.caption_images(model, tokenizer, [photo])[0], str)
     # What was printed and saved as recipe.toml gives the same run again.
     saved = command_line.read_recipe(

@@ -349,7 +349,7 @@ def resident():
 
 argv = ["--recipe", "shapes", "--epochs", "50", "--batch_size", "8", "--data_dir", {str(tmp_path / "shapes")!r},
         "--shapes_scenes", "800", "--model_path", {str(tmp_path / "run")!r}, "--score_every", "0"]
-script.BUILT_IN["shapes"](script.Path({str(tmp_path / "shapes")!r}), 800)
+script.shapes.write_dataset(script.Path({str(tmp_path / "shapes")!r}), 800)
 model_cfg, train_cfg, _ = script.read_configs(argv)
 trainer = script.build_trainer(model_cfg, train_cfg, script.load_data(train_cfg, script.DATA_DIR))
 sizes, steps = [], 0

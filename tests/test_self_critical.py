@@ -41,7 +41,8 @@ class Photos:
 
 def config(**changes):
     return SimpleNamespace(
-        **dict(scst_samples=4, scst_draws="sample", scst_baseline="mean", batch_size=24, num_workers=0) | changes
+        **dict(scst_samples=4, scst_draws="sample", scst_baseline="mean", batch_size=24, num_workers=0, device="cpu")
+        | changes
     )
 
 
