@@ -290,11 +290,11 @@ def train(folder, data, *options, **kwargs):
 def test_killed_at_random_moments(tmp_path):
     """SIGKILL, resumed each time: weights and metrics are those of the uninterrupted run. KILLS says how often, and
     `make soak` makes it 20."""
-    from MyLLM_Vit_gpt2_captioning import BUILT_IN
+    import shapes
 
     kills, rng = int(os.environ.get("KILLS", 3)), random.Random(int(os.environ.get("KILL_SEED", 0)))
     data, whole, killed = tmp_path / "shapes", tmp_path / "whole", tmp_path / "killed"
-    BUILT_IN["shapes"](data, 200)
+    shapes.write_dataset(data, 200)
     start = time.monotonic()
     run = train(whole, data)
     out, _ = run.communicate(timeout=600)
@@ -323,9 +323,9 @@ def test_killed_at_random_moments(tmp_path):
 
 
 def test_sigterm_ends_a_process_cleanly(tmp_path):
-    from MyLLM_Vit_gpt2_captioning import BUILT_IN
+    import shapes
 
-    BUILT_IN["shapes"](tmp_path / "shapes", 200)
+    shapes.write_dataset(tmp_path / "shapes", 200)
     run = train(tmp_path / "run", tmp_path / "shapes")
     while not (tmp_path / "run" / "last" / NEWEST).exists() and run.poll() is None:
         time.sleep(0.05)
