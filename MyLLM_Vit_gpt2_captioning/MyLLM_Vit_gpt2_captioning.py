@@ -40,6 +40,7 @@ from captions_tokenizer import CaptionTokenizer, check_eos, encode_caption, enco
 from chunked_loss import chunked_cross_entropy
 from command_line import merge, parse_overrides, what_to_give, with_defaults, write_recipe
 from decoding import BlockCache, caption_images, generate_ids, trim
+from distributed import Team, only_first_speaks, without_sync
 from encoders import build_encoder, frame_of, preprocessing_of, resolve_encoder, run_block
 from MyLLM.ch3 import KeyValueCache, merge_heads, split_heads
 from MyLLM.ch4 import GPTModel, LayerNorm, TransformerBlock, initial_std
@@ -670,7 +671,8 @@ class Trainer:
         self.tokenizer = getattr(self.train_dl.dataset, "tokenizer", tokenizer)
         fit_config(model_config, self.tokenizer)
         config.device = str(config.device)  # a torch.device could not be written into config.json
-        self.device = torch.device(config.device)
+        self.team = Team(config.device)  # with torchrun there are more processes than this
+        self.device = self.team.device
         self.model = VisionGPT2Model.from_pretrained(model_config).to(self.device)
         self.model_path = Path(config.model_path)
 
@@ -684,15 +686,16 @@ class Trainer:
         if config.compile:
             self.model.loss = torch.compiler.disable(self.model.loss)  # the number of chunks changes with the batch
             self.compiled = torch.compile(self.model)  # with the same weights
-        self.log = RunLog(self.model_path, config, questions=any(self.valid_dl.dataset.prompts))
+        self.log = RunLog(self.model_path, config, self.team, questions=any(self.valid_dl.dataset.prompts))
         self.metrics = self.log.rows  # a dict an epoch, the rows of metrics.csv
         self.self_critical = SelfCritical(self.train_dl.dataset, config) if config.scst_epochs else None
         self.best = {"best_perplexity": math.inf, "best_epoch": None}
         self.trains = self.stage = None  # what is not frozen; what the epoch is called in metrics.csv
         self.enter_stage(epoch=0)
         self.state = RunState(self, first_epoch=-1 if config.epochs == 0 else 0, root=REPO_ROOT)
-        if config.resume:
-            self.state.resume(config.resume)
+        self.team.own_random_numbers(config.seed, self.state.position)
+        if config.resume or self.team.restarted:
+            self.state.resume(config.resume or "auto")
 
     def _optimization(self, lr, batches):
         steps = math.ceil(batches / self.train_config.accumulate)
@@ -725,6 +728,8 @@ class Trainer:
             if stage == "GPT-2 blocks":
                 self.model.unfreeze_gpt_layers()
             self.trains = stage
+            self.shared = None  # the old one's hooks have to go before there are new ones
+            self.shared = self.team.share(self.model)
         if config.scst_epochs and epoch >= config.epochs:
             stage = "self-critical"
             if self.stage != stage:
@@ -743,30 +748,36 @@ class Trainer:
         """A batch of `collate_fn` -> its mean loss per label."""
         images, input_ids, labels = (to_device(part, self.device) for part in batch)
         with self.autocast():
-            return (self.compiled if self.model.training else self.averaged)(images, input_ids, labels)
+            if self.model.training:
+                return self.shared(self.compiled, images, input_ids, labels)
+            return self.averaged(images, input_ids, labels)
 
     def _reward_loss(self, batch):
         """A batch of `SelfCritical` -> (loss, mean reward of its photos)."""
         images, places = batch
         self.model.eval()  # the draws are made without dropout: what is learnt from them is, too
-        return self.self_critical.loss(self.model, to_device(images, self.device), places, self.autocast)
+        images = to_device(images, self.device)
+        return self.shared(self.self_critical.loss, self.model, images, places, self.autocast)
 
     def _losses(self, batches, seen):
-        """Batches that make one step -> yields a loss for each; their sum is the mean over all labels, or photos.
+        """Batches that make one step -> yields a loss for each; their sum, averaged over the processes, is the mean
+        over all labels, or photos.
 
         What epochs report, (loss or reward, number of labels or photos it is the mean of), is added to `seen`.
         """
         weights = [_labels(batch) if len(batch) == 3 else len(batch[1]) for batch in batches]
-        for batch, weight in zip(batches, weights, strict=True):
-            if not weight:
-                continue  # none of its photos can be read
-            if len(batch) == 3:
-                loss = self._loss(batch)
-                value = loss.item()
-            else:
-                loss, value = self._reward_loss(batch)
-            seen.append((value, weight))
-            yield loss * (weight / sum(weights))
+        [whole] = self.team.sum(sum(weights))
+        for number, (batch, weight) in enumerate(zip(batches, weights, strict=True), 1):
+            if not whole:
+                return  # none of the photos can be read
+            with without_sync(self.shared, last=number == len(batches)):
+                if len(batch) == 3:
+                    loss = self._loss(batch)
+                    value = loss.item()
+                else:
+                    loss, value = self._reward_loss(batch)
+                seen.append((value, weight))
+                yield loss * (weight / whole * self.team.size)
 
     def train_one_epoch(self, epoch):
         """One pass over the training captions (epoch counts from 0) -> mean loss per token; over the training photos
@@ -791,12 +802,12 @@ class Trainer:
             seen = []
             with self.state.step():
                 if self.optimization.step(self._losses(batches, seen)):
-                    at["total"] += sum(value * weight for value, weight in seen)
-                    at["count"] += sum(weight for _, weight in seen)
+                    sums = self.team.sum(sum(value * weight for value, weight in seen), sum(w for _, w in seen))
+                    at["total"], at["count"] = at["total"] + sums[0], at["count"] + sums[1]
                     shown = {name: f"{at['total'] / at['count']:.3f}", "lr": f"{self.optimization.lr:.1e}"}
                     bar.set_postfix(shown, refresh=False)
                 at["batches"] += len(batches)
-            bar.update(sum(len(batch[-1]) for batch in batches) // K)
+            bar.update(sum(len(batch[-1]) for batch in batches) // K * self.team.size)
         bar.close()
         return at["total"] / at["count"] if at["count"] else math.nan
 
@@ -810,8 +821,9 @@ class Trainer:
         for batch in self.valid_dl:
             total_loss += self._loss(batch).item() * _labels(batch)
             total_tokens += _labels(batch)
-            bar.update(len(batch[-1]) // K)
+            bar.update(len(batch[-1]) // K * self.team.size)
         bar.close()
+        total_loss, total_tokens = self.team.sum(total_loss, total_tokens)
         return perplexity(total_loss / total_tokens)
 
     def run_training(self):
@@ -845,14 +857,16 @@ class Trainer:
         self.log.record(epoch, self.stage, self.optimization.lr, trained, valid_perplexity, scores)
         if self.log.is_best():
             best = {"best_perplexity": valid_perplexity, "best_epoch": epoch}
-            self.save_model(best)
+            if self.team.first:
+                self.save_model(best)
             self.best = best  # only now: an interrupted save has kept the files of the epoch before
-        if self.train_config.keep_epoch_checkpoints:
+        if self.train_config.keep_epoch_checkpoints and self.team.first:
             weights = self.averaged.state_dict()
             checkpoint.save_epoch(self.model_path, weights, epoch + 1, self.metrics[-1]["valid_loss"])
         self.log.time(epoch, training=middle - start, evaluation=time.monotonic() - middle)
         self.clean()
         self.state.finish(epoch)
+        self.team.wait()  # for what the first process writes
 
     def score_one_epoch(self, epoch):
         """Caption some validation photos -> {"CIDEr", "BLEU-4"} or {"exact_answers"}; see `RunLog.score`."""
@@ -939,17 +953,21 @@ def build_trainer(model_cfg, train_cfg, df):
 
 def main(argv=None):
     """Train, plot, demonstrate -> {"best_perplexity", "best_epoch"}, for Shapes also {"scores"}."""
+    only_first_speaks()
     model_cfg, train_cfg, download = read_configs(sys.argv[1:] if argv is None else argv)
     torch.manual_seed(train_cfg.seed)
     df = load_data(train_cfg, DATA_DIR, download)
     trainer = build_trainer(model_cfg, train_cfg, df)
-    earlier = None if trainer.state.resumed else checkpoint.set_aside(train_cfg.model_path)
-    if earlier:
-        print(f"an earlier run was moved to {earlier}")
-    write_recipe(train_cfg.model_path, model_config=trainer.model.config, train_config=trainer.train_config)
+    if trainer.team.first:
+        if not trainer.state.resumed and (earlier := checkpoint.set_aside(train_cfg.model_path)):
+            print(f"an earlier run was moved to {earlier}")
+        write_recipe(train_cfg.model_path, model_config=trainer.model.config, train_config=trainer.train_config)
     result = trainer.run_training()
 
     trainer.load_best_model()
+    trainer.team.leave()
+    if not trainer.team.first:
+        return result
     trainer.log.draw_curves()
     caption = partial(caption_images, trainer.model, trainer.tokenizer)
     plots.draw_demo(caption, df[df["split"] == "val"], train_cfg.demo_images, train_cfg.model_path / "demo.png")

@@ -1,6 +1,7 @@
 """Photos that turn out to be unreadable while a run trains: named once, counted, and left out of the loss, so that one
 broken file among 100,000 does not end a night's work."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ class BadImages:
             return np.asarray(load_image(image, least_side))
         except (OSError, ValueError) as error:
             self.flags[self.places[image]] = True
-            print(f"\nwarning: {error}. Training goes on without it and its captions", flush=True)
+            print(f"\nwarning: {error}. Training goes on without it and its captions", file=sys.stderr)
             return GREY
 
     def check(self):

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Sampler
 
 from bad_images import CheckedLoader
+from distributed import rank_and_size
 
 
 class CaptionBatchSampler(Sampler):
@@ -39,6 +40,12 @@ class CaptionBatchSampler(Sampler):
         self.shuffle, self.seed, self.epoch = shuffle, seed, 0
         self.first = 0  # batches that the next epoch leaves out, because a run that goes on has seen them
         self.lengths, self.window = lengths, window
+        self.rank, self.ranks, self.shares = 0, 1, 1
+
+    def share(self, rank, ranks, shares=None):
+        """This is process `rank` of `ranks`: take its part of every batch. Batches and windows are then `shares` times
+        as large: `ranks` unless a run goes on that had another number of processes."""
+        self.rank, self.ranks, self.shares = rank, ranks, shares or ranks
 
     def set_epoch(self, epoch):
         """Choose the epoch's order: it depends on (seed, epoch) only."""
@@ -46,7 +53,14 @@ class CaptionBatchSampler(Sampler):
 
     def __len__(self):
         groups = sum(max(1, len(rows) // self.captions_per_image) for rows in self.rows_of_image)
-        return -(-groups // self.groups_per_batch)
+        return len(self._starts(groups))
+
+    def _starts(self, groups):
+        """Where batches start. When the last would have too few groups for all processes it joins the one before."""
+        starts = np.arange(0, groups, self.groups_per_batch * self.shares)
+        if groups < self.ranks:
+            raise ValueError(f"{groups} photos cannot be shared by {self.ranks} processes: start fewer")
+        return starts[:-1] if groups - starts[-1] < self.ranks else starts
 
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch])
@@ -58,20 +72,23 @@ class CaptionBatchSampler(Sampler):
                 rows = np.resize(rows, K)  # repeats from the front
             groups += [rows[start : start + K] for start in range(0, len(rows) - K + 1, K)]
         order = rng.permutation(len(groups)) if self.shuffle else np.arange(len(groups))
-        starts = np.arange(0, len(order), self.groups_per_batch)
+        starts, per_batch = self._starts(len(groups)), self.groups_per_batch * self.shares
+        ends = dict(zip(starts, [*starts[1:], len(groups)], strict=True))
         if self.lengths is not None and self.window > 1:
             longest = np.array([max(self.lengths[row] for row in rows) for rows in groups])
-            size = self.window * self.groups_per_batch
+            size = self.window * per_batch
             windows = [order[start : start + size] for start in range(0, len(order), size)]
             order = np.concatenate([window[np.argsort(longest[window], kind="stable")] for window in windows])
             starts = rng.permutation(starts) if self.shuffle else starts
         first, self.first = self.first, 0
         for start in starts[first:]:
-            yield [int(row) for g in order[start : start + self.groups_per_batch] for row in groups[g]]
+            yield [int(row) for g in order[start : ends[start]][self.rank :: self.ranks] for row in groups[g]]
 
 
 def build_loader(dataset, batch_sampler, collate_fn, config):
-    """A DataLoader of a caption dataset with what `config`, the train_config, says about workers and the device."""
+    """A DataLoader of a caption dataset with what `config`, the train_config, says about workers and the device. Of
+    several processes each loads its part."""
+    batch_sampler.share(*rank_and_size())
     return CheckedLoader(
         dataset,
         batch_sampler=batch_sampler,

@@ -1,5 +1,7 @@
 """The data of a run: built-in datasets, which are rendered on first use, downloads, and a user's own folder."""
 
+from filelock import FileLock
+
 import shapes
 import sources
 
@@ -46,10 +48,14 @@ def load_data(train_cfg, data_folder, download=False):
     public dataset that is not there.
     """
     data_dir = train_cfg.data_dir
-    if built_in := _built_in(data_dir, data_folder):
-        BUILT_IN[built_in](data_dir, train_cfg.shapes_scenes)
-    elif download:
-        import downloads  # here, so that nothing else waits for it
+    built_in = _built_in(data_dir, data_folder)
+    if built_in or download:
+        data_dir.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(data_dir.parent / f".{data_dir.name}.lock"):  # other processes wait, and find it done
+            if built_in:
+                BUILT_IN[built_in](data_dir, train_cfg.shapes_scenes)
+            else:
+                import downloads  # here, so that nothing else waits for it
 
-        downloads.fetch_dataset(train_cfg.dataset, data_dir)
+                downloads.fetch_dataset(train_cfg.dataset, data_dir)
     return sources.load_usable(data_dir, train_cfg.captions_file, train_cfg.image_dir, train_cfg.dataset)

@@ -58,15 +58,19 @@ def evaluate(model, dataloader, tokenizer, device=None, java=False, **options):
     return score(dict(zip(images, captions, strict=True)), dataset.captions_of, ended, java)
 
 
-def score_subset(model, tokenizer, dataset, count, look=None):
-    """Caption the first `count` images of a `Dataset` (without `bad_images`), or answer its first `count` questions ->
-    ({name: true captions}, captions, {"CIDEr", "BLEU-4"} or {"exact_answers"})."""
-    truth = {}
+def score_subset(model, tokenizer, dataset, count, team, look=None):
+    """Caption, together with the other processes of `team`, the first `count` images of a `Dataset` (without
+    `bad_images`), or answer its first `count` questions -> ({name: true captions}, captions, {"CIDEr", "BLEU-4"} or
+    {"exact_answers"})."""
+    truth, flags = {}, dataset.bad_images.flags
+    flags.copy_(team.any(flags))  # each process has seen other photos
     for image, prompt, caption in zip(dataset.images, dataset.prompts, dataset.captions, strict=True):
         if image not in dataset.bad_images and ((image, prompt) in truth or len(truth) < count):
             truth.setdefault((image, prompt), []).append(caption)
     images, prompts = (list(column) for column in zip(*truth, strict=True))
-    captions, _ = predict(model, tokenizer, images, prompts, title="scoring", look=look)
+    mine = slice(team.rank, None, team.size)
+    captions, _ = predict(model, tokenizer, images[mine], prompts[mine], title="scoring", look=look)
+    captions = team.interleave(captions)
     if any(prompts):
         scores = {"exact_answers": exact_answers(captions, truth.values())}
     else:

@@ -116,9 +116,8 @@ class Optimization:
         self.optimizer.zero_grad(set_to_none=True)
         loss = None
         for loss in losses:
-            if self._is_bad(loss):
-                return False
-            self.scaler.scale(loss).backward()
+            # Where a loss is not finite its gradient must not be: other processes wait for it and see only that.
+            self.scaler.scale(loss if math.isfinite(loss.item()) else loss * math.nan).backward()
         if loss is None:
             return False
         self.scaler.unscale_(self.optimizer)

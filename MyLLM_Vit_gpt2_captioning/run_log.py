@@ -10,10 +10,13 @@ from checkpoint import CURVES, write_atomically
 class RunLog:
     """`rows` holds a dict an epoch, the rows of metrics.csv; scores are there for the epochs that have them."""
 
-    def __init__(self, folder, config, questions=False):
-        """`config`: the train_config. Raises ValueError when it does not score what decides which epoch is the best:
-        `best_by`, and with self-critical training CIDEr, because perplexity does not show what that is for."""
-        self.folder, self.config = folder, config
+    def __init__(self, folder, config, team, questions=False):
+        """`config`: the train_config; `team`: the `distributed.Team`, whose first process writes.
+
+        Raises ValueError when `config` does not score what decides which epoch is the best: `best_by`, and with
+        self-critical training CIDEr, because perplexity does not show what that is for.
+        """
+        self.folder, self.config, self.team = folder, config, team
         if config.epochs + config.scst_epochs < 1:
             raise ValueError("epochs 0 and scst_epochs 0: there is nothing to train")
         self.best_by = "CIDEr" if config.scst_epochs else config.best_by
@@ -31,28 +34,28 @@ class RunLog:
 
         `trained`: the training loss, or the mean reward of self-critical training, whose loss says nothing.
         """
-        import pandas as pd  # here, as evaluation below, so that captioning a photo does not wait for it
-
         train_loss = trained
         if stage == "self-critical":
             train_loss, scores = math.nan, {"reward": trained, **scores}
         row = dict(epoch=epoch + 1, stage=stage, lr=lr, train_loss=train_loss, valid_loss=math.log(valid_perplexity))
         row |= dict(train_perplexity=perplexity(train_loss), valid_perplexity=valid_perplexity, **scores)
         self.rows.append(row)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        table = pd.DataFrame(self.rows)
-        write_atomically(self.folder / "metrics.csv", lambda path: table.to_csv(path, index=False))
+        self._write_table(self.rows, "metrics.csv")
         trained = "" if math.isnan(train_loss) else f"training perplexity {row['train_perplexity']:.3f}, "
         shown = "".join(f", {name} {value:.3f}" for name, value in scores.items())
         print(f"epoch {epoch + 1}: {trained}validation perplexity {valid_perplexity:.3f}{shown}")
 
     def time(self, epoch, training, evaluation):
         """Add an epoch (counted from 0) to timings.csv: seconds since the run started, or went on in its middle."""
-        import pandas as pd
-
         self.timings.append(dict(epoch=epoch + 1, training=round(training, 3), evaluation=round(evaluation, 3)))
-        table = pd.DataFrame(self.timings)
-        write_atomically(self.folder / "timings.csv", lambda path: table.to_csv(path, index=False))
+        self._write_table(self.timings, "timings.csv")
+
+    def _write_table(self, rows, name):
+        import pandas as pd  # here, as evaluation below, so that captioning a photo does not wait for it
+
+        if self.team.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.folder / name, lambda path: pd.DataFrame(rows).to_csv(path, index=False))
 
     def is_best(self):
         """True when the last epoch is the best so far."""
@@ -69,9 +72,10 @@ class RunLog:
         if config.score_every < 1 or config.score_images < 1 or (epoch + 1) % config.score_every:
             return {}
         look = dataset.token_caches[0].batch if dataset.token_caches else None
-        truth, captions, scores = score_subset(model, tokenizer, dataset, config.score_images, look)
+        truth, captions, scores = score_subset(model, tokenizer, dataset, config.score_images, self.team, look)
         self.samples[epoch + 1] = captions[:8]
-        pages.write_samples(self.folder / "samples.md", list(truth)[:8], list(truth.values())[:8], self.samples)
+        if self.team.first:
+            pages.write_samples(self.folder / "samples.md", list(truth)[:8], list(truth.values())[:8], self.samples)
         return scores
 
     def draw_curves(self):

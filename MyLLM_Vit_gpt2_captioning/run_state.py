@@ -48,6 +48,7 @@ class RunState:
         self.position = dict(epoch=first_epoch, batches=0, total=0.0, count=0)
         self.resumed = False
         self.rng, self._due = None, None  # of the position; to be restored at its first step
+        self.shares = trainer.team.size  # batches of batch_size captions that make one of all processes
         self._saved, self._in_step, self._signal = time.monotonic(), False, None
 
     # --- while the run goes on ----------------------------------------------------------------------------------------
@@ -63,6 +64,7 @@ class RunState:
         """Around a step: what ends the run waits until it is whole. Saves when it is time. Raises Stopped."""
         if self._due is not None:
             restore_rng(self._due)
+            self.trainer.team.own_random_numbers(self.trainer.train_config.seed, self.position)
             self._due = None
         self._in_step = True
         try:
@@ -70,8 +72,7 @@ class RunState:
             self.rng = rng_state()
         finally:
             self._in_step = False
-        if self._signal:
-            self._stop()
+        self._stop_if_asked()
         if time.monotonic() - self._saved > 60 * self.trainer.train_config.save_minutes:
             self.save()
 
@@ -79,6 +80,7 @@ class RunState:
         """The epoch is trained, validated and recorded."""
         self.position, self.rng = dict(epoch=epoch + 1, batches=0, total=0.0, count=0), rng_state()
         self.save()
+        self._stop_if_asked()
 
     @contextmanager
     def signals(self):
@@ -95,21 +97,26 @@ class RunState:
 
     def _asked_to_stop(self, number, frame):
         self._signal = signal.Signals(number).name
+        if self.trainer.team.size > 1:
+            return  # all stop behind the same step; torchrun itself ends those that take too long
         for known in SIGNALS:
             signal.signal(known, signal.SIG_DFL)
         if not self._in_step:
-            self._stop()
+            self._stop_if_asked()
 
-    def _stop(self):
-        name, self._signal = self._signal, None
-        raise Stopped(f"stopped by {name}")
+    def _stop_if_asked(self):
+        [asked] = self.trainer.team.sum(self._signal is not None)
+        if asked:
+            name, self._signal = self._signal or "a signal to another process", None
+            raise Stopped(f"stopped by {name}")
 
     # --- files --------------------------------------------------------------------------------------------------------
 
     def save(self):
         """Write the state; where that fails the run is told, not ended: the states before are as they were."""
         try:
-            write_state(self.folder, self._content())
+            if self.trainer.team.first:
+                write_state(self.folder, self._content())
         except OSError as error:
             print(f"WARNING: {self.folder}: the state of the run cannot be written ({error})")
         self._saved = time.monotonic()
@@ -119,6 +126,7 @@ class RunState:
         return {
             "format": 1,
             "position": self.position,
+            "shares": self.shares,
             "stage": trainer.stage,
             "model": trainer.model.state_dict(),
             "optimization": trainer.optimization.state_dict(),
@@ -141,12 +149,15 @@ class RunState:
         path = self.folder if source == "auto" else Path(source)
         path = path / FOLDER if (path / FOLDER).is_dir() else path
         found, state = read_state(path)
+        if self.trainer.team.sum(state is not None)[0] not in (0, self.trainer.team.size):
+            raise ValueError(f"{path}: not every host sees the state of the run: give a --model_path that all share")
         if state is None:
             print(f"WARNING: {path}: no state of a run is there to go on from. TRAINING STARTS FROM THE BEGINNING.")
             return
         self._compare(found, state)
-        trainer = self.trainer
-        self.position = state["position"]
+        trainer, self.position = self.trainer, state["position"]
+        if state["shares"] != self.shares:
+            self._keep_batches(state["shares"])
         trainer.best = state["best"]
         trainer.log.rows[:], trainer.log.samples, trainer.log.timings = (
             state["metrics"], state["samples"], state["timings"],
@@ -162,6 +173,16 @@ class RunState:
         self.resumed = True
         batches = f", batch {self.position['batches'] + 1}" if self.position["batches"] else ""
         print(f"going on from {found}: epoch {self.position['epoch'] + 1}{batches}")
+
+    def _keep_batches(self, shares):
+        """The run had another number of processes: a step keeps its captions, and each process gets more or fewer."""
+        trainer, team, self.shares = self.trainer, self.trainer.team, shares
+        for loader in (trainer.train_dl, trainer.valid_dl, trainer.self_critical and trainer.self_critical.loader):
+            if loader:
+                loader.batch_sampler.share(team.rank, team.size, shares)
+        trainer.rebuild_schedule(trainer.train_config.epochs)
+        captions = shares * trainer.train_config.batch_size
+        print(f"the run had {shares} processes, now it has {team.size}: a batch of them all stays {captions} captions")
 
     def _compare(self, path, state):
         now, then = self._config(), state["config"]
