@@ -259,7 +259,7 @@ def test_a_broken_photo_changes_neither_order_nor_steps(
     breaks(flickr, "1003.jpg")
     *broken, known = epochs()
     assert known.flags.sum() == 1  # however often it was asked for, in whichever worker
-    assert capfd.readouterr().out.count("1003.jpg: not a readable image") == 1
+    assert capfd.readouterr().err.count("1003.jpg: not a readable image") == 1
     assert len(broken) == len(whole) == 8
     hidden = 0
     for (images, ids, labels), (others, other_ids, other_labels) in zip(whole, broken, strict=True):
@@ -314,7 +314,7 @@ def _(script, flickr, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(script, "DATA_DIR", tmp_path / "no_data")
     breaks(flickr, "1003.jpg", "1008.jpg")
     script.main(["--data_dir", str(flickr), "--model_path", str(tmp_path / "captioner"), *TINY, "--epochs", "1"])
-    said = capfd.readouterr().out
+    said = capfd.readouterr().err
     assert {"captioner.safetensors", "demo.png"} <= {path.name for path in (tmp_path / "captioner").iterdir()}
     return next(line for line in said.splitlines() if "1003.jpg: not a readable" in line)
 
@@ -614,7 +614,8 @@ def _(captioner, tiny_model):
 
 @case("Files", "disk full half-way through `metrics.csv`")
 def _(script, tiny_train_config, tmp_path):
-    log = RunLog(tmp_path / "captioner", script.with_defaults(tiny_train_config, script.train_config))
+    config = script.with_defaults(tiny_train_config, script.train_config)
+    log = RunLog(tmp_path / "captioner", config, script.Team("cpu"))
     log.record(0, "everything", 1e-3, 3.0, 20.0, {})
     before = contents(tmp_path / "captioner")
     try:
