@@ -17,7 +17,6 @@ from PIL import Image
 
 from captions_tokenizer import encode_prompt
 from checkpoint import write_atomically
-from MyLLM.ch3 import merge_heads, split_heads
 from preprocessing import preprocess, resize
 
 
@@ -40,10 +39,11 @@ def eager_attend(cross_attn, q, image_tokens):
     (B*K, heads, T, N) with which each query takes the image tokens' values; they sum to 1 over N.
     """
     keys, values = cross_attn.project(image_tokens, image_tokens)  # (B, heads, N, head_dim) each
-    queries = split_heads(cross_attn.q(q).view(len(keys), -1, q.size(-1)), cross_attn.num_heads)
+    queries = cross_attn.q(q).view(len(keys), -1, keys.size(1), keys.size(3)).transpose(1, 2)
     scores = queries @ keys.transpose(-2, -1) / math.sqrt(keys.size(-1))  # (B, heads, K*T, N)
     weights = scores.softmax(-1)
-    output = cross_attn.c_proj(merge_heads(weights @ values).view(q.shape))
+    context = (weights @ values).transpose(1, 2)  # (B, K*T, heads, head_dim)
+    output = cross_attn.c_proj(context.reshape(q.shape))
     weights = weights.unflatten(2, (-1, q.size(1))).transpose(1, 2).flatten(0, 1)  # (B*K, heads, T, N)
     return output, weights
 
