@@ -157,9 +157,7 @@ def test_a_table_that_cannot_be_written_is_named(tmp_path):
     table.start()
     table.add([("a.jpg", ["a cat"])])
     table.path = tmp_path / "gone" / "t.csv"
-    with pytest.raises(
-        OSError, match=r"gone.t\.csv: could not be written \(No such file or directory\); what was there"
-    ):
+    with pytest.raises(OSError, match=r"gone.t\.csv: could not be written \(No such file or directory\); what"):
         table.add([("b.jpg", ["a dog"])])
     assert table.done == {"a.jpg"}
     with pytest.raises(SystemExit, match=r"error: .*photo\.txt.*: could not be written"):
