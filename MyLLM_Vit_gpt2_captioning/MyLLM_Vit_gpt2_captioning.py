@@ -52,6 +52,8 @@ from run_log import RunLog, perplexity
 from run_state import RunState, Stopped
 from self_critical import SelfCritical
 from token_cache import read_tokens_from_disk
+from trackers import Tracker
+from training_stages import stage_of
 
 # ======================================================================================================================
 # Constants: edit them here, or give --key value on the command line (--help lists them)
@@ -63,6 +65,9 @@ IMAGE_DIR = DATA_DIR / "flickr30k_images"
 CAPTIONS_FILE = ""  # found in DATA_DIR when empty
 OUTPUT_DIR = REPO_ROOT / "captioner"
 RECIPES_DIR = REPO_ROOT / "recipes"
+WANDB_PROJECT = "image-captioning"  # of runs with --tracker wandb or trackio
+WANDB_ENTITY = ""  # user or team that the project belongs to; "": yours
+WANDB_RUN_NAME = ""  # what such a run is called; "": the name of its folder and its id
 RESUME_CHECKPOINT_PATH = ""  # "auto" goes on from OUTPUT_DIR/last, a path from there; "" starts afresh
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
@@ -141,6 +146,8 @@ train_config = SimpleNamespace(
     scst_samples=5,  # captions drawn for a photo; a step draws batch_size captions
     scst_draws="sample",  # "sample" from the model, or take the ends of a "beam" search with as many beams
     scst_baseline="mean",  # what a draw is measured against: "mean" of the photo's other draws, or the "greedy" caption
+    tracker="none",  # who else is told how the run goes: "tensorboard", "wandb" or "trackio"
+    log_steps=50,  # steps that a point of the tracker's training curve, and of the report's, stands for
     demo_images=10,  # validation photos in demo.png
     shapes_scenes=6000,  # training scenes of the built-in datasets
 )
@@ -684,7 +691,8 @@ class Trainer:
         if config.compile:
             self.model.loss = torch.compiler.disable(self.model.loss)  # the number of chunks changes with the batch
             self.compiled = torch.compile(self.model)  # with the same weights
-        self.log = RunLog(self.model_path, config, questions=any(self.valid_dl.dataset.prompts))
+        tracker = Tracker(config.tracker, self.model_path, WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_NAME)
+        self.log = RunLog(self.model_path, config, any(self.valid_dl.dataset.prompts), tracker)
         self.metrics = self.log.rows  # a dict an epoch, the rows of metrics.csv
         self.self_critical = SelfCritical(self.train_dl.dataset, config) if config.scst_epochs else None
         self.best = {"best_perplexity": math.inf, "best_epoch": None}
@@ -712,12 +720,7 @@ class Trainer:
     def enter_stage(self, epoch):
         """Make trainable what trains in this epoch, and say so when it changes."""
         config = self.train_config
-        stage = "GPT-2 blocks" if epoch >= config.freeze_epochs_gpt else "new layers"
-        if self.model.config.decoder_weights == "scratch":
-            stage = "new layers"  # the whole decoder is new: nothing of it waits
-        thaws = set(self.model.pretrained_parameters()) - self.model.always_frozen()
-        if (thaws and epoch >= config.freeze_epochs_all) or not self.model.pretrained_parameters():
-            stage = "everything"
+        stage = stage_of(epoch, self.model, config)
         if stage != self.trains:
             print(f"epoch {epoch + 1}: training {stage}; ", end="")
             if stage == "everything" or self.trains != "new layers":
@@ -796,6 +799,7 @@ class Trainer:
                     shown = {name: f"{at['total'] / at['count']:.3f}", "lr": f"{self.optimization.lr:.1e}"}
                     bar.set_postfix(shown, refresh=False)
                 at["batches"] += len(batches)
+                self.log.step(epoch + at["batches"] / len(loader), self.optimization.lr, name, seen, batches)
             bar.update(sum(len(batch[-1]) for batch in batches) // K)
         bar.close()
         return at["total"] / at["count"] if at["count"] else math.nan
@@ -820,6 +824,7 @@ class Trainer:
         Numbers count from 0; -1 is what self-critical training by itself starts from. Ctrl-C and losses that stay
         non-finite end the run early; what was best is kept.
         """
+        self.log.begin(self)
         try:
             with self.state.signals():
                 for epoch in range(
@@ -853,6 +858,7 @@ class Trainer:
         self.log.time(epoch, training=middle - start, evaluation=time.monotonic() - middle)
         self.clean()
         self.state.finish(epoch)
+        self.log.write_report(self)
 
     def score_one_epoch(self, epoch):
         """Caption some validation photos -> {"CIDEr", "BLEU-4"} or {"exact_answers"}; see `RunLog.score`."""
@@ -959,6 +965,7 @@ def main(argv=None):
         f"best {trainer.log.best_by}: epoch {result['best_epoch'] + 1}, perplexity {result['best_perplexity']:.3f}; "
         f"checkpoint and plots are in {train_cfg.model_path}"
     )
+    trainer.log.finish(trainer)
     plots.show_windows()
     return result
 
