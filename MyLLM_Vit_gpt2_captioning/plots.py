@@ -50,11 +50,15 @@ def draw_curve(axes, metrics, quantity, points=()):
     if f"train_{quantity}" not in metrics[0]:
         labels = {"reward": "captions drawn in training", "lr": "new layers"}
         series = {labels.get(quantity, "validation captions"): (quantity, "tab:green")}
-    if between:
+    if quantity == "lr" and between:
+        (label,) = series  # the rate rises and falls within an epoch: its ends alone would show another curve
+        axes.plot(*zip(*between, strict=True), color="tab:green", label=label)
+        series = {}
+    elif between:
         axes.plot(*zip(*between, strict=True), color=next(iter(series.values()))[1], alpha=0.4, linewidth=1)
     for label, (key, colour) in series.items():
         known = [(row["epoch"], row[key]) for row in metrics if key in row]
-        axes.plot(*zip(*known, strict=True), marker="o", markersize=4, color=colour, label=label)
+        axes.plot(*zip(*known, strict=True), marker="o", color=colour, label=label)
     for before, row in pairwise(metrics):
         if row["stage"] != before["stage"]:
             start = row["epoch"] - 1 if between else row["epoch"] - 0.5
@@ -62,9 +66,11 @@ def draw_curve(axes, metrics, quantity, points=()):
             axes.annotate(
                 row["stage"],
                 (start, 1),
+                xytext=(3, -2),
                 xycoords=("data", "axes fraction"),
+                textcoords="offset points",
                 rotation=90,
-                ha="right",
+                ha="left",
                 va="top",
                 fontsize=8,
                 color="grey",

@@ -20,9 +20,11 @@ from checkpoint import CURVES, portable
 SHOWN = 8  # best and worst captions
 EPOCHS_SHOWN = 8  # of the samples; samples.md has them all
 LIBRARIES = ("torch", "timm", "transformers", "tokenizers", "albumentations", "numpy", "pandas", "pillow", "matplotlib")
+SCORES = ("valid_perplexity", "CIDEr", "exact_answers")
 NAMES = {
     "train_loss": "training loss", "valid_loss": "validation loss", "train_perplexity": "training perplexity",
     "valid_perplexity": "validation perplexity", "lr": "learning rate", "exact_answers": "right answers",
+    "BLEU-4": "BLEU\u20114",  # with a hyphen that does not break
 }  # fmt: skip
 
 STYLE = """
@@ -30,17 +32,17 @@ body { background: #f6f8fa; }
 header { margin-bottom: 1.4em; } header p { margin: 0; color: #59636e; }
 section { background: #fff; border: 1px solid #d9dee3; border-radius: 8px; padding: 1em 1.4em 1.2em; margin: 1.1em 0; }
 h2 { margin: 0 0 0.6em; } h3 { font-size: 1em; margin: 1.2em 0 0.6em; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5em, 1fr)); gap: 0.9em; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9em, 1fr)); gap: 0.9em; }
 .tiles div { background: #fff; border: 1px solid #d9dee3; border-radius: 8px; padding: 0.7em 1em; }
 .tiles b { display: block; font-size: 1.45em; font-weight: 600; font-variant-numeric: tabular-nums; }
 .tiles span { color: #59636e; font-size: 13px; }
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24em, 100%), 1fr)); gap: 1em; }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(21em, 100%), 1fr)); gap: 1em; }
 .curves img { border-radius: 0; }
-.wide { overflow-x: auto; } .wide table { width: 100%; font-size: 14px; white-space: nowrap; }
-.wide td, .wide th { border-bottom: 1px solid #e6e9ec; padding: 0.35em 1.2em 0.35em 0; }
-td:last-child, th:last-child { padding-right: 0 !important; }
+.wide { overflow-x: auto; } .wide table { width: 100%; font-size: 13.5px; }
+.wide td, .wide th { border-bottom: 1px solid #e6e9ec; padding: 0.35em 0.5em; } .wide th { vertical-align: bottom; }
+.wide td { white-space: nowrap; }
 tr.best td { font-weight: 600; background: #eef6ee; } tr.total td { font-weight: 600; }
-.photos { grid-template-columns: repeat(auto-fill, minmax(13em, 1fr)); gap: 1.2em; }
+.photos { grid-template-columns: repeat(auto-fill, minmax(min(15em, 47%), 1fr)); gap: 1.2em; }
 figcaption table { font-size: 13px; margin: 0.5em 0 0; } figcaption td { padding: 0.1em 0.7em 0.1em 0; }
 figcaption td:first-child { color: #59636e; }
 .words { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.5em, 1fr)); gap: 0.8em; }
@@ -70,7 +72,8 @@ def write_report(path, trainer):
         "The same photos after every epoch": _samples(log, trainer.valid_dl.dataset),
         **_best_and_worst(log, trainer.valid_dl.dataset),
         "Where it looks for each word": _attention(trainer),
-        "Model": _table(*log.summary, numbers=2, classes={len(log.summary[1]) - 1: "total"}),
+        "Model": _table(*log.summary, numbers=2, classes={len(log.summary[1]) - 1: "total"})
+        + "<p class=note>Behind the number of a part's parameters: how many of them train in which stage.</p>",
         "Constants": _constants(trainer),
         "Environment": _pairs(environment(trainer)),
     }
@@ -130,13 +133,13 @@ def _tiles(trainer):
     log = trainer.log
     best = log.best_row() or log.rows[-1]
     tiles = {f"best epoch, by {log.best_by}": str(best["epoch"])}
-    tiles |= {NAMES.get(key, key): _number(key, best[key]) for key in best if key in ("valid_perplexity", *CURVES)}
+    tiles |= {NAMES.get(key, key): _number(key, best[key]) for key in best if key in SCORES}
     tiles["parameters"] = _short(sum(parameter.numel() for parameter in trainer.model.parameters()))
     speeds = [speed for row in log.timings if (speed := captions_per_second(row))]
     if speeds:
-        tiles["captions a second, in training"] = f"{sorted(speeds)[len(speeds) // 2]:,.1f}"
+        tiles["captions a second"] = f"{sorted(speeds)[len(speeds) // 2]:,.1f}"
     if log.timings:
-        tiles["training and evaluation"] = _duration(sum(row["training"] + row["evaluation"] for row in log.timings))
+        tiles["time so far"] = _duration(sum(row["training"] + row["evaluation"] for row in log.timings))
     cells = (f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in tiles.items())
     return f"<div class=tiles>{''.join(cells)}</div>"
 
@@ -175,7 +178,7 @@ def _epochs(log):
     head = [*(NAMES.get(key, key) for key in keys), "training", "evaluation", "captions/s"]
     best = log.best_row()
     classes = {log.rows.index(best): "best"} if best else {}
-    return f"<div class=wide>{_table(head, rows, numbers=2, classes=classes)}</div>"
+    return _table(head, rows, numbers=2, classes=classes)
 
 
 def _samples(log, dataset):
@@ -285,7 +288,7 @@ def _table(head, rows, numbers, classes=None):
         return "".join(shown)
 
     body = (f'<tr class="{(classes or {}).get(i, "")}">{line(row, "td")}</tr>' for i, row in enumerate(rows))
-    return f"<table><tr>{line(head, 'th')}</tr>{''.join(body)}</table>"
+    return f"<div class=wide><table><tr>{line(head, 'th')}</tr>{''.join(body)}</table></div>"
 
 
 def _truth(dataset):
