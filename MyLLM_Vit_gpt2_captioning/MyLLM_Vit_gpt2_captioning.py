@@ -956,7 +956,7 @@ def main(argv=None):
     result = trainer.run_training()
 
     trainer.load_best_model()
-    trainer.log.draw_curves()
+    trainer.log.finish(trainer)
     caption = partial(caption_images, trainer.model, trainer.tokenizer)
     plots.draw_demo(caption, df[df["split"] == "val"], train_cfg.demo_images, train_cfg.model_path / "demo.png")
     if (train_cfg.data_dir / shapes.SPLIT_FILE).is_file():
@@ -965,7 +965,6 @@ def main(argv=None):
         f"best {trainer.log.best_by}: epoch {result['best_epoch'] + 1}, perplexity {result['best_perplexity']:.3f}; "
         f"checkpoint and plots are in {train_cfg.model_path}"
     )
-    trainer.log.finish(trainer)
     plots.show_windows()
     return result
 

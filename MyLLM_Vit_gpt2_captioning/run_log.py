@@ -151,10 +151,12 @@ class RunLog:
         try:
             report.write_report(self.folder / "report.html", trainer)
         except Exception as error:
-            print(f"WARNING: report.html is not written: {type(error).__name__}: {str(error).splitlines()[:1]}")
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"WARNING: report.html is not written ({reason}); the run goes on")
 
     def finish(self, trainer):
-        """The run is over: the last report, with the best weights; the tracker writes what is left."""
+        """The run is over: the curves, the last report, with the best weights, and what the tracker has left to write."""
+        self.draw_curves()
         self.write_report(trainer)
         self.tracker.finish()
 

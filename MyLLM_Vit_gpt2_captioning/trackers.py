@@ -76,7 +76,7 @@ class Tracker:
             remedy = ""
             if isinstance(error, ImportError):
                 remedy = "; pip install -r requirements-extra.txt brings it"
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].rstrip(". :")
             print(f"WARNING: tracker {self.name}: {reason}{remedy}. Training goes on without it")
             self._backend = None
 
@@ -153,7 +153,7 @@ class Trackio:
     def __init__(self, tracker, config, first_step):
         import trackio
 
-        self.image = trackio.Image
+        self.image, self.end = trackio.Image, trackio.finish
         name = f"{tracker.run_name or tracker.folder.name}-{tracker.id}"  # what tells its runs apart
         self.run = trackio.init(project=tracker.project, name=name, resume="allow", config=config)
 
@@ -168,7 +168,7 @@ class Trackio:
         self.run.log(pictures, step=step)
 
     def finish(self):
-        self.run.finish()
+        self.end()
 
 
 TRACKERS = {"none": None, "tensorboard": TensorBoard, "wandb": WeightsAndBiases, "trackio": Trackio}
