@@ -155,7 +155,7 @@ class RunLog:
             print(f"WARNING: report.html is not written ({reason}); the run goes on")
 
     def finish(self, trainer):
-        """The run is over: the curves, the last report, with the best weights, and what the tracker has left to write."""
+        """The run is over: the curves, the report with the best weights, and what the tracker has left to write."""
         self.draw_curves()
         self.write_report(trainer)
         self.tracker.finish()
