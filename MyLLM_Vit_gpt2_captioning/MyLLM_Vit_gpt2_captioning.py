@@ -53,6 +53,8 @@ from run_log import RunLog, perplexity
 from run_state import RunState, Stopped
 from self_critical import SelfCritical
 from token_cache import read_tokens_from_disk
+from trackers import Tracker
+from training_stages import stage_of
 
 # ======================================================================================================================
 # Constants: edit them here, or give --key value on the command line (--help lists them)
@@ -64,6 +66,9 @@ IMAGE_DIR = DATA_DIR / "flickr30k_images"
 CAPTIONS_FILE = ""  # found in DATA_DIR when empty
 OUTPUT_DIR = REPO_ROOT / "captioner"
 RECIPES_DIR = REPO_ROOT / "recipes"
+WANDB_PROJECT = "image-captioning"  # of runs with --tracker wandb or trackio
+WANDB_ENTITY = ""  # user or team that the project belongs to; "": yours
+WANDB_RUN_NAME = ""  # what such a run is called; "": the name of its folder and its id
 RESUME_CHECKPOINT_PATH = ""  # "auto" goes on from OUTPUT_DIR/last, a path from there; "" starts afresh
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
@@ -142,6 +147,8 @@ train_config = SimpleNamespace(
     scst_samples=5,  # captions drawn for a photo; a step draws batch_size captions
     scst_draws="sample",  # "sample" from the model, or take the ends of a "beam" search with as many beams
     scst_baseline="mean",  # what a draw is measured against: "mean" of the photo's other draws, or the "greedy" caption
+    tracker="none",  # who else is told how the run goes: "tensorboard", "wandb" or "trackio"
+    log_steps=50,  # steps that a point of the tracker's training curve, and of the report's, stands for
     demo_images=10,  # validation photos in demo.png
     shapes_scenes=6000,  # training scenes of the built-in datasets
 )
@@ -697,7 +704,9 @@ class Trainer:
         if config.compile:
             self.model.loss = torch.compiler.disable(self.model.loss)  # the number of chunks changes with the batch
             self.compiled = torch.compile(self.model)  # with the same weights
-        self.log = RunLog(self.model_path, config, self.team, questions=any(self.valid_dl.dataset.prompts))
+        tracker = config.tracker if self.team.first else "none"
+        tracker = Tracker(tracker, self.model_path, WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_NAME)
+        self.log = RunLog(self.model_path, config, self.team, any(self.valid_dl.dataset.prompts), tracker)
         self.metrics = self.log.rows  # a dict an epoch, the rows of metrics.csv
         self.self_critical = SelfCritical(self.train_dl.dataset, config) if config.scst_epochs else None
         self.best = {"best_perplexity": math.inf, "best_epoch": None}
@@ -726,12 +735,7 @@ class Trainer:
     def enter_stage(self, epoch):
         """Make trainable what trains in this epoch, and say so when it changes."""
         config = self.train_config
-        stage = "GPT-2 blocks" if epoch >= config.freeze_epochs_gpt else "new layers"
-        if self.model.config.decoder_weights == "scratch":
-            stage = "new layers"  # the whole decoder is new: nothing of it waits
-        thaws = set(self.model.pretrained_parameters()) - self.model.always_frozen()
-        if (thaws and epoch >= config.freeze_epochs_all) or not self.model.pretrained_parameters():
-            stage = "everything"
+        stage = stage_of(epoch, self.model, config)
         if stage != self.trains:
             print(f"epoch {epoch + 1}: training {stage}; ", end="")
             if stage == "everything" or self.trains != "new layers":
@@ -810,14 +814,15 @@ class Trainer:
         epochs = self.train_config.epochs + self.train_config.scst_epochs
         bar = progress_bar(len(loader.dataset) // K, f"epoch {epoch + 1}/{epochs}")  # images, whatever K
         for batches in several(loader, self.train_config.accumulate):
-            seen = []
+            seen, total, count = [], 0.0, 0
             with self.state.step():
                 if self.optimization.step(self._losses(batches, seen)):
-                    sums = self.team.sum(sum(value * weight for value, weight in seen), sum(w for _, w in seen))
-                    at["total"], at["count"] = at["total"] + sums[0], at["count"] + sums[1]
+                    total, count = self.team.sum(sum(value * n for value, n in seen), sum(n for _, n in seen))
+                    at["total"], at["count"] = at["total"] + total, at["count"] + count
                     shown = {name: f"{at['total'] / at['count']:.3f}", "lr": f"{self.optimization.lr:.1e}"}
                     bar.set_postfix(shown, refresh=False)
                 at["batches"] += len(batches)
+                self.log.step(epoch + at["batches"] / len(loader), self.optimization.lr, name, total, count, batches)
             bar.update(sum(len(batch[-1]) for batch in batches) // K * self.team.size)
         bar.close()
         return at["total"] / at["count"] if at["count"] else math.nan
@@ -843,6 +848,7 @@ class Trainer:
         Numbers count from 0; -1 is what self-critical training by itself starts from. Ctrl-C and losses that stay
         non-finite end the run early; what was best is kept.
         """
+        self.log.begin(self)
         try:
             with self.state.signals():
                 for epoch in range(
@@ -877,6 +883,7 @@ class Trainer:
         self.log.time(epoch, training=middle - start, evaluation=time.monotonic() - middle)
         self.clean()
         self.state.finish(epoch)
+        self.log.write_report(self)
         self.team.wait()  # for what the first process writes
 
     def score_one_epoch(self, epoch):
@@ -979,7 +986,7 @@ def main(argv=None):
     trainer.team.leave()
     if not trainer.team.first:
         return result
-    trainer.log.draw_curves()
+    trainer.log.finish(trainer)
     caption = partial(caption_images, trainer.model, trainer.tokenizer)
     plots.draw_demo(caption, df[df["split"] == "val"], train_cfg.demo_images, train_cfg.model_path / "demo.png")
     if (train_cfg.data_dir / shapes.SPLIT_FILE).is_file():

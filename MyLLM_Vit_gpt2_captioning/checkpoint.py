@@ -40,6 +40,9 @@ RUN_FILES = (
     "timings.csv",
     "samples.md",
     "demo.png",
+    "report.html",
+    "tensorboard",
+    "wandb",
     *(f"{name.lower()}.png" for name in CURVES),
 )
 

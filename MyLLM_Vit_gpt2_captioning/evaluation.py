@@ -1,7 +1,5 @@
 """How good are the captions of a model? Caption a set of photos, then score them all together."""
 
-from pathlib import Path
-
 import metrics
 from decoding import Options, caption_batches
 from progress import progress_bar
@@ -60,8 +58,8 @@ def evaluate(model, dataloader, tokenizer, device=None, java=False, **options):
 
 def score_subset(model, tokenizer, dataset, count, team, look=None):
     """Caption, together with the other processes of `team`, the first `count` images of a `Dataset` (without
-    `bad_images`), or answer its first `count` questions -> ({name: true captions}, captions, {"CIDEr", "BLEU-4"} or
-    {"exact_answers"})."""
+    `bad_images`), or answer its first `count` questions -> ({(image, question or ""): true captions}, captions,
+    {"CIDEr", "BLEU-4"} or {"exact_answers"})."""
     truth, flags = {}, dataset.bad_images.flags
     flags.copy_(team.any(flags))  # each process has seen other photos
     for image, prompt, caption in zip(dataset.images, dataset.prompts, dataset.captions, strict=True):
@@ -77,8 +75,7 @@ def score_subset(model, tokenizer, dataset, count, team, look=None):
         references = dict(zip(images, truth.values(), strict=True))
         scores = metrics.score_captions(dict(zip(images, captions, strict=True)), references, java=False)
         scores = {name: scores[name] for name in ("CIDEr", "BLEU-4")}
-    named = {f"{Path(image).name} {prompt}".strip(): captions for (image, prompt), captions in truth.items()}
-    return named, captions, scores
+    return truth, captions, scores
 
 
 def table_rows(scores):

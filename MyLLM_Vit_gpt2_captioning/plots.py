@@ -10,31 +10,68 @@ from preprocessing import load_image
 
 
 def plot_curve(metrics, quantity, path):
-    """`quantity` by epoch -> PNG: "loss" or "perplexity" for training and validation, or a score of captions.
-
-    `metrics`: one dict an epoch with the keys epoch, stage, train_<quantity> and valid_<quantity>, or <quantity> in the
-    epochs that were scored. A dotted line marks where a training stage begins.
-    """
+    """The curve of `draw_curve` -> PNG."""
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import MaxNLocator
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    draw_curve(axes, metrics, quantity)
+    figure.savefig(path, dpi=120)
+    return figure
+
+
+def curve_as_svg(metrics, quantity, points=()):
+    """The curve of `draw_curve` -> the text of an SVG picture, for a page."""
+    import io
+
+    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot's, which would keep every picture of a long run
+
+    figure = Figure(figsize=(5.6, 3.5))
+    axes = figure.subplots()
+    figure.subplots_adjust(0.14, 0.14, 0.98, 0.96)  # a layout by matplotlib would take most of the time
+    draw_curve(axes, metrics, quantity, points)
+    axes.spines[["top", "right"]].set_visible(False)
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": quantity}):  # the same numbers make the same file
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    return text.getvalue()
+
+
+def draw_curve(axes, metrics, quantity, points=()):
+    """`quantity` by epoch: "loss" or "perplexity" for training and validation, "lr", or a score of captions.
+
+    `metrics`: one dict an epoch with the keys epoch, stage, train_<quantity> and valid_<quantity>, or <quantity> in the
+    epochs that have it. `points`: dicts with what there is between epochs, at their "place" in epochs. A dotted line
+    marks where a training stage begins.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    between = [(point["place"], point[quantity]) for point in points if quantity in point]
     series = {"training": (f"train_{quantity}", "tab:blue"), "validation": (f"valid_{quantity}", "tab:orange")}
     if f"train_{quantity}" not in metrics[0]:
-        label = "captions drawn in training" if quantity == "reward" else "validation captions"
-        series = {label: (quantity, "tab:green")}
+        labels = {"reward": "captions drawn in training", "lr": "new layers"}
+        series = {labels.get(quantity, "validation captions"): (quantity, "tab:green")}
+    if quantity == "lr" and between:
+        (label,) = series  # the rate rises and falls within an epoch: its ends alone would show another curve
+        axes.plot(*zip(*between, strict=True), color="tab:green", label=label)
+        series = {}
+    elif between:
+        axes.plot(*zip(*between, strict=True), color=next(iter(series.values()))[1], alpha=0.4, linewidth=1)
     for label, (key, colour) in series.items():
-        points = [(row["epoch"], row[key]) for row in metrics if key in row]
-        axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=label)
+        known = [(row["epoch"], row[key]) for row in metrics if key in row]
+        axes.plot(*zip(*known, strict=True), marker="o", color=colour, label=label)
     for before, row in pairwise(metrics):
         if row["stage"] != before["stage"]:
-            axes.axvline(row["epoch"] - 0.5, color="grey", linestyle=":")
+            start = row["epoch"] - 1 if between else row["epoch"] - 0.5
+            axes.axvline(start, color="grey", linestyle=":")
             axes.annotate(
                 row["stage"],
-                (row["epoch"] - 0.5, 1),
+                (start, 1),
+                xytext=(3, -2),
                 xycoords=("data", "axes fraction"),
+                textcoords="offset points",
                 rotation=90,
-                ha="right",
+                ha="left",
                 va="top",
                 fontsize=8,
                 color="grey",
@@ -43,13 +80,11 @@ def plot_curve(metrics, quantity, path):
         axes.set_yscale("log")  # the first epochs would flatten the rest
     axes.set_xlabel("epoch")
     units = {"loss": "loss (nats per token)", "perplexity": "perplexity per token", "exact_answers": "share right"}
-    units["reward"] = "mean CIDEr"
+    units |= {"reward": "mean CIDEr", "lr": "learning rate"}
     axes.set_ylabel(units.get(quantity, quantity))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
-    return figure
 
 
 def plot_captions(images, generated, references, path, columns=5):

@@ -30,6 +30,7 @@ MAY_CHANGE = {
     "epochs", "lr", "scst_epochs", "scst_lr", "max_bad_steps", "num_workers", "device", "precision", "compile",
     "gradient_checkpointing", "data_dir", "image_dir", "captions_file", "dataset", "model_path", "cache_dir",
     "keep_epoch_checkpoints", "save_minutes", "resume", "demo_images", "deterministic", "max_bad_images",
+    "tracker", "log_steps",
 }  # fmt: skip
 ANNOUNCED = ("epochs", "lr", "scst_epochs", "scst_lr", "device", "precision")
 
@@ -135,6 +136,7 @@ class RunState:
             "metrics": trainer.log.rows,
             "samples": trainer.log.samples,
             "timings": trainer.log.timings,
+            "log": trainer.log.state_dict(),
             "config": self._config(),
             "dataset": [fingerprint(loader.dataset) for loader in (trainer.train_dl, trainer.valid_dl)],
         }
@@ -162,6 +164,7 @@ class RunState:
         trainer.log.rows[:], trainer.log.samples, trainer.log.timings = (
             state["metrics"], state["samples"], state["timings"],
         )  # fmt: skip
+        trainer.log.load_state_dict(state.get("log", {}))
         if state["stage"] == "self-critical":
             trainer.start_self_critical()
         trainer.stage = state["stage"]  # what was entered before is not entered again

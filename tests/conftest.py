@@ -115,3 +115,27 @@ def dls(script, tiny_config, tiny_train_config, bpe):
     df = script._load_flickr_dataframe(tiny_train_config.data_dir, tiny_train_config.image_dir)
     config = script.with_defaults(tiny_config, script.model_config)
     return script.build_dataloaders(df, bpe, config, tiny_train_config)
+
+
+@pytest.fixture
+def pretend_pretrained(script, monkeypatch):
+    """`from_pretrained` without downloads: the config says pretrained, the weights are random."""
+    monkeypatch.setattr(script.VisionGPT2Model, "from_pretrained", classmethod(lambda cls, config: cls(config)))
+
+
+@pytest.fixture
+def make_trainer(script, tiny_config, tiny_train_config, bpe):
+    """make_trainer(folder, **changes of the configs): dropout and averaged weights are on."""
+
+    def make(folder, **changes):
+        config = script.with_defaults(tiny_config, script.model_config)
+        config.mlp_dropout = config.attention_dropout = 0.2
+        train = script.with_defaults(tiny_train_config, script.train_config)
+        train.model_path, train.epochs, train.ema_decay, train.score_images = folder, 3, 0.9, 2
+        for key, value in changes.items():
+            setattr(train if hasattr(train, key) else config, key, value)
+        df = script._load_flickr_dataframe(train.data_dir, train.image_dir)
+        torch.manual_seed(train.seed)
+        return script.Trainer(config, train, script.build_dataloaders(df, bpe, config, train))
+
+    return make

@@ -21,24 +21,6 @@ from run_state import NEWEST, Stopped, read_state, restore_rng, rng_state, write
 SCRIPT = REPO_ROOT / "MyLLM_Vit_gpt2_captioning" / "MyLLM_Vit_gpt2_captioning.py"
 
 
-@pytest.fixture
-def make_trainer(script, tiny_config, tiny_train_config, bpe):
-    """make_trainer(folder, **changes of the configs): dropout and averaged weights are on."""
-
-    def make(folder, **changes):
-        config = script.with_defaults(tiny_config, script.model_config)
-        config.mlp_dropout = config.attention_dropout = 0.2
-        train = script.with_defaults(tiny_train_config, script.train_config)
-        train.model_path, train.epochs, train.ema_decay, train.score_images = folder, 3, 0.9, 2
-        for key, value in changes.items():
-            setattr(train if hasattr(train, key) else config, key, value)
-        df = script._load_flickr_dataframe(train.data_dir, train.image_dir)
-        torch.manual_seed(train.seed)
-        return script.Trainer(config, train, script.build_dataloaders(df, bpe, config, train))
-
-    return make
-
-
 def stop_after(trainer, steps, reason):
     """The run is stopped in its so-manieth step from now: `reason` is a signal, or an exception of the step itself."""
     step, count = trainer.optimization.step, 0

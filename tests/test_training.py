@@ -20,12 +20,6 @@ def trainer(script, tiny_config, tiny_train_config, dls):
     return script.Trainer(tiny_config, tiny_train_config, dls)
 
 
-@pytest.fixture
-def pretend_pretrained(script, monkeypatch):
-    """`from_pretrained` without downloads: the config says pretrained, the weights are random."""
-    monkeypatch.setattr(script.VisionGPT2Model, "from_pretrained", classmethod(lambda cls, config: cls(config)))
-
-
 def snapshot(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
