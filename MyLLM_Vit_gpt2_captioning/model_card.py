@@ -203,8 +203,8 @@ def _what_it_is(facts, parameters):
     changed = f", changed by `{json.dumps(options)}`," if options else ""
     text = (
         f"An image captioner of {parameters:,} parameters. The encoder `{model.get('encoder')}`{changed} looks at the "
-        f"photo ({size} x {size} pixels), a GPT-2-style decoder of {depth} blocks, {model.get('embed_dim')} channels and "
-        f"{model.get('vocab_size'):,} tokens writes the caption; {coupling}."
+        f"photo ({size} x {size} pixels), a GPT-2-style decoder of {depth} blocks, {model.get('embed_dim')} channels "
+        f"and {model.get('vocab_size'):,} tokens writes the caption; {coupling}."
     )
     if facts.converted_from:
         text += f"\n\nThe weights are those of `{facts.converted_from}` under other names; it was not trained further."
