@@ -35,7 +35,9 @@ def main(argv=None):
         help="of the weights, as the Hub calls it: apache-2.0, mit, cc-by-nc-4.0, ...; what you may say depends on the "
         'data set (default: "other", none stated)',
     )
-    parser.add_argument("--dataset", nargs="+", metavar="NAME", help="trained on (default: what the run's paths say)")
+    parser.add_argument(
+        "--dataset", nargs="+", metavar="NAME", help="trained on (default: by the names of the run's folders)"
+    )
     parser.add_argument(
         "--samples", nargs="+", default=[], metavar="IMAGE", help="pictures for the card, which you may publish"
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from checkpoint import WEIGHTS_FILE, load_config
 
 NO_LICENSE = "other"
-DATASETS = {  # name in paths -> what it is, for the card
+DATASETS = {  # beginning of a folder's name -> what it is
     "flickr30k": "Flickr30k (Young et al. 2014), photos with five captions each",
     "flickr8k": "Flickr8k (Hodosh et al. 2013), photos with five captions each",
     "coco": "MS COCO (Lin et al. 2014), photos with five captions each",
@@ -64,6 +64,7 @@ class Facts:
     scores: dict = field(default_factory=dict)  # {what was scored: content of a scores.json}
     samples: list = field(default_factory=list)
     datasets: list = field(default_factory=list)
+    guessed: bool = False  # nobody has said so: the data sets are those that the run's folders are named after
     license: str = NO_LICENSE
     converted_from: str = ""
 
@@ -82,6 +83,7 @@ def read_facts(folder, repo_id, license=NO_LICENSE, datasets=None, scores_files=
     config = load_config(folder)
     facts = Facts(repo_id, config, license=license or NO_LICENSE)
     facts.datasets = list(datasets or _datasets_in(config.get("train_config", {})))
+    facts.guessed = not datasets
     facts.metrics_csv, facts.row = _read_metrics(folder / "metrics.csv", config)
     if scores_files is None:
         written = (folder / WEIGHTS_FILE).stat().st_mtime if (folder / WEIGHTS_FILE).is_file() else 0
@@ -102,8 +104,10 @@ def read_facts(folder, repo_id, license=NO_LICENSE, datasets=None, scores_files=
 
 
 def _datasets_in(train_config):
-    paths = " ".join(str(train_config.get(key, "")) for key in ("data_dir", "image_dir", "captions_file")).lower()
-    return [name for name in DATASETS if name in paths]
+    """Known data sets that a folder or file of the run is named after: flickr8k, flickr30k_256, vqa_shapes, ..."""
+    paths = [str(train_config.get(key, "")).lower() for key in ("data_dir", "image_dir", "captions_file")]
+    names = [part for path in paths for part in re.split(r"[/\\]", path)]
+    return [known for known in DATASETS if any(re.fullmatch(rf"(vqa_)?{known}(\d{{4}})?([_.-].*)?", n) for n in names)]
 
 
 def _read_metrics(path, config):
@@ -206,6 +210,8 @@ def _what_it_is(facts, parameters):
         f"photo ({size} x {size} pixels), a GPT-2-style decoder of {depth} blocks, {model.get('embed_dim')} channels "
         f"and {model.get('vocab_size'):,} tokens writes the caption; {coupling}."
     )
+    if "exact_answers" in facts.row:
+        text += "\n\nIt answers questions about an image: give it one with `--prompt`."
     if facts.converted_from:
         text += f"\n\nThe weights are those of `{facts.converted_from}` under other names; it was not trained further."
     return text
@@ -230,7 +236,8 @@ python MyLLM_Vit_gpt2_captioning/caption_image.py photo.jpg --checkpoint {facts.
 def _training(facts):
     model, train = facts.config["model_config"], facts.config.get("train_config", {})
     known = [DATASETS.get(name, name) for name in facts.datasets]
-    lines = [f"Data set: {'; '.join(known) if known else 'not stated'}."]
+    how = ", by the name of its folder" if facts.guessed and known else ""
+    lines = [f"Data set{how}: {'; '.join(known) if known else 'not stated'}."]
     starts = {
         "the encoder": "from random weights" if model.get("encoder_weights") == "scratch" else "pretrained",
         "the decoder": "from random weights" if model.get("decoder_weights") == "scratch" else "pretrained",
@@ -245,7 +252,9 @@ def _training(facts):
     rows += [f"| `{key}` | {train[key]} | {what} |" for key, what in RECIPE.items() if key in train]
     lines += ["\n".join(rows), "All constants are in `recipe.toml`, which repeats the run: `--recipe recipe.toml`."]
     if facts.config.get("best_epoch") is not None:
-        lines.append(f"These weights are those after epoch {facts.config['best_epoch'] + 1}, the best one.")
+        lines.append(
+            f"These weights are those after epoch {facts.config['best_epoch'] + 1}, the best one when they were shared."
+        )
     return "\n\n".join(lines)
 
 
@@ -304,7 +313,7 @@ def _samples(facts):
     for s in facts.samples:
         lines.append(f"| {_cell(s.name)} | {_cell(s.caption)} | {_cell(s.truth[0] if s.truth else '')} |")
     return (
-        "Greedy captions of the first images of the validation split (the photos are their authors' and not here):\n\n"
+        "Greedy captions of the first images of the validation split (the images themselves are not shared):\n\n"
         + "\n".join(lines)
     )
 

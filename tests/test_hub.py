@@ -1,12 +1,12 @@
 """Sharing on the Hugging Face Hub, against a stand-in for it: what is in the folder, uploads, downloads, what goes
 wrong, uploads in the background of a run; and that the token is nowhere."""
 
-import ast
 import csv
 import io
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -28,9 +28,10 @@ import hub
 import hub_folder
 import model_card
 from command_line import read_recipe
-from conftest import REPO_ROOT
+from conftest import REDUCED_ENCODERS, REPO_ROOT, randomize
 from hub_errors import explain
 from hub_stand_in import HubStandIn, Repo
+from test_script import TINY
 
 SHAPES = REPO_ROOT / "examples" / "shapes"
 SCENES = [str(SHAPES / f"scene_{i}.png") for i in range(2)]
@@ -165,6 +166,48 @@ def test_save_pretrained_and_back(script, tiny_model, bpe, tmp_path, with_tokeni
     assert all(torch.equal(tensor, own[name]) for name, tensor in again.state_dict().items())
 
 
+def run_example(folder, images, monkeypatch, capsys):
+    """The captions that its example.py prints, in this process."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["example.py", *images])
+    capsys.readouterr()
+    runpy.run_path(str(folder / "example.py"), run_name="__main__")
+    return [line.partition(": ")[2] for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize("encoder", ["resnet10t", "vit_base_patch16_clip_quickgelu_224"])
+def test_the_example_knows_every_encoder(encoder, script, tiny_config, bpe, tmp_path, monkeypatch, capsys):
+    tiny_config.encoder, tiny_config.encoder_options = encoder, REDUCED_ENCODERS[encoder]
+    torch.manual_seed(0)
+    model = script.VisionGPT2Model(tiny_config).eval()
+    randomize(model)
+    model.save_pretrained(tmp_path / "own", bpe)
+    export_to_hub.main(["anna/tiny", "--checkpoint", str(tmp_path / "own"), "--dry-run", str(tmp_path / "shared")])
+    expected = script.caption_images(model, bpe, SCENES)
+    assert [line.split() for line in run_example(tmp_path / "shared", SCENES, monkeypatch, capsys)] == [
+        caption.split() for caption in expected
+    ]
+    assert "timm>=" in (tmp_path / "shared" / "requirements.txt").read_text()
+
+
+def test_a_hugging_face_captioner_is_shared_as_one_of_ours(script, tiny_config, bpe, tmp_path, monkeypatch, capsys):
+    tiny_config.coupling = "final"
+    model = script.VisionGPT2Model(tiny_config).eval()
+    randomize(model)
+    theirs = tmp_path / "theirs"
+    model.export_to_transformers(theirs, bpe)
+    export_to_hub.main(["anna/tiny", "--checkpoint", str(theirs), "--dry-run", str(tmp_path / "shared")])
+    card = (tmp_path / "shared" / "README.md").read_text()
+    assert "The weights are those of `theirs` under other names" in card
+    assert "Data set: not stated." in card
+    assert str(tmp_path) not in card
+    stored = checkpoint.load_weights(tmp_path / "shared" / "captioner.safetensors")
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
+    expected = script.caption_images(*script.load_captioner(theirs), SCENES)
+    found = run_example(tmp_path / "shared", SCENES, monkeypatch, capsys)
+    assert [line.split() for line in found] == [caption.split() for caption in expected]
+
+
 def test_a_dry_run_overwrites_nothing(exported, capsys):
     before = (exported / "README.md").read_bytes()
     with pytest.raises(SystemExit, match="is there already: give another folder"):
@@ -263,6 +306,20 @@ def test_the_card_says_what_was_measured(tmp_path):
     assert "an early cat" not in card
     assert "The licence of the weights has not been stated" in card
     assert facts.metrics_csv == (folder / "metrics.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("data_dir", "found"),
+    [
+        ("data/flickr8k", ["flickr8k"]), ("Flickr30k_256", ["flickr30k"]), ("data/coco2017", ["coco"]),
+        ("data/vqa_shapes", ["shapes"]), ("data/cocoa", []), ("my/bodyshapes", []), ("data", []), ("shapeshift/x", []),
+    ],
+)  # fmt: skip
+def test_data_sets_are_known_by_the_names_of_folders(data_dir, found, tmp_path):
+    folder, _ = make_run(tmp_path / "run", data_dir=data_dir, image_dir=f"{data_dir}/photos")
+    card, _ = card_of(folder)
+    assert front_matter(card).get("datasets", []) == found
+    assert ("Data set, by the name of its folder: " if found else "Data set: not stated.") in card
 
 
 def test_what_belongs_to_other_weights_is_not_in_the_card(tmp_path, capsys):
@@ -691,8 +748,10 @@ def test_nobody_is_asked_who_cannot_answer_or_has_shared(server, monkeypatch, tm
     assert server.requests == []
 
 
-def test_the_script_offers_at_its_end():
-    source = (REPO_ROOT / "MyLLM_Vit_gpt2_captioning" / "MyLLM_Vit_gpt2_captioning.py").read_text()
-    (main,) = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "main"]
-    calls = [ast.unparse(node.func) for node in ast.walk(main) if isinstance(node, ast.Call)]
-    assert calls.count("hub.offer_upload") == 1
+def test_a_whole_run_ends_with_the_offer(script, server, flickr, tmp_path, monkeypatch):
+    """When everything is written: what is shared is the run's own checkpoint."""
+    terminal = Terminal(monkeypatch, "anna/first")
+    script.main(["--data_dir", str(flickr), "--model_path", str(tmp_path / "run"), *TINY, "--epochs", "1"])
+    assert len(terminal.asked) == 1
+    weights = (tmp_path / "run" / "captioner.safetensors").read_bytes()
+    assert server.repos["anna/first"].files["captioner.safetensors"] == weights
