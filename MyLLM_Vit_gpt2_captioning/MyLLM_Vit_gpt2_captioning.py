@@ -28,6 +28,7 @@ sys.path.append(str(REPO_ROOT))  # for MyLLM; this file's own folder is on the p
 
 
 import checkpoint
+import hub
 import hugging_face
 import plots
 import shapes
@@ -69,6 +70,7 @@ RECIPES_DIR = REPO_ROOT / "recipes"
 WANDB_PROJECT = "image-captioning"  # of runs with --tracker wandb or trackio
 WANDB_ENTITY = ""  # user or team that the project belongs to; "": yours
 WANDB_RUN_NAME = ""  # what such a run is called; "": the name of its folder and its id
+HF_REPO_ID = os.environ.get("HF_REPO_ID", "")  # "user/repo" on the Hugging Face Hub, where a captioner is shared
 RESUME_CHECKPOINT_PATH = ""  # "auto" goes on from OUTPUT_DIR/last, a path from there; "" starts afresh
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
@@ -139,6 +141,7 @@ train_config = SimpleNamespace(
     score_images=200,  # validation photos that are captioned for these scores
     best_by="perplexity",  # what decides which epoch is kept: "perplexity", or "CIDEr" of those captions
     keep_epoch_checkpoints=False,  # also keep the weights of every epoch, named by epoch and validation loss
+    push_every_epoch=False,  # upload the best checkpoint to HF_REPO_ID in the background whenever there is a new one
     resume=RESUME_CHECKPOINT_PATH,  # stopped run to go on with: "auto" (the one in model_path), or a path
     save_minutes=10.0,  # between states to go on from, in model_path/last; one is saved after every epoch, too
     deterministic=False,  # only operations that give the same bits every time: on a GPU slower
@@ -624,6 +627,11 @@ class VisionGPT2Model(nn.Module):
         else:
             checkpoint.load_strictly(self, folder / checkpoint.WEIGHTS_FILE)
 
+    def save_pretrained(self, folder, tokenizer=None):
+        """Write a checkpoint that `from_pretrained(folder)` loads: weights, config.json and the `tokenizer`'s file."""
+        config = dict(model_config=checkpoint.portable(self.config, REPO_ROOT), preprocessing=self.preprocessing)
+        checkpoint.save_checkpoint(folder, self.state_dict(), config, tokenizer, torch_file=False)
+
     def export_to_transformers(self, folder, tokenizer=None):
         """Write the captioner so that `transformers.VisionEncoderDecoderModel.from_pretrained(folder)` loads it.
 
@@ -711,6 +719,8 @@ class Trainer:
         self.self_critical = SelfCritical(self.train_dl.dataset, config) if config.scst_epochs else None
         self.best = {"best_perplexity": math.inf, "best_epoch": None}
         self.trains = self.stage = None  # what is not frozen; what the epoch is called in metrics.csv
+        shares = config.push_every_epoch and self.team.first
+        self.uploads = hub.BackgroundUploads(HF_REPO_ID, self.model_path) if shares else None
         self.enter_stage(epoch=0)
         self.state = RunState(self, first_epoch=-1 if config.epochs == 0 else 0, root=REPO_ROOT)
         self.team.own_random_numbers(config.seed, self.state.position)
@@ -862,6 +872,8 @@ class Trainer:
             if isinstance(reason, Stopped):
                 raise
             print(f"stopped early: {str(reason) or 'interrupted'}; the best epoch is kept")
+        if self.uploads:
+            self.uploads.finish()
         if self.best["best_epoch"] is None:
             raise FloatingPointError("the validation perplexity was never finite: try a lower --lr")
         return dict(self.best)
@@ -877,6 +889,8 @@ class Trainer:
             if self.team.first:
                 self.save_model(best)
             self.best = best  # only now: an interrupted save has kept the files of the epoch before
+            if self.uploads:
+                self.uploads.push()
         if self.train_config.keep_epoch_checkpoints and self.team.first:
             weights = self.averaged.state_dict()
             checkpoint.save_epoch(self.model_path, weights, epoch + 1, self.metrics[-1]["valid_loss"])
@@ -995,6 +1009,7 @@ def main(argv=None):
         f"best {trainer.log.best_by}: epoch {result['best_epoch'] + 1}, perplexity {result['best_perplexity']:.3f}; "
         f"checkpoint and plots are in {train_cfg.model_path}"
     )
+    hub.offer_upload(HF_REPO_ID, train_cfg.model_path, trainer.uploads)
     plots.show_windows()
     return result
 

@@ -89,12 +89,14 @@ class CaptionTokenizer:
         else:
             from huggingface_hub import hf_hub_download
 
+            from hub_errors import explain
+
             try:
                 backend = Tokenizer.from_file(hf_hub_download(self.source, TOKENIZER_FILE))
-            except (OSError, ValueError) as error:  # network down, no such repository, not a repository name
+            except Exception as error:  # of huggingface_hub, its HTTP library or Xet: each has its own
                 raise FileNotFoundError(
-                    f"the tokenizer {self.source!r} is neither a local folder nor to be had from the Hugging Face hub "
-                    f"({type(error).__name__}); give a folder that holds vocab.json and merges.txt"
+                    f"the tokenizer {self.source!r} is neither a local folder nor to be had from the Hugging Face hub: "
+                    f"{explain(error)}; or give a folder that holds vocab.json and merges.txt"
                 ) from error
         backend.no_padding()  # transformers stores what a call asked for last; here every caption keeps its own length
         backend.no_truncation()

@@ -71,15 +71,17 @@ def write_atomically(path, write):
             draft.unlink(missing_ok=True)
 
 
-def save_checkpoint(folder, state_dict, config, tokenizer):
-    """Write a checkpoint. `config` is a dict that JSON can hold."""
+def save_checkpoint(folder, state_dict, config, tokenizer=None, torch_file=True):
+    """Write a checkpoint. `config` is a dict that JSON can hold; without `torch_file` there is no captioner.pt."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     # `save_file` would make it readable for its owner only, unlike the files beside it.
     write_atomically(folder / WEIGHTS_FILE, lambda path: path.write_bytes(save(state_dict)))
-    write_atomically(folder / TORCH_FILE, lambda path: torch.save(state_dict, path))
-    write_atomically(folder / TOKENIZER_FILE, lambda path: path.write_text(tokenizer.to_json(), encoding="utf-8"))
+    if torch_file:
+        write_atomically(folder / TORCH_FILE, lambda path: torch.save(state_dict, path))
+    if tokenizer is not None:
+        write_atomically(folder / TOKENIZER_FILE, lambda path: path.write_text(tokenizer.to_json(), encoding="utf-8"))
     write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 
@@ -193,11 +195,13 @@ def find_folder(source, files=(WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE)):
         raise FileNotFoundError(f"{source}: no such folder; where another recipe makes it, train that one first")
     from huggingface_hub import snapshot_download
 
+    from hub_errors import explain
+
     try:
         return Path(snapshot_download(str(source), allow_patterns=list(files)))
-    except (OSError, ValueError) as error:  # network down, no such repository, not a repository name
+    except Exception as error:  # of huggingface_hub, its HTTP library or Xet: each has its own
         raise FileNotFoundError(
-            f"{source}: neither a checkpoint folder nor to be had from the Hugging Face hub ({type(error).__name__})"
+            f"{source}: neither a checkpoint folder nor to be had from the Hugging Face hub: {explain(error)}"
         ) from error
 
 

@@ -30,7 +30,7 @@ MAY_CHANGE = {
     "epochs", "lr", "scst_epochs", "scst_lr", "max_bad_steps", "num_workers", "device", "precision", "compile",
     "gradient_checkpointing", "data_dir", "image_dir", "captions_file", "dataset", "model_path", "cache_dir",
     "keep_epoch_checkpoints", "save_minutes", "resume", "demo_images", "deterministic", "max_bad_images",
-    "tracker", "log_steps",
+    "tracker", "log_steps", "push_every_epoch",
 }  # fmt: skip
 ANNOUNCED = ("epochs", "lr", "scst_epochs", "scst_lr", "device", "precision")
 
