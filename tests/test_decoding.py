@@ -260,3 +260,40 @@ def test_caption_images_takes_all_options(script, tiny_model, bpe):
     assert draws == script.caption_images(tiny_model, bpe, [photos[0]] * 4, 6, 1.0, False, batch_size=2, seed=1)
     in_batches = script.caption_images(tiny_model, bpe, photos, 6, batch_size=2)
     assert in_batches == script.caption_images(tiny_model, bpe, photos, 6)
+
+
+# --- how likely a caption is ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt_length", [1, 3])
+def test_log_probabilities_equal_a_plain_sum(ending, images, prompt_length):
+    """Token by token, an image and a caption at a time, from the logits of `forward`."""
+    ids = generate_ids(
+        ending, images[:3], starts(ending, images[:3], prompt_length), 12, num_return_sequences=4, seed=2, top_k=40
+    )
+    found = decoding.log_probabilities(ending, images[:3], ids, prompt_length)
+    assert found.shape == (12,)
+    lengths = set()
+    for row, (sequence, log_p) in enumerate(zip(ids, found.tolist(), strict=True)):
+        sequence = decoding.trim(sequence, prompt_length, ending.config.eos_token_id)
+        image, total = images[row // 4][None], 0.0
+        with torch.no_grad():
+            for length in range(prompt_length, len(sequence)):
+                probabilities = ending(image, sequence[None, :length])[0, 0].double().softmax(-1)
+                total += probabilities[sequence[length]].log().item()
+        assert log_p == pytest.approx(total, abs=1e-4)
+        lengths.add(len(sequence))
+    assert len(lengths) > 1
+
+
+def test_the_best_beam_is_the_likeliest_caption(ending, images):
+    """With a length penalty of 0 beams are ranked by log-probability; unknown words have none."""
+    ending.config.unk_token_id = 5
+    ids = generate_ids(
+        ending, images, starts(ending, images), 12, num_beams=6, num_return_sequences=6, length_penalty=0.0
+    )
+    found = decoding.log_probabilities(ending, images, ids, 1).view(12, 6)
+    assert (found[:, :-1] >= found[:, 1:] - 1e-4).all()
+    with_unknown = ids[:1].clone()
+    with_unknown[0, 1] = 5
+    assert decoding.log_probabilities(ending, images[:1], with_unknown, 1).item() == -torch.inf
