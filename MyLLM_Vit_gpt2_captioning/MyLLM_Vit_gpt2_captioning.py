@@ -645,6 +645,17 @@ def load_captioner(source):
     return model, tok
 
 
+def caption_image(
+    image_path, model_source, device=None, max_length=32, temperature=1.0, do_sample=True, top_k=50, top_p=0.95
+):
+    """One photo -> its caption (str), of at most `max_length` tokens, by the captioner in `model_source` (folder or hub
+    id): drawn from the `top_k` likeliest tokens that have the probability `top_p` together, or greedy."""
+    model, tok = load_captioner(model_source)
+    draws = dict(temperature=temperature, top_k=top_k, top_p=top_p) if do_sample else {}
+    options = dict(max_tokens=max_length, deterministic=not do_sample, **draws)
+    return caption_images(model.to(device or DEVICE), tok, [image_path], **options)[0]
+
+
 # ======================================================================================================================
 # Training
 # ======================================================================================================================

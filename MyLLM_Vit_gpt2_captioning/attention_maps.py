@@ -11,13 +11,13 @@ moment: a web page may be captioning with it at the same time.
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 from captions_tokenizer import encode_prompt
 from checkpoint import write_atomically
-from MyLLM.ch3 import merge_heads, split_heads
 from preprocessing import preprocess, resize
 
 
@@ -40,10 +40,11 @@ def eager_attend(cross_attn, q, image_tokens):
     (B*K, heads, T, N) with which each query takes the image tokens' values; they sum to 1 over N.
     """
     keys, values = cross_attn.project(image_tokens, image_tokens)  # (B, heads, N, head_dim) each
-    queries = split_heads(cross_attn.q(q).view(len(keys), -1, q.size(-1)), cross_attn.num_heads)
+    queries = cross_attn.q(q).view(len(keys), -1, keys.size(1), keys.size(3)).transpose(1, 2)
     scores = queries @ keys.transpose(-2, -1) / math.sqrt(keys.size(-1))  # (B, heads, K*T, N)
     weights = scores.softmax(-1)
-    output = cross_attn.c_proj(merge_heads(weights @ values).view(q.shape))
+    context = (weights @ values).transpose(1, 2)  # (B, K*T, heads, head_dim)
+    output = cross_attn.c_proj(context.reshape(q.shape))
     weights = weights.unflatten(2, (-1, q.size(1))).transpose(1, 2).flatten(0, 1)  # (B*K, heads, T, N)
     return output, weights
 
@@ -122,21 +123,27 @@ def group_words(tokenizer, token_ids):
     return [(tokenizer.decode([token_ids[p] for p in positions]).strip(), positions) for positions in words]
 
 
+def check_choice(model, block=None, head=None):
+    """Raise ValueError for a decoder block or head that is not there; None is always fine."""
+    for name, chosen, count in (("block", block, model.config.depth), ("head", head, model.config.num_heads)):
+        if chosen is not None and not 0 <= chosen < count:
+            raise ValueError(f"{name} {chosen}: the decoder has {name}s 0 to {count - 1}")
+
+
 def word_maps(model, tokenizer, image, token_ids, block=None, head=None):
     """Where cross-attention looked for each word -> (words, a list of str; maps, float tensor (words, grid_h, grid_w)).
 
-    `image`: whatever `preprocessing.load_image` takes; `token_ids`: a caption's ids that begin with BOS, as
-    `caption_ids` or `model.generate` gives them. The map of a word is the attention of the position that predicts it,
-    the one before it; a word of several tokens has their mean. Mean over all decoder blocks and heads unless `block`
-    (0 .. depth-1) or `head` (0 .. num_heads-1) chooses one. See `patch_maps` for what a map's cells are.
+    `image`: whatever `preprocessing.load_image` takes, or a tensor as `cross_attention` takes it; `token_ids`: a
+    caption's ids that begin with BOS, as `caption_ids` or `model.generate` gives them. The map of a word is the
+    attention of the position that predicts it, the one before it; a word of several tokens has their mean. Mean over
+    all decoder blocks and heads unless `block` (0 .. depth-1) or `head` (0 .. num_heads-1) chooses one. See
+    `patch_maps` for what a map's cells are.
     Raises ValueError for a block or head that is not there.
     """
-    config = model.config
-    for name, chosen, count in (("block", block, config.depth), ("head", head, config.num_heads)):
-        if chosen is not None and not 0 <= chosen < count:
-            raise ValueError(f"{name} {chosen}: the decoder has {name}s 0 to {count - 1}")
+    check_choice(model, block, head)
     token_ids = [int(token) for token in token_ids]
-    weights = cross_attention(model, preprocess(image, **model.preprocessing), token_ids)  # (depth, heads, T, N)
+    image = image if isinstance(image, torch.Tensor) else preprocess(image, **model.preprocessing)
+    weights = cross_attention(model, image, token_ids)  # (depth, heads, T, N)
     weights = weights if block is None else weights[block : block + 1]
     weights = weights if head is None else weights[:, head : head + 1]
     maps = patch_maps(model, weights.mean((0, 1)))  # (T, grid_h, grid_w)
@@ -160,23 +167,25 @@ def overlay(photo, attention_map, side=256):
     return Image.composite(colours, resize(photo, side), opacity)
 
 
-def draw_attention(photo, words, maps, path, columns=6):
-    """The photo, then a panel for each word with its map -> PNG at `path`.
+def draw_attention(photo, words, maps, path, columns=6, side=152):
+    """The photo, then a panel of `side` pixels for each word with its map -> PNG at `path`.
 
     `photo`, `words` and `maps` as `word_maps` takes and gives them. Raises OSError that names `path`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = [("", resize(photo, 256)), *((word, overlay(photo, at)) for word, at in zip(words, maps, strict=True))]
-    columns = min(columns, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(1.7 * columns, 2.0 * rows), layout="constrained")
+    panels = [resize(photo, side), *(overlay(photo, attention_map, side) for attention_map in maps)]
+    columns, title, gap = min(columns, len(panels)), 24, 8  # pixels
+    width, height = side + gap, side + title + gap
+    sheet = Image.new("RGB", (columns * width, -(-len(panels) // columns) * height), "white")
+    figure = Figure(figsize=(sheet.width / 100, sheet.height / 100), dpi=100)
     FigureCanvasAgg(figure)  # pyplot would keep every figure and may want a display
-    for cell in figure.subplots(rows, columns, squeeze=False).flat:
-        cell.axis("off")
-        if panels:
-            word, panel = panels.pop(0)
-            cell.imshow(panel)
-            cell.set_title(word, fontsize=12, parse_math=False)
+    for i, (panel, word) in enumerate(zip(panels, ["", *words], strict=True)):
+        left, top = i % columns * width + gap // 2, i // columns * height + title
+        sheet.paste(panel, (left, top))
+        x, y = (left + side / 2) / sheet.width, 1 - (top - 5) / sheet.height
+        size = min(12, 150 / max(1, len(word)))  # a long word stays over its own panel
+        figure.text(x, y, word, ha="center", va="baseline", fontsize=size, parse_math=False)
+    figure.figimage(np.asarray(sheet))
     write_atomically(path, lambda draft: figure.savefig(draft, format="png", dpi=100))

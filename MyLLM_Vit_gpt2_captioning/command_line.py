@@ -83,8 +83,7 @@ def parse_overrides(argv, source_file, **sections):
                 metavar=type(default).__name__,
                 help=text.replace("%", "%%").strip(),
             )
-    argv = ["--" + _with_underscores(word[2:]) if word.startswith("--") else word for word in argv]
-    given, unknown = parser.parse_known_args(argv)
+    given, unknown = parser.parse_known_args(with_underscores(argv))
     if unknown:
         key = unknown[0].partition("=")[0]
         near = difflib.get_close_matches(key, [f"--{key}" for s in sections.values() for key in vars(s)], n=1)
@@ -168,10 +167,13 @@ def write_recipe(folder, **sections):
     write_atomically(Path(folder) / RECIPE_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def _with_underscores(word):
-    """`batch-size=8` -> `batch_size=8`: only the key changes."""
-    key, equals, value = word.partition("=")
-    return key.replace("-", "_") + equals + value
+def with_underscores(argv):
+    """["--batch-size=8", ...] -> ["--batch_size=8", ...]: both spellings are fine; values stay as they are."""
+    words = [word.partition("=") if word.startswith("--") else (word, "", "") for word in argv]
+    return [
+        "--" + key[2:].replace("-", "_") + equals + value if key.startswith("--") else key
+        for key, equals, value in words
+    ]
 
 
 def with_defaults(config, defaults):

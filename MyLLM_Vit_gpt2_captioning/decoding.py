@@ -224,6 +224,26 @@ def next_token_scores(model, hidden):
     return scores
 
 
+@torch.inference_mode()
+def log_probabilities(model, images, ids, prompt_length):
+    """How likely the model finds captions: the sum of the log-probabilities, in nats, of the tokens behind the prompt,
+    the first EOS included, without temperature or any other option -> float tensor (B * K,).
+
+    images as in `generate_ids`, ids (B * K, T) as it returns them, `prompt_length` tokens (BOS included) were given.
+    """
+    B, eos, sums = len(images[0] if isinstance(images, list) else images), model.config.eos_token_id, []
+    with _evaluating(model):
+        states = model.encoder_states(images)
+        for i, rows in enumerate(ids.view(B, -1, ids.size(1))):  # one image at a time: scores are large
+            targets = rows[:, prompt_length:]  # (K, new)
+            ends = targets == eos
+            real = ends.cumsum(1) - ends.long() == 0  # (K, new): up to the first EOS, which counts
+            hidden = model.decode(rows[:, :-1], [tokens[i : i + 1] for tokens in states])[:, prompt_length - 1 :]
+            likely = next_token_scores(model, hidden).log_softmax(-1).gather(2, targets[..., None])[..., 0]  # (K, new)
+            sums.append((likely * real).sum(1))
+    return torch.cat(sums)
+
+
 def _likeliest(scores):
     return scores.argmax(-1, keepdim=True)  # (rows, 1)
 

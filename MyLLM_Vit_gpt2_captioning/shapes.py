@@ -66,31 +66,39 @@ def draw_scene(rng, held_out):
 
 def render_scene(rng, scene):
     """Draw the scene at a random place on a random grey background -> RGB image of 48 x 48 pixels."""
+    return render_with_boxes(rng, scene)[0]
+
+
+def render_with_boxes(rng, scene):
+    """As `render_scene` -> (image, the boxes (left, top, right, bottom) of its two objects in pixels)."""
     scale = 4  # drawn four times as large and reduced: smooth edges
     grey = rng.randint(60, 150)
     image = Image.new("RGB", (SCENE_PIXELS * scale,) * 2, (grey, grey, grey))
-    draw = ImageDraw.Draw(image)
+    draw, boxes = ImageDraw.Draw(image), []
     for (size, colour, shape), middle in zip(scene, (13, 35), strict=True):
         radius = SIZES[size] + rng.uniform(-0.7, 0.7)
         x, y = rng.uniform(14, SCENE_PIXELS - 14), middle + rng.uniform(-1.5, 1.5)
         tint = tuple(max(0, min(255, channel + rng.randint(-15, 15))) for channel in COLOURS[colour])
-        _draw_shape(draw, shape, x * scale, y * scale, radius * scale, tint)
-    return image.resize((SCENE_PIXELS,) * 2, Image.Resampling.LANCZOS)
+        box = _draw_shape(draw, shape, x * scale, y * scale, radius * scale, tint)
+        boxes.append(tuple(side / scale for side in box))
+    return image.resize((SCENE_PIXELS,) * 2, Image.Resampling.LANCZOS), boxes
 
 
 def _draw_shape(draw, shape, x, y, radius, fill):
-    """One shape centred at (x, y), about `radius` pixels in each direction."""
+    """One shape centred at (x, y), about `radius` pixels in each direction -> its box (left, top, right, bottom)."""
     box = (x - radius, y - radius, x + radius, y + radius)
     if shape == "circle":
         draw.ellipse(box, fill=fill)
     elif shape == "square":
-        draw.rectangle(tuple(v + 0.1 * radius * sign for v, sign in zip(box, (1, 1, -1, -1), strict=True)), fill=fill)
+        box = tuple(v + 0.1 * radius * sign for v, sign in zip(box, (1, 1, -1, -1), strict=True))
+        draw.rectangle(box, fill=fill)
     elif shape == "triangle":
         draw.polygon([(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)], fill=fill)
     else:
         arm = radius * 0.35
         draw.rectangle((x - arm, y - radius, x + arm, y + radius), fill=fill)
         draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=fill)
+    return box
 
 
 def describe(scene, wording):

@@ -199,7 +199,8 @@ def test_the_picture_has_a_panel_for_each_word(shapes_model, tmp_path):
         words, maps = word_maps(model, tokenizer, scene, ids[0])
         draw_attention(scene, words, maps, tmp_path / "attention.png")
         with Image.open(tmp_path / "attention.png") as picture:
-            assert picture.height >= -(-(1 + len(words)) // 6) * 190
+            assert picture.height == -(-(1 + len(words)) // 6) * 184
+            assert picture.width == min(6, 1 + len(words)) * 160
     (greedy,), beams, nothing = drawn
     assert " ".join(greedy) == decoding.caption_images(model, tokenizer, [scene])[0]
     assert len(beams) == 3 and greedy in beams

@@ -1,0 +1,67 @@
+"""captions.csv: the captions of a folder of photos, written as they are made, so that stopped work goes on.
+
+The columns are image, caption, caption_2 and so on, and model; a line an image.
+"""
+
+import csv
+import io
+from pathlib import Path
+
+from checkpoint import write_atomically
+
+FILE = "captions.csv"
+ELSEWHERE = "name another file with --out, or move this one away"
+
+
+class CaptionTable:
+    """The table at `path`, with `count` captions an image by the captioner that is called `model`.
+
+    What is there already counts as done (`name in table`); a line that an interruption cut off does not. Raises
+    ValueError, and changes nothing, when the file there is another kind of table or of another captioner.
+    """
+
+    def __init__(self, path, count, model):
+        self.path, self.model = Path(path), str(model)
+        columns = ["image", *(f"caption_{n}" if n > 1 else "caption" for n in range(1, count + 1)), "model"]
+        self.before = self.path.read_bytes().decode("utf-8", "surrogateescape") if self.path.is_file() else ""
+        whole = self.before[: self.before.rfind("\n") + 1]  # a line is done when its end was written
+        try:
+            header, *rows = list(csv.reader(io.StringIO(whole, newline=""))) or [columns]
+        except csv.Error as error:
+            raise ValueError(f"{self.path}: not a table of captions ({error}); {ELSEWHERE}") from error
+        others = {row[-1] for row in rows if row} - {self.model}
+        if header != columns:
+            raise ValueError(f"{self.path}: its columns are {', '.join(header)}, not {', '.join(columns)}; {ELSEWHERE}")
+        if others:
+            raise ValueError(f"{self.path}: it has captions by {min(others)}, not by {self.model}; {ELSEWHERE}")
+        self.done = {row[0] for row in rows if row}
+        self.text = whole or _as_csv([columns])
+
+    def start(self):
+        """Write the head of a new table, or drop the line that was cut off. Raises OSError that names the file."""
+        if self.text != self.before:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            content = self.text.encode("utf-8", "surrogateescape")
+            write_atomically(self.path, lambda draft: draft.write_bytes(content))
+
+    def __contains__(self, name):
+        return name in self.done
+
+    def add(self, rows):
+        """Append [(image, [captions]), ...] and have them on the disk. Raises OSError that names the file."""
+        text = _as_csv([[image, *(" ".join(c.split()) for c in captions), self.model] for image, captions in rows])
+        try:
+            with open(self.path, "ab") as file:
+                file.write(text.encode("utf-8", "surrogateescape"))
+        except OSError as error:
+            raise OSError(
+                f"{self.path}: could not be written ({error.strerror}); what was there is whole, and the same command "
+                "goes on when there is room"
+            ) from error
+        self.done.update(image for image, _ in rows)
+
+
+def _as_csv(rows):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
