@@ -367,20 +367,10 @@ def caption_batches(model, tokenizer, images, options, batch_size=64, prompt="",
     default it preprocesses them. The rest as in `caption_images`. Raises ValueError when there are not as many prompts
     as images.
     """
-    asked = not isinstance(prompt, str)
-    for i, rows, start in id_batches(model, tokenizer, images, options, batch_size, prompt, look):
-        texts = [tokenizer.decode(row[start if asked else 1 :]).strip() for row in rows]
-        yield i, texts, [model.config.eos_token_id in row[start:] for row in rows]
-
-
-def id_batches(model, tokenizer, images, options, batch_size=64, prompt="", look=None):
-    """As `caption_batches`, but yields (place in `images`, the ids of its captions as lists, how many of them are BOS
-    and prompt); what follows a caption's first generated EOS is EOS."""
-    device = next(model.parameters()).device
+    device, asked = next(model.parameters()).device, not isinstance(prompt, str)
     look = look or (lambda images: torch.stack([preprocess(image, **model.preprocessing) for image in images]))
     longest = model.config.seq_len - 2  # as training cuts them
-    texts = [prompt] * len(images) if isinstance(prompt, str) else prompt
-    prompts = [encode_prompt(tokenizer, text)[:longest] for text in texts]
+    prompts = [encode_prompt(tokenizer, text)[:longest] for text in (prompt if asked else [prompt] * len(images))]
     if len(prompts) != len(images):
         raise ValueError(f"{len(prompts)} prompts for {len(images)} images")
     if isinstance(options.seed, int):  # one stream for all batches
@@ -394,22 +384,7 @@ def id_batches(model, tokenizer, images, options, batch_size=64, prompt="", look
             photos = to_device(look([images[i] for i in batch]), device)
             sequences = torch.tensor([prompts[i] for i in batch], device=device)  # (B, T)
             rows = generate_ids(model, photos, sequences, **vars(options)).tolist()
+            texts = [tokenizer.decode(row[length if asked else 1 :]).strip() for row in rows]
+            ended = [model.config.eos_token_id in row[length:] for row in rows]
             for n, i in enumerate(batch):
-                yield i, rows[n * count : (n + 1) * count], length
-
-
-@torch.inference_mode()
-def log_probabilities(model, images, sequences, prompt_length):
-    """log p(caption | image, prompt) of each sequence, in nats: the sum over its tokens behind the first
-    `prompt_length`, up to and with the first EOS. The model's own, without temperature, top-k or top-p.
-
-    images (B, 3, H, W) or the model's `levels` of them; sequences (B*K, T), as `generate_ids` returns them ->
-    (B*K,) float32.
-    """
-    written = sequences[:, prompt_length:]  # (B*K, new)
-    with _evaluating(model):
-        hidden = model.decode(sequences[:, :-1], model.encoder_states(images))  # (B*K, T - 1, embed_dim)
-        scores = next_token_scores(model, hidden[:, prompt_length - 1 :]).log_softmax(-1)  # (B*K, new, vocab_size)
-    each = scores.gather(-1, written[:, :, None])[:, :, 0]  # (B*K, new)
-    ends = (written == model.config.eos_token_id).long()
-    return each.masked_fill(ends.cumsum(1) > ends, 0.0).sum(1)  # nothing counts behind the first EOS
+                yield i, texts[n * count : (n + 1) * count], ended[n * count : (n + 1) * count]

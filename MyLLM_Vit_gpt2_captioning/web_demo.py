@@ -24,8 +24,9 @@ import torch
 import checkpoint
 import MyLLM_Vit_gpt2_captioning as script  # before attention_maps: it puts MyLLM on the search path
 from attention_maps import group_words, overlay, word_maps
-from command_line import decoding_options
-from decoding import Options, id_batches, log_probabilities, trim
+from captions_tokenizer import encode_prompt
+from command_line import decoding_options, with_underscores
+from decoding import generate_ids, log_probabilities, trim
 from optimization import mixed_precision
 from preprocessing import load_image, preprocess
 
@@ -129,23 +130,23 @@ class Captioners:
 
 
 @torch.inference_mode()
-def caption(model, tokenizer, photo, options, prompt=""):
+def caption_photo(model, tokenizer, photo, options, prompt=""):
     """Caption one photo as `caption_images` does.
 
     photo: any image that `load_image` takes; options: keyword arguments of `decoding.Options`. Returns a list with a
     dict a caption: its `ids` (a list, BOS and prompt in front, EOS last if it came to its end), its `words`, the whole
     `caption` and its `log_probability` in nats, given photo and prompt.
     """
-    photo, device = load_image(photo), script.train_config.device
+    device = script.train_config.device
+    prompt = encode_prompt(tokenizer, prompt)[: model.config.seq_len - 2]
     autocast, _ = mixed_precision(torch.device(device))
     with autocast():
-        [(_, rows, prompt_length)] = id_batches(model, tokenizer, [photo], Options(**options), prompt=prompt)
-        rows = torch.tensor(rows, device=device)  # (captions, T)
-        image = preprocess(photo, **model.preprocessing)[None].to(device)
-        log_p = log_probabilities(model, image, rows, prompt_length)  # (captions,)
+        levels = model.levels(preprocess(photo, **model.preprocessing)[None].to(device))
+        rows = generate_ids(model, levels, torch.tensor([prompt], device=device), **options)  # (captions, T)
+        log_p = log_probabilities(model, levels, rows, len(prompt))  # (captions,)
     found = []
     for row, each in zip(rows, log_p.tolist(), strict=True):
-        ids = trim(row, prompt_length, model.config.eos_token_id).tolist()
+        ids = trim(row, len(prompt), model.config.eos_token_id).tolist()
         words = [word for word, _ in group_words(tokenizer, ids)]
         found.append(dict(ids=ids, words=words, caption=tokenizer.decode(ids[1:]).strip(), log_probability=each))
     return found
@@ -178,7 +179,7 @@ def build(sources):
     gr.Image.preprocess = lambda self, payload: payload and payload.path
     captioners = Captioners(sources)
 
-    def caption_photo(photo, model, method, number, prompt, beams, penalty, temperature, top_k, top_p, seed):
+    def write_captions(photo, model, method, number, prompt, beams, penalty, temperature, top_k, top_p, seed):
         if photo is None:
             return [], None
         sampling, beam_search = method == "sampling", method == "beam search"
@@ -195,7 +196,7 @@ def build(sources):
             if len(prompt or "") > LONGEST_PROMPT:
                 raise ValueError(f"the prompt has more than {LONGEST_PROMPT} characters")
             options = decoding_options(chosen) | dict(num_return_sequences=1 if method == "greedy" else number)
-            found = caption(*captioners.load(model), photo, options, prompt or "")
+            found = caption_photo(*captioners.load(model), photo, options, prompt or "")
         rows = [each.pop("ids") for each in found]
         return [each | dict(log_probability=round(each["log_probability"], 2)) for each in found], (model, photo, rows)
 
@@ -272,8 +273,8 @@ def build(sources):
         inputs = [photo, model, method, number, prompt, beams, penalty, temperature, top_k, top_p, seed]
         outputs = [captions, state]
         for event in (
-            gr.on(events, caption_photo, inputs, outputs, api_name="caption", **alone),
-            examples.load_input_event.then(caption_photo, inputs, outputs, api_visibility="private", **alone),
+            gr.on(events, write_captions, inputs, outputs, api_name="caption", **alone),
+            examples.load_input_event.then(write_captions, inputs, outputs, api_visibility="private", **alone),
         ):
             event.failure(clear_unreadable, photo, [photo, *outputs], api_visibility="private")
         captions.change(lambda: gr.Image(None, visible=False), None, drawn, api_visibility="private", queue=False)
@@ -332,7 +333,7 @@ def main(argv=None):
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860 on)")
     parser.add_argument("--share", action="store_true", help="also at a public address, through Gradio's servers")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(with_underscores(sys.argv[1:] if argv is None else argv))
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as with Ctrl-C
     try:
