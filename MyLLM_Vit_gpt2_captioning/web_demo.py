@@ -43,7 +43,7 @@ CAPTIONS_TEMPLATE = """
 <ol>{{#each value}}<li>
   <span class="words">{{#each words}}<button type="button" data-caption="{{@../index}}" data-word="{{@index}}"
     >{{this}}</button> {{else}}(empty){{/each}}</span>
-  <span class="score" title="log-probability of the caption under the model, in nats">log p = {{log_probability}}</span>
+  <span class="score" title="log-probability of the caption under the model, in nats">log p = {{shown}}</span>
 </li>{{/each}}</ol>
 {{else}}<p class="score">Captions appear here.</p>{{/if}}
 """
@@ -198,7 +198,7 @@ def build(sources):
             options = decoding_options(chosen) | dict(num_return_sequences=1 if method == "greedy" else number)
             found = caption_photo(*captioners.load(model), photo, options, prompt or "")
         rows = [each.pop("ids") for each in found]
-        return [each | dict(log_probability=round(each["log_probability"], 2)) for each in found], (model, photo, rows)
+        return [each | dict(shown=f"{each['log_probability']:.2f}") for each in found], (model, photo, rows)
 
     def clear_unreadable(photo):
         try:
@@ -251,7 +251,7 @@ def build(sources):
         with gr.Row():
             method = gr.Radio(METHODS, value="greedy", label="Words are chosen by", scale=4, min_width=340)
             prompt = gr.Textbox(
-                label="The caption begins with", max_length=LONGEST_PROMPT, max_lines=1, scale=3, min_width=240
+                "", label="The caption begins with", max_length=LONGEST_PROMPT, max_lines=1, scale=3, min_width=240
             )
             model = gr.Dropdown(list(sources), value=next(iter(sources)), label="Model", scale=3, min_width=240)
         with gr.Row(visible=False) as more:

@@ -84,7 +84,9 @@ def test_commands_in_the_readmes_name_real_files_and_options(script):
                 assert key in keys | {"help", "recipe", "download"}, f"{readme}: --{key}"
 
 
-@pytest.mark.parametrize("tool", ["caption_image", "convert_captioner", "evaluate_captions", "prepare_data"])
+@pytest.mark.parametrize(
+    "tool", ["caption_image", "convert_captioner", "evaluate_captions", "prepare_data", "web_demo"]
+)
 def test_the_options_of_tools_in_the_readmes_exist(tool, capsys):
     """Each tool answers --help, and what the READMEs give it is in there."""
     import importlib
