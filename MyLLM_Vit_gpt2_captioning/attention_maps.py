@@ -188,4 +188,4 @@ def draw_attention(photo, words, maps, path, columns=6, side=152):
         size = min(12, 150 / max(1, len(word)))  # a long word stays over its own panel
         figure.text(x, y, word, ha="center", va="baseline", fontsize=size, parse_math=False)
     figure.figimage(np.asarray(sheet))
-    write_atomically(path, lambda draft: figure.savefig(draft, format="png", dpi=100))
+    write_atomically(path, lambda draft: figure.savefig(draft, format="png", dpi=100, pil_kwargs={"optimize": True}))

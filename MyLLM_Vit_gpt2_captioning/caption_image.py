@@ -114,22 +114,22 @@ def caption_all(args):
             if len(photos) > 1:
                 print_to_stderr(f"error: {message}")
         rows = list(captioner.caption(read)) if read else []
+        for photo, _, _, ids in rows if args.attention else ():  # before the table says that they are done
+            pixels, shown = read[photo]
+            words, maps = attention_maps.word_maps(model, tokenizer, pixels, ids, args.block, args.head)
+            attention_maps.draw_attention(shown, words, maps, pictures[photo])
+            pictured.append(pictures[photo])
         for table, of_table in itertools.groupby(rows, key=lambda row: _table(args, row[0])):
             if table:
                 tables[table].add([(_key(args, photo), captions) for photo, captions, *_ in of_table])
-        for photo, captions, likely, ids in rows:
+        for photo, captions, likely, _ in rows:
             if args.json:
                 print(json.dumps({"image": photo.name, "captions": captions, "log_probabilities": likely}), flush=True)
             elif not photo.folder:
                 for caption in captions:
                     print(f"{photo.name}: {caption}")
-            pixels, shown = read[photo]
             if args.grid:
-                drawn.append((shown, captions[0]))
-            if args.attention:
-                words, maps = attention_maps.word_maps(model, tokenizer, pixels, ids, args.block, args.head)
-                attention_maps.draw_attention(shown, words, maps, pictures[photo])
-                pictured.append(pictures[photo])
+                drawn.append((read[photo][1], captions[0]))
         if bar:
             bar.update(len(batch))
     if bar:

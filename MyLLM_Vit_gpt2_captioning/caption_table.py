@@ -39,10 +39,13 @@ class CaptionTable:
 
     def start(self):
         """Write the head of a new table, or drop the line that was cut off. Raises OSError that names the file."""
+
+        def write(draft):
+            draft.parent.mkdir(parents=True, exist_ok=True)
+            draft.write_bytes(self.text.encode("utf-8", "surrogateescape"))
+
         if self.text != self.before:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            content = self.text.encode("utf-8", "surrogateescape")
-            write_atomically(self.path, lambda draft: draft.write_bytes(content))
+            write_atomically(self.path, write)
 
     def __contains__(self, name):
         return name in self.done

@@ -1,6 +1,8 @@
 """Attention maps: the eager path writes the same captions, its weights are those that were used, and they land where
 the image tokens come from."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,7 @@ from attention_maps import (
 from captions_tokenizer import CaptionTokenizer
 from conftest import CAPTIONS, REDUCED_ENCODERS, REPO_ROOT, randomize
 from decoding import generate_ids
+from MyLLM_Vit_gpt2_captioning import load_captioner
 
 FOREIGN = "caf\u00e9 \u6f22\u5b57 zebra !"  # characters of two and three tokens
 SHAPES = REPO_ROOT / "examples" / "shapes"
@@ -49,8 +52,6 @@ KINDS = {  # what cross-attention reads, and the side of its grid
 
 @pytest.fixture(scope="module")
 def shapes_model():
-    from MyLLM_Vit_gpt2_captioning import load_captioner
-
     return load_captioner(SHAPES)
 
 
@@ -175,6 +176,23 @@ def test_the_map_of_a_word_is_the_attention_that_predicts_it(shapes_model):
     _, chosen = word_maps(model, tokenizer, scene, ids, block=1, head=3)
     assert torch.allclose(chosen[2], grids[1, 3, 2])
     assert divmod(int(maps[2].argmax()), 6) == (1, 2)  # the cell in which most of the triangle lies
+
+
+def test_words_look_at_their_object():
+    """On new scenes, against boxes that are known: far more than by area, and than at where objects usually are."""
+    sys.path.insert(0, str(REPO_ROOT / "benchmarks"))
+    import measure_attention
+
+    cells = measure_attention.covered((12, 8, 24, 16), grid=3, side=48)  # cells of 16 pixels
+    assert cells.tolist() == [[0.25 * 0.5, 0.5 * 0.5, 0], [0, 0, 0], [0, 0, 0]]
+    rows, right = measure_attention.measure(*load_captioner(SHAPES), scenes=24)
+    assert right >= 22
+    shares = {(block, kind): values for block, kind, *values in rows}
+    assert len(shares) == 12
+    for block in (0, 1, 2, "all"):
+        own, elsewhere, other, area = shares[block, "colour"]
+        assert own > 3.5 * area and own > 1.2 * elsewhere and own > 4 * other
+    assert shares["all", "shape"][0] > 2 * shares["all", "shape"][3]
 
 
 def test_overlay_heats_the_place_of_the_map(shapes_model):

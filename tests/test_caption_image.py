@@ -152,6 +152,19 @@ def test_any_name_and_caption_comes_back(tmp_path):
     assert b'"""quoted"", and broken",m\n' in table.path.read_bytes()
 
 
+def test_a_table_that_cannot_be_written_is_named(tmp_path):
+    table = CaptionTable(tmp_path / "t.csv", 1, "m")
+    table.start()
+    table.add([("a.jpg", ["a cat"])])
+    table.path = tmp_path / "gone" / "t.csv"
+    with pytest.raises(OSError, match=r"gone.t\.csv: could not be written \(No such file or directory\); what"):
+        table.add([("b.jpg", ["a dog"])])
+    assert table.done == {"a.jpg"}
+    with pytest.raises(SystemExit, match=r"error: .*photo\.txt.*: could not be written"):
+        (tmp_path / "photo.txt").write_text("a file, not a folder")
+        caption_image.main([str(SHAPES / "scene_0.png"), *CHECKPOINT, "--out", str(tmp_path / "photo.txt" / "t.csv")])
+
+
 def test_what_cannot_be_captioned(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     for argv, said in (

@@ -104,3 +104,24 @@ def test_dataset_is_made_once_and_remade_when_settings_change(tmp_path):
     assert results.read_text() == first
     assert [path.name for path in tmp_path.iterdir()] == ["shapes"]  # no draft is left behind
     assert Image.open(next((folder / shapes.IMAGE_FOLDER).iterdir())).size == (48, 48)
+
+
+def test_boxes_hold_the_objects():
+    """What is not background lies in a box, but for the smooth edge, and each box is filled up to its sides."""
+    rng = random.Random(4)
+    for _ in range(40):
+        scene = shapes.draw_scene(rng, held_out=False)
+        state = rng.getstate()
+        image, boxes = shapes.render_with_boxes(rng, scene)
+        rng.setstate(state)
+        assert shapes.render_scene(rng, scene).tobytes() == image.tobytes()
+        pixels = np.asarray(image).astype(int)
+        object_at = (abs(pixels - pixels[0, 0]).max(-1) > 40).nonzero()  # rows, columns
+        for (left, top, right, bottom), (_, _, shape) in zip(boxes, scene, strict=True):
+            inside = (object_at[1] >= left - 1) & (object_at[1] < right + 1)
+            inside &= (object_at[0] >= top - 1) & (object_at[0] < bottom + 1)
+            found = [side[inside] for side in object_at]
+            sides = found[1].min(), found[0].min(), found[1].max() + 1, found[0].max() + 1
+            assert np.abs(np.subtract(sides, (left, top, right, bottom))).max() < 2.6, shape
+            object_at = [side[~inside] for side in object_at]
+        assert len(object_at[0]) == 0
