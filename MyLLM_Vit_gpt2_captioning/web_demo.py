@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -345,7 +346,11 @@ def main(argv=None):
             if args.share and not public_url:
                 print("warning: there is no public address: Gradio's servers were not reached", file=sys.stderr)
             print(f"{public_url or url} (Ctrl-C ends it)", flush=True)
-            page.block_thread()
+            try:
+                while True:
+                    time.sleep(1)
+            finally:
+                page.close(verbose=False)  # its block_thread would wait until every open page goes away
     except KeyboardInterrupt:
         pass
     except ModuleNotFoundError as error:

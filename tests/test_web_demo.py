@@ -166,6 +166,20 @@ def test_without_gradio_it_says_what_to_install(monkeypatch):
         web_demo.main([])
 
 
+def test_errors_name_no_path_of_the_machine():
+    gradio = pytest.importorskip("gradio")
+    upload, folder = "/tmp/uploads/0f3a/photo.jpg", REPO_ROOT / "captioner"
+    unreadable = ValueError(f"{upload}: not a readable image (why: {upload}); replace the file or remove its rows")
+    missing = FileNotFoundError(f"{folder}/config.json: not found; it is no captioner")
+    for error, message in (
+        (unreadable, "photo.jpg: not a readable image (why: photo.jpg)"),
+        (missing, "captioner/config.json: not found; it is no captioner"),
+    ):
+        with pytest.raises(gradio.Error) as told, web_demo.told_to_the_user(upload):
+            raise error
+        assert told.value.message == message
+
+
 @pytest.mark.parametrize(
     ("host", "port", "message"),
     [
@@ -182,13 +196,14 @@ def test_addresses_where_nothing_can_listen(host, port, message):
 
 
 @pytest.fixture(scope="module")
-def demo():
-    """The demo as a process, on the first free port; ended by Ctrl-C. -> (process, address)."""
+def demo(tmp_path_factory):
+    """The demo as a process, on the first free port -> (process, address, where it keeps uploads)."""
     pytest.importorskip("gradio")
+    uploads = tmp_path_factory.mktemp("uploads")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GRADIO_")}
     process = subprocess.Popen(
         [sys.executable, "-c", WITHOUT_NETWORK, "--checkpoint", str(SHAPES)],
-        env=environment | {"OMP_NUM_THREADS": "1"},
+        env=environment | {"OMP_NUM_THREADS": "1", "TMPDIR": str(uploads)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -196,7 +211,7 @@ def demo():
     try:
         line = process.stdout.readline()
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/ \(Ctrl-C ends it\)\n", line), line + process.stderr.read()
-        yield process, line.split()[0]
+        yield process, line.split()[0], uploads
     finally:
         process.kill()
         process.communicate()
@@ -403,9 +418,11 @@ def test_it_fits_on_a_phone(page):
 
 
 def test_ctrl_c_ends_it_and_nothing_went_outside(demo):
-    process, _ = demo
+    process, _, uploads = demo
+    assert list(uploads.glob("web_demo_*"))
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "KeyboardInterrupt" not in errors
     assert "outside:" not in errors
+    assert list(uploads.iterdir()) == []
