@@ -85,7 +85,7 @@ def test_commands_in_the_readmes_name_real_files_and_options(script):
 
 
 @pytest.mark.parametrize(
-    "tool", ["caption_image", "convert_captioner", "evaluate_captions", "export_to_hub", "prepare_data"]
+    "tool", ["caption_image", "convert_captioner", "evaluate_captions", "export_to_hub", "prepare_data", "web_demo"]
 )
 def test_the_options_of_tools_in_the_readmes_exist(tool, capsys):
     """Each tool answers --help, and what the READMEs give it is in there."""
