@@ -31,6 +31,7 @@ import checkpoint
 import hugging_face
 import plots
 import shapes
+import shards
 import sources
 from augmentation import TrainingTransforms, ValidationTransforms
 from bad_images import BadImages
@@ -112,6 +113,7 @@ train_config = SimpleNamespace(
     accumulate=1,  # batches a step, for more captions a step than memory holds; the gradient is that of one large batch
     captions_per_image=1,  # captions that share one encoding of their image; with 5, Flickr encodes each photo once
     length_window=16,  # batches that are cut from one sort by caption length, so that little is padding; 1: unsorted
+    shuffle_buffer=5000,  # of tar shards: groups of captions_per_image captions that are mixed; raw photos in memory
     cache_tokens=False,  # compute a frozen encoder's tokens once, keep them on disk and train from there
     cache_dir=DATA_DIR / "token_cache",  # where; runs share what depends on the same encoder and photos
     cache_views=1,  # versions of a training photo in the cache: itself, and augmented ones, the same for every seed
@@ -259,18 +261,18 @@ class Dataset(torch.utils.data.Dataset):
 
     def _items(self, rows):
         """Captions of one image -> their items; the image is loaded once."""
-        image, items = self.look(self.images[rows[0]], rows[0]), []
-        for row in rows:
-            prompt = self.prompts[row]
-            token_ids = encode_caption(self.tokenizer, self.captions[row], self.max_length, prompt)
-            labels = _shift_labels(token_ids)
-            if prompt:
-                given = min(len(encode_prompt(self.tokenizer, prompt)), max(1, self.max_length - 2)) - 1
-                labels[:given] = [IGNORED_LABEL] * given
-            if self.images[row] in self.bad_images:  # there is nothing to learn from a grey image
-                labels = [IGNORED_LABEL] * len(labels)
-            items.append((image, token_ids, labels))
-        return items
+        image = self.look(self.images[rows[0]], rows[0])
+        readable = self.images[rows[0]] not in self.bad_images
+        return [(image, *self.tokens(self.captions[row], self.prompts[row], readable)) for row in rows]
+
+    def tokens(self, caption, prompt="", readable=True):
+        """-> (token_ids, labels); of an image that is not `readable` there is nothing to learn."""
+        token_ids = encode_caption(self.tokenizer, caption, self.max_length, prompt)
+        labels = _shift_labels(token_ids)
+        if prompt:
+            given = min(len(encode_prompt(self.tokenizer, prompt)), max(1, self.max_length - 2)) - 1
+            labels[:given] = [IGNORED_LABEL] * given
+        return token_ids, labels if readable else [IGNORED_LABEL] * len(labels)
 
 
 def collate_fn(batch, tokenizer=None, captions_per_image=1):
@@ -310,18 +312,21 @@ def build_dataloaders(df, tokenizer, model_config, train_config):
         photo["img_size"], photo["mean"], photo["std"], config.crop_scale, photo["resample"], normalized=False
     )
     for split, tfms in zip(("train", "val"), transforms, strict=True):
-        rows = df[df["split"] == split]
-        if rows.empty:
+        rows, folder = df[df["split"] == split], split == "train" and shards.streamed_folder(df)
+        if rows.empty and not folder:
             raise ValueError(f"{config.data_dir}: no usable caption is in the {split} split")
         training, K = split == "train", config.captions_per_image
         if not training:
             K = exact_captions_per_image(rows["image"], K)  # validation counts every caption exactly once
         dataset = Dataset(rows, tfms, tokenizer, K, model_config.seq_len, config.seed, config.max_bad_images)
+        collate = partial(collate_fn, tokenizer=tokenizer, captions_per_image=K)
+        if folder:
+            loaders.append(shards.build_stream_loader(folder, dataset, collate, config))
+            continue
         words = [caption.count(" ") for caption in dataset.captions]  # tells long captions from short ones
         sampler = CaptionBatchSampler(
             dataset.images, config.batch_size, K, training, config.seed, words, config.length_window
         )
-        collate = partial(collate_fn, tokenizer=tokenizer, captions_per_image=K)
         loaders.append(build_loader(dataset, sampler, collate, config))
     return tuple(loaders)
 
@@ -925,10 +930,8 @@ def build_trainer(model_cfg, train_cfg, df):
 
     Raises FileNotFoundError that says what the run needed and how to give it locally, where weights cannot be had.
     """
-    training = df[df["split"] == "train"]
-    texts = [text for column in ("caption", "prompt") if column in training for text in training[column]]
     try:
-        tok = build_tokenizer(model_cfg, texts)
+        tok = build_tokenizer(model_cfg, shards.training_texts(df))
         learnt = model_cfg.tokenizer in ("bpe", "word") and not model_cfg.start_from
         if learnt or len(tok) > model_cfg.vocab_size:
             model_cfg.vocab_size = len(tok)  # a larger one, padded for speed, may stay with GPT-2's tokenizer
