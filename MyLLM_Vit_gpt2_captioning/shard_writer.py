@@ -20,7 +20,6 @@ import shards
 import sources
 import tar_members
 from checkpoint import write_atomically
-from preprocessing import load_image
 from progress import progress_bar
 
 FORMAT = 1  # of the manifest and of what is in the shards
@@ -236,10 +235,7 @@ def _decodable(photo):
         content = tar_members.read_bytes(photo)
     except FileNotFoundError:
         raise FileNotFoundError("no such image") from None
-    try:
-        load_image(io.BytesIO(content))
-    except ValueError as error:
-        raise ValueError(f"not a readable image ({error.__cause__ or error})") from error
+    shards.decode(content)
     with Image.open(io.BytesIO(content)) as image:
         suffix = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tiff"}.get(image.format, image.format.lower())
     return content, suffix if f".{suffix}" in sources.IMAGE_SUFFIXES else "jpg"  # its content tells what it is

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 import torch.utils.data
 from filelock import FileLock
+from PIL import UnidentifiedImageError
 
 import sources
 import tar_members
@@ -41,7 +42,7 @@ from progress import progress_bar
 
 MANIFEST_FILE, COUNTS_FILE, PROGRESS_FILE = "manifest.json", "counts.json", "progress.jsonl"
 NAME = re.compile(r"(?:(?P<words>.*)[-_.])?\d+\.tar")  # train-000012.tar, cc3m-val-0001.tar, 00012.tar
-METADATA = re.compile(r"__[^/]*__($|/)")  # members of such names are no samples (webdataset)
+METADATA = re.compile(r"(?:.*/)?__[^/]*__(?:[./]|$)")  # members of such names belong to no sample
 LARGEST_TEXT = 2**20  # bytes of a .json or .txt member
 CAPTION_KEYS = ("captions", "caption", *sources.COLUMN_NAMES["caption"])
 PROMPT_KEYS = ("prompts", "prompt", *sources.COLUMN_NAMES["prompt"])
@@ -307,6 +308,16 @@ def _sample(file, group, content):
     return Sample(name, photo_bytes, [caption for caption, _ in usable], [prompt for _, prompt in usable])
 
 
+def decode(content, least_side=None):
+    """The bytes of a photo -> upright RGB image. Raises ValueError that says why it is none."""
+    try:
+        return load_image(io.BytesIO(content), least_side)
+    except ValueError as error:
+        reason = error.__cause__  # which names the bytes by their place in memory where it does not know them at all
+        known = not isinstance(reason, UnidentifiedImageError)
+        raise ValueError(f"not a readable image ({reason if known else 'of no known format'})") from error
+
+
 def _first(record, keys):
     return next((record[key] for key in keys if record.get(key)), "")
 
@@ -320,12 +331,16 @@ def _cleaned(text):
 
 def read_rows(folder, splits):
     """Yields (shard and photo "val-000000.tar/000123.jpg", caption, split, prompt or None) for each caption of these
-    splits; what is broken is named in a warning."""
+    splits; what is broken is named in a warning. Raises ValueError when no shard is of these splits."""
 
     def warn(name, reason):
         print(f"warning: {name}: {reason}; it is left out")
 
-    for split, paths in files_of(folder).items():
+    files = files_of(folder)
+    if not files.keys() & set(splits):
+        there = ", ".join(f"{len(paths):,} of {split}" for split, paths in files.items())
+        raise ValueError(f"{folder}: no shard is of the split {' or '.join(splits)}; there are {there}")
+    for split, paths in files.items():
         for path in paths if split in splits else ():
             try:
                 for sample in read_samples(path, warn):
@@ -395,11 +410,10 @@ class BadSamples:
         if self.flags[group.number]:
             return GREY, False
         try:
-            return np.asarray(load_image(io.BytesIO(group.photo), least_side)), True
-        except (OSError, ValueError) as error:
+            return np.asarray(decode(group.photo, least_side)), True
+        except ValueError as error:
             self.flags[group.number] = True
-            reason = str(error.__cause__ or error)
-            print(f"\nwarning: {group.name}: not a readable image ({reason}). Training goes on without it", flush=True)
+            print(f"\nwarning: {group.name}: {error}. Training goes on without it", flush=True)
             return GREY, False
 
     def check(self):
@@ -500,7 +514,7 @@ class ShardBatchSampler:
 
     def __iter__(self):
         first, self.first = self.first, 0
-        return read_ahead(self._batches(first), READ_AHEAD)
+        yield from read_ahead(self._batches(first), READ_AHEAD)
 
     def _batches(self, first):
         size = self.window * self.groups_per_batch

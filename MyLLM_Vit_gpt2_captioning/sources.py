@@ -82,7 +82,8 @@ def load(data_dir, captions_file=None, image_dir=None, shard_splits=SPLITS):
     names = df["image"]
     df["image"] = _find_images(names, roots, source, df.index.name)
     names = names.groupby(df["image"].to_numpy()).transform("first")  # one photo under two names is one photo
-    df["split"] = assign_splits(names, data_dir, given=given)
+    in_shards = tar_members.tar_of(df["image"].iloc[0]) is not None  # their names are all there is to know of splits
+    df["split"] = given if in_shards else assign_splits(names, data_dir, given=given)
     columns = ["image", "caption", "split", "prompt"]
     return df[[column for column in columns if column in df]]
 
