@@ -74,8 +74,9 @@ def files_of(folder):
     """{split: [shards]} by their names, in order. Shards whose names have no split are for training, and where none is
     for validation, the last of them is.
 
-    Raises ValueError when the shards are not all written, or there is only one.
+    Raises ValueError when the shards are not all written, there is only one, or webdataset is not installed.
     """
+    library()
     folder, files = Path(folder), {}
     if (folder / PROGRESS_FILE).exists():
         raise ValueError(
@@ -245,7 +246,7 @@ def read_samples(path, report, content=False):
     """Yields the `Sample`s of a shard in their order, with the bytes of their photos if `content`.
 
     A broken one is left out: `report(name, reason)` is called. Raises OSError when the shard cannot be opened,
-    ValueError when it breaks off, or webdataset is not installed.
+    ValueError when it breaks off.
     """
     group_by_keys = library().tariterators.group_by_keys
     with open(path, "rb", buffering=READ_BYTES if content else io.DEFAULT_BUFFER_SIZE) as file:
@@ -292,7 +293,7 @@ def _sample(file, group, content):
             raise ValueError("its .json is no object with captions")
         captions, prompts = (_first(record, keys) for keys in (CAPTION_KEYS, PROMPT_KEYS))
     if not captions and "txt" in members:
-        captions = text("txt").splitlines()
+        captions = text("txt").replace("\r\n", "\n").split("\n")
     captions = captions if isinstance(captions, list) else [captions]
     prompts = prompts if isinstance(prompts, list) else [prompts] * len(captions)
     if len(prompts) != len(captions):
@@ -402,7 +403,7 @@ class BadSamples:
         """The stream leaves something out; it is named once."""
         if str(name) not in self.lost:
             self.lost[str(name)] = photos
-            what = f" {photos:,} of its photos are lost" if photos > 1 else ""
+            what = f" {photos:,} of its photos are lost." if photos > 1 else ""
             print(f"\nwarning: {name}: {reason}.{what} Training goes on without it", flush=True)
 
     def load(self, group, least_side=None):

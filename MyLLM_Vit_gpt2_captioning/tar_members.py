@@ -70,13 +70,20 @@ def opened(path):
     if place is None:
         raise FileNotFoundError(f"{path}: no such file in the tar")
     with open(tar, "rb") as file:
-        return io.BytesIO(read(file, *place))
+        member = _Member(read(file, *place))
+    member.path = path
+    return member
 
 
 def read_bytes(path):
     """The content of a file, or of a member of a tar."""
     source = opened(path)
     return source.getvalue() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
+
+
+class _Member(io.BytesIO):
+    def __repr__(self):
+        return repr(str(self.path))  # what Pillow calls it when it is no image
 
 
 def _stays_inside(name):

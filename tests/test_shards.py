@@ -462,6 +462,8 @@ def test_hostile_names_and_links_do_nothing(tmp_path):
     assert [(Path(name).name, reason) for name, reason in problems] == [
         ("l", "has no photo"), ("d", "has no photo"), ("huge", "its .txt has 2,097,152 bytes")
     ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"fine.txt: not a readable image \(cannot identify image file '.*fine.txt'\)"):
+        load_image(path / "fine.txt")
     for name in ("../secret.jpg", "../../secret.jpg", "l.jpg", "/etc/x.jpg"):
         with pytest.raises((FileNotFoundError, ValueError)):
             load_image(f"{path}/{name}")
@@ -691,7 +693,7 @@ def test_without_the_library_it_says_what_to_install(tmp_path, monkeypatch):
     folder = make_shards(tmp_path / "shards", [[1]])
     monkeypatch.setitem(sys.modules, "webdataset", None)
     with pytest.raises(ValueError, match=r"pip install -r requirements-extra.txt"):
-        list(shards.read_samples(folder / "train-000000.tar", pytest.fail))
+        sources.load_usable(folder, None, None, "flickr30k")
 
 
 def test_a_full_frame_of_shards_is_read_by_random_access(script, tmp_path, words):
