@@ -19,6 +19,7 @@ import json
 import os
 import random
 import re
+import sys
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -404,7 +405,7 @@ class BadSamples:
         if str(name) not in self.lost:
             self.lost[str(name)] = photos
             what = f" {photos:,} of its photos are lost." if photos > 1 else ""
-            print(f"\nwarning: {name}: {reason}.{what} Training goes on without it", flush=True)
+            print(f"\nwarning: {name}: {reason}.{what} Training goes on without it", file=sys.stderr)
 
     def load(self, group, least_side=None):
         """A `Group` -> (upright RGB pixels (H, W, 3) uint8, whether they are real); grey for an unreadable photo."""
@@ -414,7 +415,7 @@ class BadSamples:
             return np.asarray(decode(group.photo, least_side)), True
         except ValueError as error:
             self.flags[group.number] = True
-            print(f"\nwarning: {group.name}: {error}. Training goes on without it", flush=True)
+            print(f"\nwarning: {group.name}: {error}. Training goes on without it", file=sys.stderr)
             return GREY, False
 
     def check(self):
@@ -483,7 +484,7 @@ class ShardBatchSampler:
     be, so that all have the same number of batches. What the stream cannot read leaves a None in its place.
     """
 
-    def __init__(self, shards, dataset, batch_size, buffer, window=1, rank=0, world_size=1):
+    def __init__(self, shards, dataset, batch_size, buffer, window=1):
         """`buffer`: groups that are mixed with each other; `window`: as in `batching.CaptionBatchSampler`.
 
         Raises ValueError when `batch_size` is no multiple of the captions per image or the buffer holds nothing.
@@ -495,11 +496,21 @@ class ShardBatchSampler:
             raise ValueError(f"shuffle_buffer {buffer}: at least 1, which does not shuffle")
         self.shards, self.dataset, self.bad_images = shards, dataset, dataset.bad_images
         self.groups_per_batch, self.buffer, self.window = batch_size // K, buffer, max(1, window)
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.ranks = 0, 1
         self.K, self.seed, self.epoch = K, dataset.seed, 0
         self.sizes = [shard.groups(K) for shard in shards]
         self.numbers = np.cumsum([0] + [shard.samples for shard in shards])  # of the first photo in each shard
         self.first = 0  # batches that the next epoch leaves out, because a run that goes on has seen them
+
+    def share(self, rank, ranks, shares=None):
+        """This is process `rank` of `ranks`: it reads its part of the shards. Raises ValueError when a run is to go on
+        that had another number of processes, `shares`: its processes had other parts."""
+        if shares not in (None, ranks):
+            raise ValueError(
+                f"a run on tar shards goes on with as many processes as it had: start {shares}, not {ranks}, or leave "
+                "out --resume"
+            )
+        self.rank, self.ranks = rank, ranks
 
     def set_epoch(self, epoch):
         """Choose the epoch's order: it depends on (seed, epoch, number of ranks) only."""
@@ -508,7 +519,7 @@ class ShardBatchSampler:
     @property
     def longest(self):
         """Groups of the rank that has most of them; the others are filled up with None."""
-        return -(-sum(self.sizes) // self.world_size)
+        return -(-sum(self.sizes) // self.ranks)
 
     def __len__(self):
         return -(-self.longest // self.groups_per_batch)
@@ -533,7 +544,7 @@ class ShardBatchSampler:
 
     def _mixed(self, skip):
         """Yields the rank's groups as they leave the buffer, without the first `skip`."""
-        generator = random.Random(f"{self.seed} {self.epoch} {self.rank} {self.world_size}")
+        generator = random.Random(f"{self.seed} {self.epoch} {self.rank} {self.ranks}")
         order = buffered_order(self.longest, self.buffer, generator)
         seen = np.zeros(self.longest, dtype=bool)
         for place in islice(order, skip):
@@ -550,7 +561,7 @@ class ShardBatchSampler:
     def _stream(self, begin):
         """Yields (place, group or None) as the rank reads them, from the shard on that holds the place `begin`."""
         total, ends = sum(self.sizes), 0
-        start, stop = (total * rank // self.world_size for rank in (self.rank, self.rank + 1))  # this rank's part
+        start, stop = (total * rank // self.ranks for rank in (self.rank, self.rank + 1))  # this rank's part
         for i in np.random.default_rng([self.seed, self.epoch]).permutation(len(self.shards)):
             begins, ends = ends, ends + self.sizes[i]
             low, high = max(begins, start), min(ends, stop)
@@ -628,7 +639,7 @@ def read_ahead(items, count):
             yield item
 
 
-def build_stream_loader(folder, dataset, collate_fn, config, rank=0, world_size=1):
+def build_stream_loader(folder, dataset, collate_fn, config):
     """The training DataLoader of shards. `dataset`: a `Dataset` of the script without rows; `config`: the train_config.
 
     Raises ValueError for what needs photos by random access: a token cache and self-critical training.
@@ -642,6 +653,5 @@ def build_stream_loader(folder, dataset, collate_fn, config, rank=0, world_size=
     shards = training_shards(folder)
     print(f"train: {sum(shard.samples for shard in shards):,} photos in {len(shards):,} shards, read as a stream")
     streamed = StreamedDataset(folder, shards, dataset, config.max_bad_images)
-    window = config.length_window
-    sampler = ShardBatchSampler(shards, streamed, config.batch_size, config.shuffle_buffer, window, rank, world_size)
+    sampler = ShardBatchSampler(shards, streamed, config.batch_size, config.shuffle_buffer, config.length_window)
     return build_loader(streamed, sampler, collate_fn, config)

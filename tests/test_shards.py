@@ -88,7 +88,9 @@ def make_loader(script, tiny_train_config, words):
         df = sources.load_usable(folder, None, None, "flickr30k")
         rows = script.Dataset(df[:0], script.build_transforms(16)[0], words, K, 24, config.seed, 100)
         collate = lambda batch: script.collate_fn(batch, words, K)  # noqa: E731
-        return build(shards.streamed_folder(df), rows, collate, config, rank, ranks)
+        loader = build(shards.streamed_folder(df), rows, collate, config)
+        loader.batch_sampler.share(rank, ranks)
+        return loader
 
     return make
 
@@ -190,6 +192,8 @@ def test_a_resumed_epoch_has_exactly_the_rest(make_loader, tmp_path, buffer, win
         loader.batch_sampler.first = first
         assert_same_batches(list(loader), whole[first:])
     assert_same_batches(list(loader), whole)  # `first` counts for one epoch
+    with pytest.raises(ValueError, match="goes on with as many processes as it had: start 7"):
+        loader.batch_sampler.share(0, ranks, 7)
 
 
 def test_shards_that_were_read_are_not_opened_again(make_loader, tmp_path, monkeypatch):
@@ -268,7 +272,7 @@ def test_a_truncated_shard_is_survived_and_counted(make_loader, words, tmp_path,
     loaders = [make_loader(folder, rank, ranks) for rank in range(ranks)]
     capsys.readouterr()
     after = [list(loader) for loader in loaders]
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "train-000001.tar: not a whole tar file (" in said and "Training goes on without it" in said
     assert [len(batches) for batches in after] == [len(batches) for batches in before]
     learnt = Counter(chain(*(captions_in(batches, words) for batches in after)))
@@ -282,7 +286,7 @@ def test_a_truncated_shard_is_survived_and_counted(make_loader, words, tmp_path,
         == len(lost) // 2
     )
     list(loaders[0])
-    assert "warning" not in capsys.readouterr().out  # it is named once
+    assert "warning" not in capsys.readouterr().err  # it is named once
 
 
 @pytest.mark.parametrize("what", ["photo", "json", "no photo", "links"])
