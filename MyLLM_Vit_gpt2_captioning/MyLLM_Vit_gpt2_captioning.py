@@ -26,12 +26,12 @@ from torch import nn
 REPO_ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(REPO_ROOT))  # for MyLLM; this file's own folder is on the path already
 
-
 import checkpoint
 import hub
 import hugging_face
 import plots
 import shapes
+import shards
 import sources
 from augmentation import TrainingTransforms, ValidationTransforms
 from bad_images import BadImages
@@ -55,7 +55,7 @@ from run_state import RunState, Stopped
 from self_critical import SelfCritical
 from token_cache import read_tokens_from_disk
 from trackers import Tracker
-from training_stages import stage_of
+from training_stages import keep_frozen_in_eval, pretrained_names, stage_of
 
 # ======================================================================================================================
 # Constants: edit them here, or give --key value on the command line (--help lists them)
@@ -120,6 +120,7 @@ train_config = SimpleNamespace(
     accumulate=1,  # batches a step, for more captions a step than memory holds; the gradient is that of one large batch
     captions_per_image=1,  # captions that share one encoding of their image; with 5, Flickr encodes each photo once
     length_window=16,  # batches that are cut from one sort by caption length, so that little is padding; 1: unsorted
+    shuffle_buffer=5000,  # of tar shards: groups of captions_per_image captions that are mixed; raw photos in memory
     cache_tokens=False,  # compute a frozen encoder's tokens once, keep them on disk and train from there
     cache_dir=DATA_DIR / "token_cache",  # where; runs share what depends on the same encoder and photos
     cache_views=1,  # versions of a training photo in the cache: itself, and augmented ones, the same for every seed
@@ -270,18 +271,18 @@ class Dataset(torch.utils.data.Dataset):
 
     def _items(self, rows):
         """Captions of one image -> their items; the image is loaded once."""
-        image, items = self.look(self.images[rows[0]], rows[0]), []
-        for row in rows:
-            prompt = self.prompts[row]
-            token_ids = encode_caption(self.tokenizer, self.captions[row], self.max_length, prompt)
-            labels = _shift_labels(token_ids)
-            if prompt:
-                given = min(len(encode_prompt(self.tokenizer, prompt)), max(1, self.max_length - 2)) - 1
-                labels[:given] = [IGNORED_LABEL] * given
-            if self.images[row] in self.bad_images:  # there is nothing to learn from a grey image
-                labels = [IGNORED_LABEL] * len(labels)
-            items.append((image, token_ids, labels))
-        return items
+        image = self.look(self.images[rows[0]], rows[0])
+        readable = self.images[rows[0]] not in self.bad_images
+        return [(image, *self.tokens(self.captions[row], self.prompts[row], readable)) for row in rows]
+
+    def tokens(self, caption, prompt="", readable=True):
+        """-> (token_ids, labels); of an image that is not `readable` there is nothing to learn."""
+        token_ids = encode_caption(self.tokenizer, caption, self.max_length, prompt)
+        labels = _shift_labels(token_ids)
+        if prompt:
+            given = min(len(encode_prompt(self.tokenizer, prompt)), max(1, self.max_length - 2)) - 1
+            labels[:given] = [IGNORED_LABEL] * given
+        return token_ids, labels if readable else [IGNORED_LABEL] * len(labels)
 
 
 def collate_fn(batch, tokenizer=None, captions_per_image=1):
@@ -321,18 +322,21 @@ def build_dataloaders(df, tokenizer, model_config, train_config):
         photo["img_size"], photo["mean"], photo["std"], config.crop_scale, photo["resample"], normalized=False
     )
     for split, tfms in zip(("train", "val"), transforms, strict=True):
-        rows = df[df["split"] == split]
-        if rows.empty:
+        rows, folder = df[df["split"] == split], split == "train" and shards.streamed_folder(df)
+        if rows.empty and not folder:
             raise ValueError(f"{config.data_dir}: no usable caption is in the {split} split")
         training, K = split == "train", config.captions_per_image
         if not training:
             K = exact_captions_per_image(rows["image"], K)  # validation counts every caption exactly once
         dataset = Dataset(rows, tfms, tokenizer, K, model_config.seq_len, config.seed, config.max_bad_images)
+        collate = partial(collate_fn, tokenizer=tokenizer, captions_per_image=K)
+        if folder:
+            loaders.append(shards.build_stream_loader(folder, dataset, collate, config))
+            continue
         words = [caption.count(" ") for caption in dataset.captions]  # tells long captions from short ones
         sampler = CaptionBatchSampler(
             dataset.images, config.batch_size, K, training, config.seed, words, config.length_window
         )
-        collate = partial(collate_fn, tokenizer=tokenizer, captions_per_image=K)
         loaders.append(build_loader(dataset, sampler, collate, config))
     return tuple(loaders)
 
@@ -530,16 +534,7 @@ class VisionGPT2Model(nn.Module):
 
     def pretrained_parameters(self):
         """Names of the parameters whose weights `config` does not call "scratch"; nothing else is ever frozen."""
-        scratch = {
-            "encoder": self.config.encoder_weights == "scratch",
-            "gpt": self.config.decoder_weights == "scratch",
-            "bridges": True,
-        }
-        return [
-            name
-            for name, _ in self.named_parameters()
-            if not scratch[name.partition(".")[0]] and not any(f".{new}." in name for new in self.NEW_LAYERS)
-        ]
+        return pretrained_names(self, self.NEW_LAYERS)
 
     def always_frozen(self):
         """Names of pretrained parameters that no stage trains: the encoder's in front of its `trainable_stages`."""
@@ -568,13 +563,7 @@ class VisionGPT2Model(nn.Module):
     def train(self, mode=True):
         """As in `nn.Module`, but what is frozen stays in eval mode: no dropout, and BatchNorm keeps its buffers."""
         super().train(mode)
-        for module in self.modules():
-            parameters = list(module.parameters())
-            if parameters and not any(p.requires_grad for p in parameters):
-                for part in module.modules():
-                    part.training = False
-        if not self.gpt.tok_emb.weight.requires_grad:
-            self.gpt.drop_emb.training = False
+        keep_frozen_in_eval(self)
         return self
 
     # --- weights ------------------------------------------------------------------------------------------------------
@@ -613,10 +602,7 @@ class VisionGPT2Model(nn.Module):
         if config.decoder_weights != "scratch":
             repo = HF_GPT2_REPO if config.decoder_weights == "pretrained" else config.decoder_weights
             hf_config, sd_hf = read_hf_gpt2(repo)
-            for key in ("vocab_size", "seq_len", "embed_dim", "num_heads", "depth"):
-                theirs, ours = getattr(hf_config, key), getattr(config, key)
-                if theirs != ours:
-                    raise ValueError(f"{repo} has {key} {theirs}, model_config {ours}: set --{key} {theirs}")
+            hugging_face.check_sizes(hf_config, config, repo)
             model._load_hf_gpt2_weights(sd_hf)
         return model
 
@@ -629,7 +615,7 @@ class VisionGPT2Model(nn.Module):
 
     def save_pretrained(self, folder, tokenizer=None):
         """Write a checkpoint that `from_pretrained(folder)` loads: weights, config.json and the `tokenizer`'s file."""
-        config = dict(model_config=checkpoint.portable(self.config, REPO_ROOT), preprocessing=self.preprocessing)
+        config = checkpoint.describe(self, REPO_ROOT)
         checkpoint.save_checkpoint(folder, self.state_dict(), config, tokenizer, torch_file=False)
 
     def export_to_transformers(self, folder, tokenizer=None):
@@ -712,15 +698,14 @@ class Trainer:
         if config.compile:
             self.model.loss = torch.compiler.disable(self.model.loss)  # the number of chunks changes with the batch
             self.compiled = torch.compile(self.model)  # with the same weights
-        tracker = config.tracker if self.team.first else "none"
-        tracker = Tracker(tracker, self.model_path, WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_NAME)
+        kind = config.tracker if self.team.first else "none"
+        tracker = Tracker(kind, self.model_path, WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_NAME)
         self.log = RunLog(self.model_path, config, self.team, any(self.valid_dl.dataset.prompts), tracker)
         self.metrics = self.log.rows  # a dict an epoch, the rows of metrics.csv
         self.self_critical = SelfCritical(self.train_dl.dataset, config) if config.scst_epochs else None
         self.best = {"best_perplexity": math.inf, "best_epoch": None}
         self.trains = self.stage = None  # what is not frozen; what the epoch is called in metrics.csv
-        shares = config.push_every_epoch and self.team.first
-        self.uploads = hub.BackgroundUploads(HF_REPO_ID, self.model_path) if shares else None
+        self.uploads = hub.uploads(config.push_every_epoch and self.team.first, HF_REPO_ID, self.model_path)
         self.enter_stage(epoch=0)
         self.state = RunState(self, first_epoch=-1 if config.epochs == 0 else 0, root=REPO_ROOT)
         self.team.own_random_numbers(config.seed, self.state.position)
@@ -872,8 +857,7 @@ class Trainer:
             if isinstance(reason, Stopped):
                 raise
             print(f"stopped early: {str(reason) or 'interrupted'}; the best epoch is kept")
-        if self.uploads:
-            self.uploads.finish()
+        self.uploads.finish()
         if self.best["best_epoch"] is None:
             raise FloatingPointError("the validation perplexity was never finite: try a lower --lr")
         return dict(self.best)
@@ -889,8 +873,7 @@ class Trainer:
             if self.team.first:
                 self.save_model(best)
             self.best = best  # only now: an interrupted save has kept the files of the epoch before
-            if self.uploads:
-                self.uploads.push()
+            self.uploads.push()
         if self.train_config.keep_epoch_checkpoints and self.team.first:
             weights = self.averaged.state_dict()
             checkpoint.save_epoch(self.model_path, weights, epoch + 1, self.metrics[-1]["valid_loss"])
@@ -910,13 +893,7 @@ class Trainer:
         `best` says what is saved, {"best_perplexity", "best_epoch"}; without it the best so far.
         """
         best = best or self.best
-        config = {
-            "model_config": checkpoint.portable(self.model.config, REPO_ROOT),
-            "preprocessing": self.model.preprocessing,
-            "train_config": checkpoint.portable(self.train_config, REPO_ROOT),
-            "best_epoch": best["best_epoch"],
-            "best_perplexity": best["best_perplexity"] if best["best_epoch"] is not None else None,
-        }
+        config = checkpoint.describe(self.model, REPO_ROOT, self.train_config, best)
         checkpoint.save_checkpoint(self.model_path, self.averaged.state_dict(), config, self.tokenizer)
 
     def load_best_model(self, path=None):
@@ -971,10 +948,8 @@ def build_trainer(model_cfg, train_cfg, df):
 
     Raises FileNotFoundError that says what the run needed and how to give it locally, where weights cannot be had.
     """
-    training = df[df["split"] == "train"]
-    texts = [text for column in ("caption", "prompt") if column in training for text in training[column]]
     try:
-        tok = build_tokenizer(model_cfg, texts)
+        tok = build_tokenizer(model_cfg, shards.training_texts(df))
         learnt = model_cfg.tokenizer in ("bpe", "word") and not model_cfg.start_from
         if learnt or len(tok) > model_cfg.vocab_size:
             model_cfg.vocab_size = len(tok)  # a larger one, padded for speed, may stay with GPT-2's tokenizer
@@ -1009,7 +984,7 @@ def main(argv=None):
         f"best {trainer.log.best_by}: epoch {result['best_epoch'] + 1}, perplexity {result['best_perplexity']:.3f}; "
         f"checkpoint and plots are in {train_cfg.model_path}"
     )
-    hub.offer_upload(HF_REPO_ID, train_cfg.model_path, trainer.uploads)
+    hub.offer_upload(HF_REPO_ID, train_cfg.model_path, train_cfg.push_every_epoch)
     plots.show_windows()
     return result
 

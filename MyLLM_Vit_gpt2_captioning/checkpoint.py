@@ -107,6 +107,17 @@ def portable(config, root):
     return {key: shown(value) for key, value in vars(config).items()}
 
 
+def describe(model, root, train_config=None, best=None):
+    """config.json of a model of ours as a dict; of a run's with its constants and `best`, {"best_perplexity",
+    "best_epoch"}. `root`: what paths are written relative to."""
+    config = {"model_config": portable(model.config, root), "preprocessing": model.preprocessing}
+    if train_config is not None:
+        perplexity = best["best_perplexity"] if best["best_epoch"] is not None else None
+        config |= {"train_config": portable(train_config, root), "best_epoch": best["best_epoch"]}
+        config |= {"best_perplexity": perplexity}
+    return config
+
+
 def load_config(folder, constants=None):
     """config.json of a checkpoint of ours or of Hugging Face's, as a dict.
 

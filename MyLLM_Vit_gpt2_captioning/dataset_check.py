@@ -21,7 +21,9 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 import plots
+import shards
 import sources
+import tar_members
 from preprocessing import load_image
 
 REPORT_FILE = "report.md"
@@ -53,13 +55,17 @@ class Problem:
 def check_dataset(data_dir, report_dir, captions_file=None, image_dir=None):
     """Check the dataset that `sources.load` finds, print the report and write it with a contact sheet to `report_dir`.
 
-    Returns whether it is free of errors: photos that are missing or cannot be decoded, photos that are in two splits.
+    Returns whether it is free of errors: photos that are missing or cannot be decoded, photos that are in two splits,
+    tar shards that are not what their manifest says.
     Everything else that is found is a warning. Raises FileNotFoundError or ValueError when there is no dataset to read.
     """
     df = sources.load(data_dir, captions_file, image_dir)
     source = Path(captions_file) if captions_file else sources.find_captions(data_dir)
     photos = read_photos(dict.fromkeys(df["image"]))
     problems = find_problems(df, photos, source, image_dir)
+    damage = shards.find_damage(data_dir) if source == Path(data_dir) and shards.are_in(source) else []
+    if damage:
+        problems.insert(0, Problem("damaged shards, and samples in them", True, damage))
     readable = [photo for photo in photos if not photo.fault]
     lines = [f"# Check of {data_dir}", "", f"Captions: `{source}`", ""]
     lines += _describe_splits(df) + _describe_captions(df) + _describe_photos(readable) + _describe_problems(problems)
@@ -89,7 +95,7 @@ def read_photos(paths):
 def read_photo(path):
     """One photo -> Photo; what is wrong with it is in `fault`."""
     try:
-        content = Path(path).read_bytes()
+        content = tar_members.read_bytes(path)
         with Image.open(io.BytesIO(content)) as opened:
             image = load_image(opened)
             pixels = hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16)

@@ -92,7 +92,7 @@ def evaluate_split(args):
 def read_split(args):
     """The usable rows of the split. Raises ValueError when there is none."""
     source = args.captions_file or sources.find_captions(args.data)
-    df = sources.drop_unusable(sources.load(args.data, args.captions_file, args.image_dir), source)
+    df = sources.drop_unusable(sources.load(args.data, args.captions_file, args.image_dir, [args.split]), source)
     rows = df[df["split"] == args.split]
     if rows.empty:
         counts = ", ".join(f"{split} {n:,}" for split, n in df.groupby("split")["image"].nunique().items())

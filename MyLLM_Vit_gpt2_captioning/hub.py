@@ -92,13 +92,13 @@ def share(checkpoint_folder, repo_id):
         return upload(place, repo_id, private=True, message=message_of(facts))
 
 
-def offer_upload(repo_id, checkpoint_folder, uploads=None):
+def offer_upload(repo_id, checkpoint_folder, shared=False):
     """At the end of a run on a terminal: ask once whether to share the captioner, and do it. Enter means no.
 
-    Nothing is asked where nobody can answer, or where `uploads`, a `BackgroundUploads`, has shared it already. What
-    goes wrong is printed; the run is over and its results are safe.
+    Nothing is asked where nobody can answer, or where the run has `shared` it already. What goes wrong is printed; the
+    run is over and its results are safe.
     """
-    if uploads is not None or sys.stdin is None or not sys.stdin.isatty():
+    if shared or sys.stdin is None or not sys.stdin.isatty():
         return
     question = "Share the captioner on the Hugging Face Hub (a new repository is private)"
     try:
@@ -114,6 +114,21 @@ def offer_upload(repo_id, checkpoint_folder, uploads=None):
         print("\nnot shared")
     except (OSError, ValueError) as error:
         print(f"not shared: {error}\n{LATER.format(checkpoint_folder)}")
+
+
+def uploads(wanted, repo_id, folder):
+    """-> `BackgroundUploads` of a run, or what uploads nothing."""
+    return BackgroundUploads(repo_id, folder) if wanted else NoUploads()
+
+
+class NoUploads:
+    """In the place of `BackgroundUploads`."""
+
+    def push(self):
+        pass
+
+    def finish(self):
+        pass
 
 
 class BackgroundUploads:

@@ -479,3 +479,11 @@ def write_captioner(folder, model, gpt2_name, tokenizer=None):
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         write_atomically(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
     write_atomically(folder / WEIGHTS_FILE, lambda path: path.write_bytes(save(weights, metadata={"format": "pt"})))
+
+
+def check_sizes(theirs, ours, repo):
+    """Raise ValueError when the GPT-2 of `repo` has other sizes than the model_config `ours`."""
+    for key in ("vocab_size", "seq_len", "embed_dim", "num_heads", "depth"):
+        size = getattr(theirs, key)
+        if size != getattr(ours, key):
+            raise ValueError(f"{repo} has {key} {size}, model_config {getattr(ours, key)}: set --{key} {size}")

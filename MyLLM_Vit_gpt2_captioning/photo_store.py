@@ -19,6 +19,7 @@ from filelock import FileLock
 from PIL import ExifTags, Image
 
 import sources
+import tar_members
 from checkpoint import write_atomically
 from preprocessing import load_image
 from progress import progress_bar
@@ -84,11 +85,11 @@ def shrink(path, side):
     A file that is one already is not compressed a second time. Raises what `load_image` raises.
     """
     image = load_image(path, least_side=2 * side)
-    with Image.open(path) as opened:
+    with Image.open(tar_members.opened(path)) as opened:
         fits = min(opened.size) <= side and opened.getexif().get(ExifTags.Base.Orientation, 1) == 1
         # A progressive JPEG takes twice the time to decode.
         if fits and opened.format == "JPEG" and opened.mode == "RGB" and not opened.info.get("progressive"):
-            return Path(path).read_bytes()
+            return tar_members.read_bytes(path)
     scale = side / min(image.size)
     if scale < 1:
         image = image.resize([max(side, round(length * scale)) for length in image.size], Image.Resampling.LANCZOS)
@@ -147,7 +148,7 @@ def _make_photos(store, names, side, num_workers):
 def _identity(path):
     """What tells whether a photo is still the same: size and time of the last change; empty when it is not there."""
     try:
-        stat = os.stat(path)
+        stat = os.stat(tar_members.tar_of(path) or path)
     except OSError:
         return []
     return [stat.st_size, stat.st_mtime_ns]

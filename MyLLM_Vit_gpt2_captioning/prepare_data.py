@@ -1,4 +1,5 @@
-"""Download a public dataset into the layout that training reads, check a dataset of yours, or reduce its photos once.
+"""Download a public dataset into the layout that training reads, check a dataset of yours, reduce its photos once, or
+write it as tar shards.
 
     python MyLLM_Vit_gpt2_captioning/prepare_data.py flickr8k                 1.1 GB, to data/flickr8k
     python MyLLM_Vit_gpt2_captioning/prepare_data.py flickr30k                4.4 GB
@@ -6,10 +7,12 @@
     python MyLLM_Vit_gpt2_captioning/prepare_data.py shapes                   nothing to download, it is rendered
     python MyLLM_Vit_gpt2_captioning/prepare_data.py --check data/flickr8k    report and contact sheet
     python MyLLM_Vit_gpt2_captioning/prepare_data.py --shrink data/flickr30k  smaller photos, to data/flickr30k_256
+    python MyLLM_Vit_gpt2_captioning/prepare_data.py --shards data/coco2017   tar shards, to data/coco2017_shards
 
 Run the same command again after an interruption: it goes on where it stopped, and does nothing when all is there.
 --check decodes every photo; its exit status is 1 when photos are missing, broken or in two splits.
 --shrink writes a copy of a dataset of any format with photos that load faster; train with --data_dir on the copy.
+--shards writes a dataset of any format as tar shards in the WebDataset layout, which training reads as a stream.
 """
 
 import argparse
@@ -19,6 +22,7 @@ from pathlib import Path
 
 import photo_store
 import shapes
+import shard_writer
 from dataset_check import check_dataset
 from downloads import DATASETS, fetch_dataset
 from MyLLM_Vit_gpt2_captioning import DATA_DIR
@@ -33,22 +37,26 @@ def main(argv=None):
     parser.add_argument(
         "name", nargs="?", choices=[*DATASETS, SHAPES], metavar="NAME", help=", ".join([*DATASETS, SHAPES])
     )
-    parser.add_argument("--to", type=Path, metavar="FOLDER", help="where to put it (default: data/NAME, FOLDER_SIDE)")
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help="(default: data/NAME, FOLDER_SIDE, FOLDER_shards)")
     parser.add_argument("--keep_archives", action="store_true", help="keep what was downloaded, once it is unpacked")
     parser.add_argument("--check", type=Path, metavar="FOLDER", help="check the dataset in this folder instead")
     parser.add_argument("--shrink", type=Path, metavar="FOLDER", help="write a copy of this dataset with small photos")
-    parser.add_argument("--captions_file", type=Path, help="check, shrink: the annotation file, when it is not found")
-    parser.add_argument("--image_dir", type=Path, help="check, shrink: the folder of photos, when they lie elsewhere")
+    parser.add_argument("--shards", type=Path, metavar="FOLDER", help="write this dataset as tar shards")
+    parser.add_argument("--captions_file", type=Path, help="the annotation file, when it is not found")
+    parser.add_argument("--image_dir", type=Path, help="the folder of photos, when they lie elsewhere")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="check: where to write (default: FOLDER/check)")
     parser.add_argument(
         "--side", type=int, default=photo_store.SIDE, help="shrink: pixels of the shorter side (default: %(default)s)"
     )
     parser.add_argument(
-        "--num_workers", type=int, default=os.cpu_count(), help="shrink: processes (default: one a core)"
+        "--num_workers", type=int, default=os.cpu_count(), help="shrink, shards: processes (default: one a core)"
+    )
+    parser.add_argument(
+        "--photos_per_shard", type=int, default=shard_writer.PHOTOS_PER_SHARD, help="shards: (default: %(default)s)"
     )
     args = parser.parse_args(argv)
-    if sum(choice is not None for choice in (args.name, args.check, args.shrink)) != 1:
-        parser.error(f"give a dataset ({', '.join(NAMES)}), --check FOLDER, or --shrink FOLDER")
+    if sum(choice is not None for choice in (args.name, args.check, args.shrink, args.shards)) != 1:
+        parser.error(f"give a dataset ({', '.join(NAMES)}), --check FOLDER, --shrink FOLDER, or --shards FOLDER")
 
     try:
         if args.check:
@@ -59,6 +67,12 @@ def main(argv=None):
             folder = args.shrink.resolve()
             store = args.to or folder.with_name(f"{folder.name}_{args.side}")
             photo_store.write_store(args.shrink, store, args.side, args.captions_file, args.image_dir, args.num_workers)
+        elif args.shards:
+            source = args.shards.resolve()
+            target = args.to or source.with_name(f"{source.name}_shards")
+            shard_writer.write_shards(
+                args.shards, target, args.photos_per_shard, args.captions_file, args.image_dir, args.num_workers
+            )
         elif args.name == SHAPES:
             render_shapes(args.to or DATA_DIR / SHAPES)
         else:

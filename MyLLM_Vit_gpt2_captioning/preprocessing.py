@@ -8,11 +8,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+import tar_members
+
 
 def load_image(source, least_side=None):
     """Open an image as upright 8-bit RGB.
 
-    `source` is a path, an opened `PIL.Image.Image`, or an array (H, W, 3) of dtype uint8. With `least_side` a JPEG file
+    `source` is a path (or one into a tar, see tar_members.py), an opened file, an opened `PIL.Image.Image`, or an array
+    (H, W, 3) of dtype uint8. With `least_side` a JPEG file
     may be decoded at 1/2, 1/4 or 1/8 of its size, which is much faster, as long as both sides keep that many pixels.
     Raises FileNotFoundError for a missing file, and ValueError that names the file when it is not a readable image.
     """
@@ -22,7 +25,7 @@ def load_image(source, least_side=None):
     try:
         if isinstance(source, Image.Image):
             return _as_rgb(ImageOps.exif_transpose(source))  # phones store the turn beside the pixels
-        image = Image.open(source)
+        image = Image.open(tar_members.opened(source))
         if least_side:
             image.draft(None, (least_side, least_side))  # does nothing for other formats
         image.load()

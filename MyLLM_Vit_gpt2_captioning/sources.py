@@ -10,6 +10,7 @@ for questions about images, `prompt`.
     records        *.jsonl, *.json, *.csv, *.tsv  columns image and caption, optionally prompt and split
     side by side   a folder of photos             1.jpg beside 1.txt, a caption a line
     datasets       a Hugging Face folder          written by `save_to_disk`
+    tar shards     train-000000.tar, ...          1.jpg beside 1.json or 1.txt in them; see shards.py
 
 Captions are lowercased and stripped; a missing one is "". Splits are made by image, never by caption: two captions of
 one photo in different splits would let validation see a training photo.
@@ -22,6 +23,8 @@ import io
 import json
 import re
 from pathlib import Path
+
+import tar_members
 
 RESULTS_FILE = "results.csv"
 CAPTIONS_FILE = "captions.txt"
@@ -53,22 +56,24 @@ LONGEST_CAPTION = 10_000  # characters; what is longer is no caption, and scorin
 # --- the one entrance -------------------------------------------------------------------------------------------------
 
 
-def load(data_dir, captions_file=None, image_dir=None):
+def load(data_dir, captions_file=None, image_dir=None, shard_splits=SPLITS):
     """Read a dataset -> DataFrame with the columns image, caption, split and, where the file has one, prompt.
 
     `captions_file`: the annotation file or folder, found in `data_dir` when not given; `image_dir`: the folder of
-    photos, likewise. The index tells the row: line, annotation id, ... as `index.name` says. Rows that cannot be used
-    are still there: see `drop_unusable`. Raises FileNotFoundError when there is no annotation file, ValueError that
-    names file and row when it cannot be understood or names an image outside the image folder.
+    photos, likewise; `shard_splits`: what of tar shards is read. The index tells the row: line, annotation id, ... as
+    `index.name` says. Rows that cannot be used are still there: see `drop_unusable`. Raises FileNotFoundError when
+    there is no annotation file, ValueError that names file and row when it cannot be understood or names an image
+    outside the image folder.
     """
     data_dir = Path(data_dir)
     source = Path(captions_file) if captions_file else find_captions(data_dir)
     if source is None or not source.exists():
         raise FileNotFoundError(
             f"{source or data_dir}: no captions there: looked for {', '.join(KNOWN_FILES)}, {COCO_FILES}, "
-            f"{KARPATHY_FILES}, photos with .txt files beside them, or a folder written by Hugging Face datasets"
+            f"{KARPATHY_FILES}, photos with .txt files beside them, a folder written by Hugging Face datasets, or "
+            "tar shards (train-000000.tar)"
         )
-    df = read_captions(source)
+    df = read_captions(source, shard_splits)
     if source.is_dir() and _is_saved_dataset(source):
         roots = [source / EXTRACTED_IMAGES]
     else:
@@ -77,7 +82,8 @@ def load(data_dir, captions_file=None, image_dir=None):
     names = df["image"]
     df["image"] = _find_images(names, roots, source, df.index.name)
     names = names.groupby(df["image"].to_numpy()).transform("first")  # one photo under two names is one photo
-    df["split"] = assign_splits(names, data_dir, given=given)
+    in_shards = tar_members.tar_of(df["image"].iloc[0]) is not None  # their names are all there is to know of splits
+    df["split"] = given if in_shards else assign_splits(names, data_dir, given=given)
     columns = ["image", "caption", "split", "prompt"]
     return df[[column for column in columns if column in df]]
 
@@ -101,7 +107,13 @@ def find_captions(data_dir):
     for folder in (data_dir, *(data_dir / name for name in IMAGE_FOLDERS)):
         if folder.is_dir() and any(path.with_suffix(".txt").is_file() for path in _photos(folder)):
             return folder
-    return None
+    return data_dir if _has_shards(data_dir) else None
+
+
+def _has_shards(folder):
+    import shards  # here: it reads captions with what is in this file
+
+    return shards.are_in(folder)
 
 
 def find_image_dir(data_dir):
@@ -138,9 +150,9 @@ def _find_images(names, roots, source, row_name):
 
 
 def _is_file(path):
-    """Whether it is one; also for a name that is too long to be one, where Path raises OSError."""
+    """Whether it is one, or in a tar; also for a name that is too long to be one, where Path raises OSError."""
     try:
-        return path.is_file()
+        return path.is_file() or tar_members.exists(path)
     except OSError:
         return False
 
@@ -148,12 +160,12 @@ def _is_file(path):
 # --- readers: path -> DataFrame with image (name), caption, maybe split and prompt ------------------------------------
 
 
-def read_captions(path):
+def read_captions(path, shard_splits=SPLITS):
     """Read any of the formats above -> DataFrame with the columns image (name as in the file), caption, and split and
     prompt where the file has them. Raises ValueError that names the file, and the row where one is wrong."""
     path = Path(path)
     if path.is_dir():
-        df = _read_folder(path)
+        df = _read_folder(path, shard_splits)
     elif path.suffix == ".json":
         df = _read_json(path)
     elif path.suffix in (".jsonl", ".ndjson"):
@@ -381,8 +393,8 @@ def _photos(folder):
     return (path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def _read_folder(folder):
-    """COCO's annotations, a dataset saved by `datasets`, or photos with a .txt beside each."""
+def _read_folder(folder, shard_splits):
+    """COCO's annotations, a dataset saved by `datasets`, photos with a .txt beside each, or tar shards."""
     if any(folder.glob(COCO_FILES)):
         import pandas as pd
 
@@ -396,6 +408,8 @@ def _read_folder(folder):
             for line in _decoded(text).rstrip("\n").split("\n"):
                 number += 1
                 rows.append((number, photo.name, line))
+    if not rows and _has_shards(folder):
+        return _read_shards(folder, shard_splits)
     if not rows:
         raise ValueError(f"{folder}: no photo with a .txt file of the same name is in this folder")
     return _frame(rows, "caption")
@@ -446,6 +460,14 @@ def _extract(image, folder, name):
         folder.mkdir(exist_ok=True)
         path.write_bytes(image["bytes"])
     return path.name
+
+
+def _read_shards(folder, splits):
+    import shards
+
+    df = _frame([(n, *row) for n, row in enumerate(shards.read_rows(folder, splits), 1)], "caption",
+                ("image", "caption", "split", "prompt"))  # fmt: skip
+    return df.drop(columns="prompt") if df["prompt"].isna().all() else df
 
 
 # --- splits -----------------------------------------------------------------------------------------------------------
@@ -525,13 +547,14 @@ def assign_splits(images, data_dir, seed=0, given=None):
 
 
 def load_usable(data_dir, captions_file, image_dir, dataset):
-    """`load`, without the rows that training cannot use; prints how many photos each split has.
+    """`load`, without the rows that training cannot use; prints how many photos each split has. Of tar shards the
+    validation split: training streams the others, see `shards.streamed_folder`.
 
     Raises FileNotFoundError with the command that fetches the public `dataset` where there is none.
     """
     captions_file = captions_file or find_captions(data_dir)
     try:
-        df = drop_unusable(load(data_dir, captions_file, image_dir), captions_file)
+        df = drop_unusable(load(data_dir, captions_file, image_dir, shard_splits=["val"]), captions_file)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error}\nTo fetch {dataset}, add --download, or run\n"

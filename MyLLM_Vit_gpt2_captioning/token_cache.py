@@ -23,6 +23,7 @@ import torch
 import torch.utils.data
 from filelock import FileLock
 
+import tar_members
 from augmentation import TrainingTransforms, may_mirror
 from batching import to_device
 from checkpoint import write_atomically
@@ -172,7 +173,7 @@ class TokenCache:
     def _identity(self, path, captions):
         """What tells whether a photo is still the same: size, time of the last change, whether it may be mirrored."""
         try:
-            stat = os.stat(path)
+            stat = os.stat(tar_members.tar_of(path) or path)
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: no such image") from None
         return [stat.st_size, stat.st_mtime_ns, may_mirror(captions) if self.view["view"] else None]

@@ -1,4 +1,5 @@
-"""Which parameters train in which epoch: first new layers, then the GPT-2 blocks, then everything."""
+"""Which parameters train in which epoch: first new layers, then the GPT-2 blocks, then everything; and how what is
+frozen behaves."""
 
 
 def stage_of(epoch, model, config):
@@ -28,3 +29,29 @@ def stages_of_run(model, config):
     """The stages that a run goes through, in their order."""
     epochs = range(max(1, config.epochs + config.scst_epochs))
     return list(dict.fromkeys(stage_of(epoch, model, config) for epoch in epochs))
+
+
+def pretrained_names(model, new_layers):
+    """Names of the parameters whose weights the model's config does not call "scratch", but for those of its
+    `new_layers`."""
+    scratch = {
+        "encoder": model.config.encoder_weights == "scratch",
+        "gpt": model.config.decoder_weights == "scratch",
+        "bridges": True,
+    }
+    return [
+        name
+        for name, _ in model.named_parameters()
+        if not scratch[name.partition(".")[0]] and not any(f".{new}." in name for new in new_layers)
+    ]
+
+
+def keep_frozen_in_eval(model):
+    """Put what is frozen back into eval mode: no dropout, and BatchNorm keeps its buffers."""
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            for part in module.modules():
+                part.training = False
+    if not model.gpt.tok_emb.weight.requires_grad:
+        model.gpt.drop_emb.training = False

@@ -22,6 +22,7 @@ SECTIONS = {
     "generate": ("Writing captions", [], {}),
     "token_cache": ("Training from the token cache", [], {}),
     "data": ("Reading photos", [], ONE_CORE),
+    "shards": ("Tar shards", [], ONE_CORE),
     "startup": ("The first caption from a new process", [], {}),
     "train_cuda": ("Training on a GPU", ["--device", "cuda", "--batch_sizes", "32", "64", "128", "256"], {}),
     "generate_cuda": ("Writing captions on a GPU", ["--device", "cuda", "--batch_sizes", "1", "64"], {}),

@@ -50,6 +50,19 @@ def test_photos_of_the_input_benchmark(tmp_path, script):
         bench_data.ready(photos, script.build_transforms(32)[1], None)
 
 
+def test_the_benchmark_of_shards_reads_what_it_wrote(tmp_path, capsys):
+    import bench_shards
+
+    bench_shards.main(["--photos", "25", "--rounds", "1"])
+    said = capsys.readouterr().out
+    assert all(f"| {work} | " in said for work in ("counted", "read, grouped, shuffled"))
+    with pytest.raises(ValueError, match="photos are missing"):
+        shards = bench_shards.shards
+        path = tmp_path / "train-0.tar"
+        bench_shards.write(path, bench_data.write_photos(tmp_path, (500, 375), 1)[1], 3)
+        bench_shards.stream([shards.Shard(path, 4, {5: 4}, 0)], 4)
+
+
 def test_both_captioners_are_one_model(tmp_path):
     """Ours and Hugging Face's have the same loss in every way that is timed, and the same ids."""
     from bench_generate import naive_generate, theirs_generate

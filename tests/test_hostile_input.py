@@ -16,10 +16,13 @@ import resource
 import shutil
 import stat
 import struct
+import tarfile
 import tempfile
 import zipfile
 import zlib
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +33,7 @@ from safetensors.torch import save_file
 import checkpoint
 import dataset_check
 import downloads
+import shards
 import sources
 from conftest import CAPTIONS
 from preprocessing import load_image
@@ -58,6 +62,7 @@ def row(key, outcome):
     words = re.sub(r"-view0-[0-9a-f]{12}", "-view0-...", outcome)
     words = re.sub(r"not a readable image \(.*?\);", "not a readable image (why);", words)
     words = re.sub(r"(damaged, or not an? [a-z ]+) \(.*?\)(;|$)", r"\1 (why)\2", words)
+    words = re.sub(r"(not a readable image|not a whole tar file) \(.*?\)(?=[.]|$)", r"\1 (why)", words)
     words = re.sub(r"(could not be written|cannot be made|not valid JSON|not a usable zip archive) \(.*?\)(;|$)",
                    r"\1 (why)\2", words)  # fmt: skip
     return f"| {key[1]} | {' '.join(words.split())} |".replace("\0", "\\0")
@@ -676,6 +681,86 @@ def _():
         with read_only(Path(place)), pytest.raises(OSError) as error:
             checkpoint.set_aside(Path(place) / "captioner")
         return f"error: {error.value}".replace(f"{place}/", "")
+
+
+# --- tar shards -------------------------------------------------------------------------------------------------------
+
+
+def stream(script, folder, words, **changes):
+    """One epoch over the training shards in `folder`."""
+    config = script.with_defaults(SimpleNamespace(batch_size=2, **changes), script.train_config)
+    rows = sources.load_usable(folder, None, None, "flickr30k")
+    dataset = script.Dataset(rows[:0], script.build_transforms(16)[0], words)
+    collate = partial(script.collate_fn, tokenizer=words)
+    return list(shards.build_stream_loader(folder, dataset, collate, config))
+
+
+def two_shards(folder, **damage):
+    """Shards 0 and 1 of 3 photos; `damage`: {name of a member of shard 0: its content, None for none}."""
+    from test_shards import make_shards, members, write_tar
+
+    make_shards(folder, [[1] * 3] * 2)
+    shards.training_shards(folder)
+    (folder / "counts.json").rename(folder / "manifest.json")  # it is known how they were
+    content = members(0, 0, 1) | members(0, 1, 1) | members(0, 2, 1) | damage
+    write_tar(folder / "train-000000.tar", {name: value for name, value in content.items() if value is not None})
+    return folder
+
+
+def said(capsys):
+    return capsys.readouterr().err.partition("warning: ")[2].partition("\n")[0]
+
+
+@case("Tar shards", "a shard that breaks off")
+def _(script, bpe, tmp_path, capsys):
+    folder = two_shards(tmp_path / "shards")
+    path = folder / "train-000000.tar"
+    path.write_bytes(path.read_bytes()[:3000])
+    batches = stream(script, folder, bpe)
+    assert len(batches) == 3
+    return f"warning: {said(capsys)}"
+
+
+@case("Tar shards", "a broken photo, and a json of 100,000 brackets")
+def _(script, bpe, tmp_path, capsys):
+    damage = {"000001.jpg": b"no photo", "000002.json": b"[" * 100_000}
+    assert len(stream(script, two_shards(tmp_path / "shards", **damage), bpe)) == 3
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "Training goes on without it" in line]
+    assert len(warnings) == 2
+    return min(warnings, key=len)
+
+
+@case("Tar shards", "more that is broken than `max_bad_images`")
+def _(script, bpe, tmp_path):
+    folder = two_shards(tmp_path / "shards", **{"000000.jpg": b"", "000001.jpg": b""})
+    stream(script, folder, bpe, max_bad_images=1)
+
+
+@case("Tar shards", "names that lead out of the tar; links, devices")
+def _(script, bpe, tmp_path):
+    link, device = tarfile.TarInfo(), tarfile.TarInfo()
+    link.type, link.linkname, device.type = tarfile.SYMTYPE, "/etc/passwd", tarfile.CHRTYPE
+    damage = {"../000003.jpg": b"", "/etc/000004.jpg": b"", "000005.jpg": link, "000006.jpg": device}
+    folder = two_shards(tmp_path / "shards", **damage)
+    before = sorted(tmp_path.rglob("*"))
+    stream(script, folder, bpe, max_bad_images=0)
+    assert sorted(tmp_path.rglob("*")) == before
+    return "not read; nothing is ever unpacked"
+
+
+@case("Tar shards", "a member of a terabyte, by its header")
+def _(script, bpe, tmp_path, capsys):
+    huge = tarfile.TarInfo()
+    huge.size = 2**40
+    stream(script, two_shards(tmp_path / "shards", **{"000002.jpg": huge}), bpe)
+    return f"warning: {said(capsys)}"
+
+
+@case("Tar shards", "shards that are still being written")
+def _(tmp_path):
+    folder = two_shards(tmp_path / "shards")
+    (folder / "progress.jsonl").touch()
+    sources.load(folder)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------

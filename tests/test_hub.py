@@ -741,7 +741,7 @@ def test_nobody_is_asked_who_cannot_answer_or_has_shared(server, monkeypatch, tm
     hub.offer_upload("anna/shapes", SHAPES)
     folder, _ = make_run(tmp_path / "run")
     Terminal(monkeypatch, "y")
-    hub.offer_upload("anna/shapes", folder, uploads=hub.BackgroundUploads("anna/shapes", folder))
+    hub.offer_upload("anna/shapes", folder, shared=True)
     monkeypatch.setattr(sys, "stdin", None)
     hub.offer_upload("anna/shapes", SHAPES)
     assert terminal.asked == []

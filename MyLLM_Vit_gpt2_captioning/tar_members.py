@@ -1,0 +1,113 @@
+"""Files inside a tar, read where they lie: the path `shards/val-000000.tar/000123.jpg` is the member 000123.jpg of it.
+
+Nothing is ever unpacked to the disk, so a hostile tar can write nowhere: names that lead out of it are not listed, and
+links are not followed.
+"""
+
+import io
+import os
+import tarfile
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+
+SUFFIX = ".tar"
+BLOCK = 512  # bytes; a tar is made of such, and two of zeros end it
+LARGEST = 2**27  # bytes of a member; what is larger is no photo and would fill the memory
+
+
+def members(file):
+    """A tar, opened for reading -> yields (name, offset, size) of its regular files; their bytes lie there as they are.
+
+    Links, devices, sparse files and names that lead out of the tar are left out. Raises ValueError when the tar breaks
+    off, or is none, once everything in front of that is yielded.
+    """
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # else it would keep them all
+                if member.isreg() and not member.issparse() and _stays_inside(member.name):
+                    yield member.name, member.offset_data, member.size
+            file.seek(tar.offset)
+            if file.read(BLOCK) != bytes(BLOCK):  # tarfile takes a damaged header for the end
+                raise ValueError("it ends too early, or is damaged in the middle")
+    except Exception as error:  # damaged headers fail in any way: ReadError, UnicodeDecodeError, OverflowError, ...
+        raise ValueError(f"not a whole tar file ({error})") from error
+
+
+def read(file, offset, size):
+    """Bytes of a member. Raises ValueError when it is too large or cut off."""
+    if size > LARGEST:
+        raise ValueError(f"has {size:,} bytes, more than any photo")
+    file.seek(offset)
+    content = file.read(size)
+    if len(content) < size:
+        raise ValueError("is cut off")
+    return content
+
+
+def tar_of(path):
+    """The tar that a path leads into, or None where it leads into none."""
+    if f"{SUFFIX}{os.sep}" not in str(path):
+        return None
+    return next((parent for parent in Path(path).parents if parent.suffix == SUFFIX and parent.is_file()), None)
+
+
+def exists(path):
+    """Whether a path into a tar leads to a member of it."""
+    tar = tar_of(path)
+    return tar is not None and _name(path, tar) in _index(tar)
+
+
+def opened(path):
+    """A path into a tar -> its member as a file in memory; anything else stays what it is.
+
+    Raises FileNotFoundError when the tar has no such member, ValueError when it is cut off.
+    """
+    tar = tar_of(path) if isinstance(path, str | Path) else None
+    if tar is None:
+        return path
+    place = _index(tar).get(_name(path, tar))
+    if place is None:
+        raise FileNotFoundError(f"{path}: no such file in the tar")
+    with open(tar, "rb") as file:
+        member = _Member(read(file, *place))
+    member.path = path
+    return member
+
+
+def read_bytes(path):
+    """The content of a file, or of a member of a tar."""
+    source = opened(path)
+    return source.getvalue() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
+
+
+class _Member(io.BytesIO):
+    def __repr__(self):
+        return repr(str(self.path))  # what Pillow calls it when it is no image
+
+
+def _stays_inside(name):
+    path = PurePosixPath(name)
+    return not (path.is_absolute() or ".." in path.parts or "\0" in name)
+
+
+def _name(path, tar):
+    return Path(path).relative_to(tar).as_posix()
+
+
+def _index(tar):
+    stat = os.stat(tar)
+    return _read_index(str(tar), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(64)
+def _read_index(tar, size, changed):
+    """{name: (offset, size)} of a tar of this `size`, last `changed` then; of a broken one, as far as it goes."""
+    index = {}
+    with open(tar, "rb") as file:
+        try:
+            for name, *place in members(file):
+                index.setdefault(name, place)
+        except ValueError:
+            pass
+    return index
