@@ -5,6 +5,7 @@ import base64
 import html
 import io
 from functools import lru_cache
+from pathlib import Path
 
 from checkpoint import write_atomically
 from preprocessing import load_image
@@ -29,6 +30,9 @@ def thumbnail(image, side=288):
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return data_url("image/jpeg", buffer.getvalue())
+
+
+_thumbnail_of_file = lru_cache(256)(thumbnail)  # a run's report shows the same photos after every epoch
 
 
 def data_url(kind, content):
@@ -59,11 +63,10 @@ def photo_grid(photos):
     return "\n".join([*parts, "</div>"])
 
 
-@lru_cache(256)  # a run's report shows the same photos after every epoch
-def photo(path):
-    """A photo's file -> a data URL of its thumbnail, or of a grey one where it cannot be read."""
+def photo(image):
+    """Any image that `load_image` takes -> a data URL of its thumbnail, or of a grey one where it cannot be read."""
     try:
-        return thumbnail(path)
+        return _thumbnail_of_file(image) if isinstance(image, (str, Path)) else thumbnail(image)
     except (OSError, ValueError):  # it was there when it was captioned
         return data_url("image/svg+xml", b'<svg xmlns="http://www.w3.org/2000/svg" width="4" height="3"><rect '
                         b'width="4" height="3" fill="#ddd"/></svg>')  # fmt: skip
@@ -73,7 +76,7 @@ def write_evaluation_page(path, title, scores, sections):
     """One self-contained HTML file.
 
     `scores`: rows (name, value, value beside it), all text, the first of them the head; `sections`: {heading: list of
-    (image, caption, true captions, text of its score)}, each image a path.
+    (image, caption, true captions, text of its score)}.
     """
     (first, *numbers), *rest = scores
     rows = [f"<tr><th>{html.escape(first)}</th>" + "".join(f"<th class=number>{html.escape(n)}</th>" for n in numbers)]

@@ -65,7 +65,7 @@ def write_report(path, trainer):
     model = trainer.model.config
     decoder = f"{model.depth} decoder blocks of {model.embed_dim} channels"
     written = time.strftime("%Y-%m-%d %H:%M")
-    title = f"Captioner {trainer.model_path.resolve().name}"
+    title = f"Training report: {trainer.model_path.resolve().name}"
     sections = {
         "Curves": _curves(log),
         "Epochs": _epochs(log),
