@@ -195,7 +195,7 @@ def test_states_are_saved_in_time(make_trainer, tmp_path, monkeypatch):
     assert saved.index(0) == 3
     assert sum(saved) - 3 > 3 + 2
     timings = pd.read_csv(tmp_path / str(minutes) / "timings.csv")
-    assert list(timings) == ["epoch", "training", "evaluation"]
+    assert list(timings) == ["epoch", "training", "evaluation", "captions"]
     assert timings["epoch"].tolist() == [1, 2, 3]
 
 
