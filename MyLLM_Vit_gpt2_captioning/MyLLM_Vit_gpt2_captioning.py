@@ -844,19 +844,18 @@ class Trainer:
         non-finite end the run early; what was best is kept.
         """
         self.log.begin(self)
-        try:
-            with self.state.signals():
-                for epoch in range(
-                    self.state.position["epoch"], self.train_config.epochs + self.train_config.scst_epochs
-                ):
+        end = self.train_config.epochs + self.train_config.scst_epochs
+        with self.state.signals():  # while the state is saved, too: torchrun asks all to stop when one has failed
+            try:
+                for epoch in range(self.state.position["epoch"], end):
                     self._run_epoch(epoch)
-        except BaseException as reason:
-            self.state.save()
-            if not isinstance(reason, (FloatingPointError, KeyboardInterrupt)) or self.best["best_epoch"] is None:
-                raise
-            if isinstance(reason, Stopped):
-                raise
-            print(f"stopped early: {str(reason) or 'interrupted'}; the best epoch is kept")
+            except BaseException as reason:
+                self.state.save()
+                if not isinstance(reason, (FloatingPointError, KeyboardInterrupt)) or self.best["best_epoch"] is None:
+                    raise
+                if isinstance(reason, Stopped):
+                    raise
+                print(f"stopped early: {str(reason) or 'interrupted'}; the best epoch is kept")
         self.uploads.finish()
         if self.best["best_epoch"] is None:
             raise FloatingPointError("the validation perplexity was never finite: try a lower --lr")
