@@ -68,7 +68,7 @@ def main():
     df = script.sources.load(args.data)
     chosen = [df[df["split"] == split]["image"].unique()[: args.photos] for split in ("train", "val")]
     df = df[df["image"].isin([*chosen[0], *chosen[1]])]
-    print(f"{args.photos} photos an epoch, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{args.photos} photos an epoch, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print("| encoder | captions that share an encoding | computed, s | from cache, s | faster |")
     print("| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
