@@ -840,8 +840,8 @@ class Trainer:
     def run_training(self):
         """Train, keep the best epoch by `best_by` -> {"best_perplexity", "best_epoch"}: its perplexity and its number.
 
-        Numbers count from 0; -1 is what self-critical training by itself starts from. Ctrl-C and losses that stay
-        non-finite end the run early; what was best is kept.
+        Numbers count from 0; -1 is what self-critical training by itself starts from. Losses that stay non-finite end
+        the run early, and what was best is kept. Raises Stopped on Ctrl-C, SIGTERM and SIGUSR1, its state saved.
         """
         self.log.begin(self)
         end = self.train_config.epochs + self.train_config.scst_epochs
