@@ -37,10 +37,11 @@ from augmentation import TrainingTransforms, ValidationTransforms
 from bad_images import BadImages
 from batching import CaptionBatchSampler, build_loader, exact_captions_per_image, several, stack, to_device
 from built_in import data_paths, default_recipe, load_data
+from cached_decoder import BlockCache
 from captions_tokenizer import CaptionTokenizer, check_eos, encode_caption, encode_prompt, fit_config
 from chunked_loss import chunked_cross_entropy
 from command_line import merge, parse_overrides, what_to_give, with_defaults, write_recipe
-from decoding import BlockCache, caption_images, generate_ids, trim
+from decoding import caption_images, generate_ids, trim
 from distributed import Team, only_first_speaks, without_sync
 from encoders import build_encoder, frame_of, preprocessing_of, resolve_encoder, run_block
 from MyLLM.ch3 import KeyValueCache, merge_heads, split_heads

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from batching import to_device
+from cached_decoder import decoder_for, next_token_scores
 from captions_tokenizer import encode_prompt
 from packed_weights import packed_linears
 from preprocessing import preprocess
@@ -116,8 +117,12 @@ def generate_ids(model, images, sequences, max_tokens=50, temperature=1.0, deter
     rows_per_image = options.num_beams if options.num_beams > 1 else options.num_return_sequences
     with _evaluating(model):
         encoder_states = model.encoder_states(images)
-    with _evaluating(model), packed_linears(model.gpt):
-        decoder = _CachedDecoder(model, encoder_states, sequences, max_tokens, rows_per_image, options.filters())
+    with (
+        _evaluating(model),
+        packed_linears(model.gpt) as weights,
+        decoder_for(model, encoder_states, rows_per_image, sequences.size(1) + max_tokens, weights) as decoder,
+    ):
+        decoder.start(encoder_states, sequences, options.filters())
         if options.num_beams > 1:
             ids = _beam_search(decoder, max_tokens, eos, options)  # (B, num_beams, T + new), best first
             return ids[:, : options.num_return_sequences].flatten(0, 1)
@@ -145,83 +150,6 @@ def _evaluating(model):
         yield
     finally:
         model.train(was_training)
-
-
-class BlockCache:
-    """What one block keeps while a caption grows: self-attention keys and values of the tokens so far, and the image's
-    keys and values for cross-attention, which never change."""
-
-    def __init__(self, self_attn):
-        self.self_attn = self_attn  # a `KeyValueCache`
-        self.cross_attn = None  # (keys, values), each (B, heads, N, head_dim), from the first forward
-
-    def select(self, rows):
-        """Keep the captions `rows` (1-D, may repeat), equally many an image; what the image says is shared by them."""
-        self.self_attn.select(rows)
-
-    def select_images(self, images):
-        """Keep what these images (1-D) say."""
-        if self.cross_attn is not None:
-            self.cross_attn = tuple(part[images] for part in self.cross_attn)
-
-
-class _CachedDecoder:
-    """Scores of the next token for `rows_per_image` growing sequences an image, which share the image's tokens.
-
-    `sequences` are the ids so far (rows, T), `scores` the logits (rows, vocab_size) of what follows them.
-    """
-
-    def __init__(self, model, encoder_states, prompts, max_tokens, rows_per_image, filters):
-        self.model, self.filters, self.rows_per_image = model, filters, rows_per_image
-        self.encoder_states = encoder_states
-        self.caches = model.new_caches(prompts.size(1) + max_tokens)
-        self.sequences = prompts
-        self._decode(prompts)  # once for each image, then copied to its rows
-        if rows_per_image > 1:
-            self.select(torch.arange(len(prompts), device=prompts.device).repeat_interleave(rows_per_image))
-            self.scores = self.scores.repeat_interleave(rows_per_image, dim=0)
-
-    def _decode(self, newest):
-        hidden = self.model.decode(newest, self.encoder_states, self.caches)[:, -1]  # (rows, embed_dim), last token
-        self.scores = next_token_scores(self.model, hidden)  # (rows, vocab_size)
-
-    def filtered(self, scores):
-        """scores (rows, vocab_size) after all filters."""
-        for apply in self.filters:
-            scores = apply(self.sequences, scores)
-        return scores
-
-    def select(self, rows):
-        """Go on with these rows, which may repeat."""
-        self.sequences = self.sequences[rows]
-        for cache in self.caches:
-            cache.select(rows)
-
-    def keep_images(self, images):
-        """Go on with these images (1-D places) and their rows only -> the places of those rows."""
-        rows = (
-            images[:, None] * self.rows_per_image + torch.arange(self.rows_per_image, device=images.device)
-        ).flatten()
-        self.select(rows)
-        kept = {id(states): states[images] for states in self.encoder_states}  # blocks may share one
-        self.encoder_states = [kept[id(states)] for states in self.encoder_states]
-        for cache in self.caches:
-            cache.select_images(images)
-        return rows
-
-    def append(self, newest):
-        """Add a token (rows, 1) to each sequence."""
-        self.sequences = torch.cat([self.sequences, newest], dim=1)
-        self._decode(newest)
-
-
-def next_token_scores(model, hidden):
-    """hidden states (..., embed_dim) -> float32 scores (..., vocab_size) of the next token; one that stands for unknown
-    words is ruled out, because it would leave a hole in the caption."""
-    scores = model.gpt.logits(hidden).float()
-    if model.config.unk_token_id >= 0:
-        scores[..., model.config.unk_token_id] = -torch.inf
-    return scores
 
 
 @torch.inference_mode()
@@ -267,7 +195,7 @@ def _one_by_one(decoder, choose, max_tokens, eos):
         images = goes_on.nonzero()[:, 0]
         if len(images) == 0 or length == start + max_tokens:
             break
-        if len(images) <= LEAVE_BELOW * len(goes_on):
+        if decoder.shrinks and len(images) <= LEAVE_BELOW * len(goes_on):
             kept = decoder.keep_images(images)
             rows, ended, newest = rows[kept], ended[kept], newest[kept]
         decoder.append(newest)
@@ -326,7 +254,7 @@ def _beam_search(decoder, max_tokens, eos, options):
             captions[images] = finished
             break
         decoder.select(rows.flatten())
-        if goes_on.sum() <= LEAVE_BELOW * len(goes_on):
+        if decoder.shrinks and goes_on.sum() <= LEAVE_BELOW * len(goes_on):
             captions[images] = finished
             decoder.keep_images(goes_on.nonzero()[:, 0])
             images, tokens, done = images[goes_on], tokens[goes_on], done[goes_on]

@@ -23,7 +23,8 @@ def packed_linears(gpt):
     Under autocast the layers multiply in its dtype, on a CPU nothing else does: one row's norms and attention are no
     faster in bf16 there. The head stays in float32: the 8 bits of a bf16 score leave ties between tokens.
 
-    What was packed is kept for the next time; a weight that has changed since is packed anew, see `_state`.
+    What was packed is kept for the next time; a weight that has changed since is packed anew, see `_state`. Yields what
+    tells where the weights lie that were cast, for who remembers their addresses (cuda_graphs.py).
     """
     own, device = gpt.tok_emb.weight.dtype, gpt.tok_emb.weight.device.type
     autocast = torch.is_autocast_enabled(device)
@@ -31,20 +32,22 @@ def packed_linears(gpt):
     onednn = device == "cpu" and torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16)
     layers = [layer for layer in gpt.trf_blocks.modules() if isinstance(layer, nn.Linear)]
     if sum(layer.weight.numel() for layer in layers) < WORTHWHILE or not (onednn or autocast):
-        yield
+        yield []
         return
-    head = _product(gpt.tok_emb, own, onednn)
+    head, _ = _product(gpt.tok_emb, own, onednn)
 
     def logits(hidden_states):
         with torch.autocast(device, enabled=False):
             return head(gpt.final_norm(hidden_states.to(own)))
 
+    addresses = []
     for layer in layers:
-        layer.forward = _product(layer, dtype, onednn)
+        layer.forward, casts = _product(layer, dtype, onednn)
+        addresses += [tensor.data_ptr() for tensor in casts]
     gpt.logits = logits
     try:
         with torch.autocast(device, dtype, enabled=autocast and not onednn):
-            yield
+            yield addresses
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)  # back to its class's method
@@ -52,19 +55,37 @@ def packed_linears(gpt):
 
 
 def _product(module, dtype, onednn):
-    """-> the function x (..., in) -> x @ weight.T + bias (..., out) for an `nn.Linear` or `nn.Embedding`. It multiplies
-    in `dtype`; with oneDNN its result has that of the module."""
+    """-> (the function x (..., in) -> x @ weight.T + bias (..., out) for an `nn.Linear` or `nn.Embedding`, the tensors
+    that were cast for it). It multiplies in `dtype`; with oneDNN its result has that of the module."""
     parameters = [p for p in (module.weight, getattr(module, "bias", None)) if p is not None]
     state, packed = _state(parameters), _packed.setdefault(module, {})
-    if packed.get(dtype, (None,))[0] != state:
-        weight, bias = (*(p.detach().to(dtype) for p in parameters), None)[:2]
+    old_state, _, casts = packed.get(dtype, (None, None, []))
+    if old_state != state:
         if onednn:
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-            multiply, module_dtype = torch.ops.mkldnn._linear_pointwise, module.weight.dtype
-            packed[dtype] = state, lambda x: multiply(x.to(dtype), weight, bias, "none", [], "").to(module_dtype)
+            packed[dtype] = state, _onednn_product(parameters, dtype), []
         else:
-            packed[dtype] = state, lambda x: F.linear(x, weight, bias)  # autocast takes care of x
-    return packed[dtype][1]
+            casts = [] if module.weight.dtype == dtype else _cast(parameters, dtype, casts)
+            weight, bias = (*(casts or [p.detach() for p in parameters]), None)[:2]
+            packed[dtype] = state, lambda x: F.linear(x, weight, bias), casts  # autocast takes care of x
+    return packed[dtype][1:]
+
+
+def _onednn_product(parameters, dtype):
+    own = parameters[0].dtype
+    weight, bias = (*(p.detach().to(dtype) for p in parameters), None)[:2]
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    multiply = torch.ops.mkldnn._linear_pointwise
+    return lambda x: multiply(x.to(dtype), weight, bias, "none", [], "").to(own)
+
+
+def _cast(parameters, dtype, casts):
+    """Parameters in `dtype`, written over their earlier `casts` where there are any: a CUDA graph knows the place."""
+    with torch.inference_mode(False), torch.no_grad():
+        if [(own.shape, own.device) for own in casts] != [(p.shape, p.device) for p in parameters]:
+            return [p.detach().to(dtype) for p in parameters]
+        for own, p in zip(casts, parameters, strict=True):
+            own.copy_(p)
+    return casts
 
 
 def _state(parameters):

@@ -8,6 +8,7 @@ import model_summary
 import pages
 import plots
 import report
+from cached_decoder import forget_graphs
 from checkpoint import CURVES, portable, write_atomically
 from trackers import Tracker
 
@@ -132,6 +133,7 @@ class RunLog:
             return {}
         look = dataset.token_caches[0].batch if dataset.token_caches else None
         truth, captions, scores = score_subset(model, tokenizer, dataset, config.score_images, self.team, look)
+        forget_graphs(model)  # training needs the memory
         shown = list(truth.items())[:SAMPLES]
         self.samples[epoch + 1] = captions[: len(shown)]
         names = [f"{Path(image).name} {prompt}".strip() for (image, prompt), _ in shown]

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 import torch.utils.data
 
 from batching import CaptionBatchSampler, build_loader, stack
+from cached_decoder import next_token_scores
 from captions_tokenizer import encode_caption
-from decoding import generate_ids, next_token_scores
+from decoding import generate_ids
 
 BASELINES = ("mean", "greedy")
 DRAWS = ("sample", "beam")

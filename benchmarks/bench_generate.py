@@ -2,7 +2,7 @@
 naive design that computes image and text again for every token?
 
     python benchmarks/bench_generate.py                    on the CPU, float32
-    python benchmarks/bench_generate.py --device cuda      on a GPU, bf16
+    python benchmarks/bench_generate.py --device cuda      on a GPU, bf16; --batch_sizes 1 64
 
 ViT-B/16 and GPT-2 small with the same random weights in both; 20 tokens, no end of caption before. "20 tokens" times
 leave the image's encoding out, and so does the floor: the decoder's weights once a token over the bandwidth measured
@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 
+import cached_decoder
 from captioners import make_batch, make_pair
 from decoding import generate_ids
 from timing import interleaved, machine, median_and_range
@@ -30,6 +31,19 @@ def synchronized(function, device):
         if device == "cuda":
             torch.cuda.synchronize()
         return result
+
+    return call
+
+
+def without_graphs(function):
+    """The function, with each decoding step asked for by Python."""
+
+    def call():
+        cached_decoder.CUDA_GRAPHS = False
+        try:
+            return function()
+        finally:
+            cached_decoder.CUDA_GRAPHS = True
 
     return call
 
@@ -130,7 +144,9 @@ def main(argv=None):
     new = lambda function: synchronized(lambda: function()[:, 1:], device)  # noqa: E731
     for batch, least, greedy, beam, rough, _, levels, _ in rows:
         candidates = {"generate": synchronized(partial(theirs_generate, theirs, levels), device), "ours": new(greedy)}
-        if not cuda:
+        if cuda:
+            candidates["ours, without CUDA graphs"] = new(without_graphs(greedy))
+        else:
             candidates["ours, bf16 layers"] = new(rough)
         times = compare(f"greedy, batch {batch}, 20 tokens", candidates, "generate", args.rounds)
         print(f"| greedy, batch {batch}, 20 tokens | the floor | {1000 * least:,.0f} | "

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import attention_maps
+import cached_decoder
 import decoding
 from attention_maps import (
     caption_ids,
@@ -84,12 +85,12 @@ def test_the_eager_path_writes_the_same_captions(kind, monkeypatch):
 
     def decode_eagerly(decoder, newest):
         hidden, _ = eager_decode(decoder.model, decoder.sequences, decoder.encoder_states)
-        decoder.scores = decoding.next_token_scores(decoder.model, hidden[:, -1])
+        decoder.scores = cached_decoder.next_token_scores(decoder.model, hidden[:, -1])
 
     for options in (dict(deterministic=True), dict(num_beams=3)):
         fast = generate_ids(model, images, starts, 10, **options)
         with monkeypatch.context() as patch:
-            patch.setattr(decoding._CachedDecoder, "_decode", decode_eagerly)
+            patch.setattr(cached_decoder.CachedDecoder, "_decode", decode_eagerly)
             assert torch.equal(generate_ids(model, images, starts, 10, **options), fast)
     assert len({tuple(row) for row in fast.tolist()}) > 1
     with torch.no_grad():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import cached_decoder
 import decoding
 from conftest import REDUCED_ENCODERS, randomize
 from decoding import generate_ids
@@ -30,7 +31,7 @@ def starts(model, images, tokens=1):
 
 
 def decode_all_again(decoder, newest):
-    """In the place of `_CachedDecoder._decode`: every token from the start, without caches."""
+    """In the place of `CachedDecoder._decode`: every token from the start, without caches."""
     hidden = decoder.model.decode(decoder.sequences, decoder.encoder_states)[:, -1]
     decoder.scores = decoder.model.gpt.logits(hidden).float()
 
@@ -46,9 +47,9 @@ def captions_of(ids, eos):
 @pytest.mark.parametrize("options", [GREEDY, BEAMS, BEAMS | EARLY, dict(seed=1, num_return_sequences=3)])
 def test_finished_images_leave_the_batch(ending, images, options, monkeypatch):
     """The captions are the same as when all stay to the end, at the cost of fewer rows."""
-    rows, decode = [], decoding._CachedDecoder._decode
+    rows, decode = [], cached_decoder.CachedDecoder._decode
     monkeypatch.setattr(
-        decoding._CachedDecoder, "_decode", lambda self, newest: rows.append(len(newest)) or decode(self, newest)
+        cached_decoder.CachedDecoder, "_decode", lambda self, newest: rows.append(len(newest)) or decode(self, newest)
     )
     leaving = generate_ids(ending, images, starts(ending, images), 20, **options)
     cost = rows.copy()
@@ -104,7 +105,7 @@ def test_cache_and_batch_change_nothing_for_any_encoder(script, tiny_config, nam
     images = torch.randn(6, 3, size, size, generator=torch.Generator().manual_seed(5))
     for options in (GREEDY, BEAMS):
         with monkeypatch.context() as patch:
-            patch.setattr(decoding._CachedDecoder, "_decode", decode_all_again)
+            patch.setattr(cached_decoder.CachedDecoder, "_decode", decode_all_again)
             uncached = generate_ids(model, images, starts(model, images), 12, **options)
         captions = captions_of(uncached, eos)
         assert len(set(map(tuple, captions))) >= 4

@@ -1,0 +1,291 @@
+"""Decoding by CUDA graphs gives the captions of the plain decoder. Where there is no GPU, `Tape` stands in for one."""
+
+import gc
+import warnings
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import cached_decoder
+import packed_weights
+from cached_decoder import GraphedDecoder, decoder_for, forget_graphs
+from conftest import REDUCED_ENCODERS, randomize
+from cuda_graphs import CudaGraphs
+from decoding import generate_ids
+
+OPTIONS = {
+    "greedy": dict(deterministic=True),
+    "beams": dict(num_beams=4),
+    "early": dict(num_beams=3, early_stopping=True, num_return_sequences=3),
+    "draws": dict(seed=1, num_return_sequences=3, top_k=20),
+    "penalty": dict(deterministic=True, repetition_penalty=1.5),
+}
+
+
+WAITING = {torch.ops.aten._local_scalar_dense, torch.ops.aten.item, torch.ops.aten.nonzero}  # for a tensor's values
+
+
+class Tape(TorchDispatchMode):
+    """Records the operations of a function and repeats them as a CUDA graph does: the same ones, with the same numbers
+    and shapes, on the same memory. Recording does none of them, and neither may ask what a tensor holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.written = [], {}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation.overloadpacket in WAITING:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if operation._schema.is_mutable:
+            for tensor in given:
+                self.written.setdefault(id(tensor), (tensor, tensor.clone()))
+        made = operation(*args, **(kwargs or {}))
+        memory = {tensor.untyped_storage()._cdata for tensor in given}
+        new = [
+            out
+            for out in tree_leaves(made)
+            if isinstance(out, torch.Tensor) and out.untyped_storage()._cdata not in memory
+        ]
+        if new or operation._schema.is_mutable:  # else a view, which lies where it lay
+            self.operations.append((operation, args, kwargs or {}, made, bool(new)))
+        return made
+
+    def undo(self):
+        for tensor, before in reversed(self.written.values()):
+            tensor.copy_(before)
+
+    def replay(self):
+        for operation, args, kwargs, made, is_new in self.operations:
+            again = operation(*args, **kwargs)
+            if is_new:
+                for place, value in zip(tree_leaves(made), tree_leaves(again), strict=True):
+                    if isinstance(place, torch.Tensor):
+                        place.copy_(value)
+
+
+def record(graphs, function):
+    tape = Tape()
+    try:
+        with tape:
+            function()
+    finally:
+        tape.undo()
+    return tape.replay
+
+
+@pytest.fixture
+def graphs_on_cpu(monkeypatch):
+    monkeypatch.setattr(cached_decoder, "GRAPH_DEVICES", ("cpu",))
+    monkeypatch.setattr(CudaGraphs, "record", record)
+
+
+@pytest.fixture
+def ending(tiny_model, tiny_config):
+    """The tiny model, changed so that captions end at different lengths."""
+    with torch.no_grad():
+        tiny_model.gpt.tok_emb.weight[tiny_config.eos_token_id] *= 3
+    return tiny_model
+
+
+def photos(seed, count=5):
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def starts(model, images, tokens=1):
+    return torch.full((len(images), tokens), model.config.eos_token_id)
+
+
+def plainly(*args, **options):
+    """What `generate_ids` gives without graphs, with every image in its batch to the end as with them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cached_decoder, "CUDA_GRAPHS", False)
+        patch.setattr("decoding.LEAVE_BELOW", 0)
+        return generate_ids(*args, **options)
+
+
+def count_decoding(monkeypatch, model):
+    """-> a list that gets an entry for each time that Python goes through the decoder."""
+    calls, decode = [], model.decode
+    monkeypatch.setattr(model, "decode", lambda *args: calls.append(None) or decode(*args))
+    return calls
+
+
+def test_the_tape_repeats_what_was_recorded_on_the_same_memory():
+    x, y, factor = torch.ones(3), torch.zeros(3), 2
+
+    def double():
+        y.copy_(torch.cat([x[1:] * factor, x[:1]]))
+        y.add_(torch.arange(3))
+
+    replay = record(None, double)
+    assert y.tolist() == [0, 0, 0]  # nothing happened yet
+    x.fill_(5)
+    factor = 100
+    replay()
+    assert y.tolist() == [10, 11, 7]
+    with pytest.raises(RuntimeError, match="capturing"):
+        record(None, lambda: y.copy_(x * x.sum().item()))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_captions_are_the_plain_decoders(ending, name, graphs_on_cpu, monkeypatch):
+    """Batch after batch; from the third on Python does not go through the decoder any more."""
+    options, found = OPTIONS[name], set()
+    for batch in range(4):
+        images = photos(batch)
+        start = starts(ending, images)
+        expected = plainly(ending, images, start, 9, **options)
+        with monkeypatch.context() as patch:
+            calls = count_decoding(patch, ending)
+            ids = generate_ids(ending, images, start, 9, **options)
+        assert torch.equal(ids, expected)
+        assert bool(calls) == (batch < 2) or ids.size(1) > 8  # a longer caption than those before is new
+        found.update(map(tuple, ids.tolist()))
+    assert len(found) > 6
+
+
+@pytest.mark.parametrize("name", REDUCED_ENCODERS)
+def test_any_encoder(script, tiny_config, name, graphs_on_cpu):
+    tiny_config.encoder, tiny_config.encoder_options = name, REDUCED_ENCODERS[name]
+    tiny_config.normalize_tokens = True
+    torch.manual_seed(0)
+    model = script.VisionGPT2Model(tiny_config).eval()
+    randomize(model.gpt)
+    randomize(model.bridges)
+    size = model.preprocessing["img_size"]
+    for batch in range(3):
+        images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(batch))
+        start = starts(model, images)
+        expected = plainly(model, images, start, 6, num_beams=2)
+        assert torch.equal(generate_ids(model, images, start, 6, num_beams=2), expected)
+
+
+def test_prompts_of_several_lengths_share_a_decoder(ending, graphs_on_cpu):
+    generator = torch.Generator().manual_seed(0)
+    for length in (1, 4, 2, 4, 1, 2, 4):
+        images = photos(length)
+        prompts = torch.randint(0, 40, (len(images), length), generator=generator)
+        ids = generate_ids(ending, images, prompts, 8, deterministic=True)
+        assert torch.equal(ids, plainly(ending, images, prompts, 8, deterministic=True))
+    assert len(cached_decoder._kept[ending]) == 1
+
+
+def test_weights_that_change_are_seen(ending, graphs_on_cpu):
+    """In place the graphs stay right; a weight that lies elsewhere gets new ones."""
+    images = photos(0)
+    start = starts(ending, images)
+
+    def check():
+        ids = generate_ids(ending, images, start, 8, deterministic=True)
+        assert torch.equal(ids, plainly(ending, images, start, 8, deterministic=True))
+        return ids.tolist(), cached_decoder._kept[ending][-1][1]
+
+    for _ in range(3):
+        before, decoder = check()
+    with torch.no_grad():
+        randomize(ending.gpt)
+    changed, same_decoder = check()
+    assert changed != before
+    assert same_decoder is decoder
+    layer = ending.gpt.trf_blocks[0].mlp.expand
+    layer.weight = torch.nn.Parameter(torch.randn_like(layer.weight))
+    replaced, new_decoder = check()
+    assert replaced != changed
+    assert new_decoder is not decoder
+
+
+def test_autocast_and_training_between_captions(ending, graphs_on_cpu, monkeypatch):
+    """As self-critical training does on a GPU: weights are cast once a step, to where the graphs read them."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(packed_weights, "WORTHWHILE", 0)
+    optimizer = torch.optim.SGD(ending.gpt.parameters(), lr=0.5)
+    images, decoders, seen = photos(0), set(), set()
+    for _ in range(5):
+        with torch.autocast("cpu", torch.bfloat16):
+            ids = generate_ids(ending, images, starts(ending, images), 8, deterministic=True)
+            expected = plainly(ending, images, starts(ending, images), 8, deterministic=True)
+        assert torch.equal(ids, expected)
+        decoders.add(id(cached_decoder._kept[ending][-1][1]))
+        seen.add(str(ids.tolist()))
+        ending(images, ids.clone(), ids.clone()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(decoders) == 1
+    assert len(seen) > 1
+    # Without autocast the same model multiplies in float32: other graphs.
+    ids = generate_ids(ending, images, starts(ending, images), 8, deterministic=True)
+    assert torch.equal(ids, plainly(ending, images, starts(ending, images), 8, deterministic=True))
+    assert len(cached_decoder._kept[ending]) == 2
+
+
+def test_few_decoders_are_kept_and_none_keeps_its_model(script, tiny_config, graphs_on_cpu):
+    model = script.VisionGPT2Model(tiny_config).eval()
+    for count in (1, 2, 3, 2):
+        generate_ids(model, photos(0, count), starts(model, range(count)), 4, deterministic=True)
+    kept = [decoder for _, decoder in cached_decoder._kept[model]]
+    assert [len(decoder.prompts) for decoder in kept] == [3, 2]
+    forget_graphs(model)
+    assert model not in cached_decoder._kept
+    generate_ids(model, photos(0), starts(model, range(5)), 4, deterministic=True)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_decoder_in_use_is_not_given_twice(tiny_model, graphs_on_cpu):
+    with torch.inference_mode():
+        states = tiny_model.encoder_states(photos(0))
+        with decoder_for(tiny_model, states, 1, 9, []) as first:
+            assert isinstance(first, GraphedDecoder)
+            with decoder_for(tiny_model, states, 1, 9, []) as second:
+                assert second is not first
+        with pytest.raises(KeyError), decoder_for(tiny_model, states, 1, 9, []) as third:
+            assert third is first  # kept last
+            raise KeyError
+        with decoder_for(tiny_model, states, 1, 9, []) as fourth:
+            assert fourth is second  # what failed half-way is not used again
+
+
+def test_without_graphs_where_there_are_none_or_they_are_not_wanted(tiny_model, graphs_on_cpu, monkeypatch):
+    images = photos(0)
+    monkeypatch.setattr(cached_decoder, "CUDA_GRAPHS", False)
+    generate_ids(tiny_model, images, starts(tiny_model, images), 4)
+    monkeypatch.setattr(cached_decoder, "CUDA_GRAPHS", True)
+    monkeypatch.setattr(cached_decoder, "GRAPH_DEVICES", ("cuda",))
+    generate_ids(tiny_model, images, starts(tiny_model, images), 4)
+    assert tiny_model not in cached_decoder._kept
+
+
+def test_what_cannot_be_recorded_is_run(ending, graphs_on_cpu, monkeypatch):
+    """With one warning, and the right captions."""
+    decode = ending.decode
+    monkeypatch.setattr(ending, "decode", lambda ids, *rest: ids.sum().item() * 0 + decode(ids, *rest))
+    images = photos(0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            ids = generate_ids(ending, images, starts(ending, images), 8, num_beams=3)
+            assert torch.equal(ids, plainly(ending, images, starts(ending, images), 8, num_beams=3))
+    said = [str(warning.message) for warning in caught if "CUDA graphs" in str(warning.message)]
+    assert len(said) == 1
+    assert "not permitted when stream is capturing" in said[0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_on_a_gpu(ending, name, dtype):
+    model = ending.to("cuda", dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for batch in range(4):
+            images = photos(batch).to("cuda", dtype)
+            start = starts(model, images).cuda()
+            ids = generate_ids(model, images, start, 9, **OPTIONS[name])
+            assert torch.equal(ids, plainly(model, images, start, 9, **OPTIONS[name]))
+    assert all(cached_decoder._kept[model][0][1].graphs.replays.values())
