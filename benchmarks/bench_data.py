@@ -5,7 +5,7 @@ JPEGs decoded at a fraction, from a photo store?
 
 The photos are synthetic, made here: noise that falls with frequency as in photos, shapes with sharp edges, camera
 grain, as JPEGs of quality 92. The 500 x 375 ones take about 100 kB, Flickr30k's 140 kB; so decoding them is, if
-anything, too fast here. The large ones stand for photos straight from a camera. The three ways take turns in one
+anything, too fast here. The large ones stand for photos straight from a camera. The ways take turns in one
 process with one thread, and begin with the path of a file that the disk cache holds. "Decoded at a fraction" keeps
 twice the pixels that the model sees: at 500 x 375 there is nothing to gain. Training does that, validation never does;
 its row only says what it would be worth.
@@ -25,7 +25,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from MyLLM_Vit_gpt2_captioning import build_transforms
-from photo_store import SIDE, shrink
+from photo_store import SIDE, UNCOMPRESSED, shrink
 from preprocessing import load_image
 from timing import interleaved, machine, median_and_range
 
@@ -59,17 +59,16 @@ def draw_photo(seed, width, height):
 
 
 def write_photos(folder, size, count):
-    """-> (paths of the photos, paths of the same in a store)."""
-    folders = folder / "photos", folder / "store"
-    pairs = []
-    for number in range(count):
-        photo, small = (place / f"{number}.jpg" for place in folders)
-        photo.parent.mkdir(parents=True, exist_ok=True)
-        small.parent.mkdir(parents=True, exist_ok=True)
+    """-> (paths of the photos, paths of the same in a store, in an uncompressed store)."""
+    folders = folder / "photos", folder / "store", folder / "uncompressed"
+    for place in folders:
+        place.mkdir(parents=True)
+    photos, small, uncompressed = ([place / f"{number}.jpg" for number in range(count)] for place in folders)
+    for number, photo in enumerate(photos):
         draw_photo(number, *size).save(photo, quality=QUALITY)
-        small.write_bytes(shrink(photo, SIDE))
-        pairs.append((photo, small))
-    return tuple(zip(*pairs, strict=True))
+        small[number].write_bytes(shrink(photo, SIDE))
+        uncompressed[number].write_bytes(shrink(photo, SIDE, UNCOMPRESSED))
+    return photos, small, uncompressed
 
 
 def ready(paths, tfms, least_side):
@@ -89,16 +88,20 @@ def main(argv=None):
     torch.set_num_threads(1)
     print(f"{machine()}\n\n    python benchmarks/bench_data.py --photos {args.photos} --rounds {args.rounds}\n")
     print("| photos | for | way | photos/s | faster |\n| --- | --- | --- | --- | --- |")
-    transforms = dict(zip(("training", "validation"), build_transforms(IMG_SIZE), strict=True))
+    # As training has them: pixels are normalised on the device.
+    transforms = dict(zip(("training", "validation"), build_transforms(IMG_SIZE, normalized=False), strict=True))
     with tempfile.TemporaryDirectory() as folder:
         for width, height in SIZES:
             count = max(2, args.photos * SIZES[0][0] * SIZES[0][1] // (width * height))
-            photos, small = write_photos(Path(folder) / f"{width}", (width, height), count)
-            kilobytes = [sum(path.stat().st_size for path in paths) / count / 1000 for paths in (photos, small)]
+            photos, small, uncompressed = write_photos(Path(folder) / f"{width}", (width, height), count)
+            kilobytes = [
+                sum(path.stat().st_size for path in paths) / count / 1000 for paths in (photos, small, uncompressed)
+            ]
             ways = {
                 "as they are": (photos, None),
                 "decoded at a fraction": (photos, transforms["training"].least_side),
                 f"from a store ({kilobytes[1]:.0f} kB)": (small, None),
+                f"from an uncompressed store ({kilobytes[2]:.0f} kB)": (uncompressed, None),
             }
             seconds = interleaved(
                 {

@@ -70,7 +70,7 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as place, contextlib.redirect_stderr(io.StringIO()):  # no progress bars
         folder = Path(place) / "shards"
         folder.mkdir()
-        _, photos = write_photos(Path(place), SIZES[0], DIFFERENT_PHOTOS)
+        _, photos, _ = write_photos(Path(place), SIZES[0], DIFFERENT_PHOTOS)
         kilobytes = sum(path.stat().st_size for path in photos) / len(photos) / 1000
         train, val = folder / "train-000000.tar", folder / "val-000000.tar"
         extra, _ = (write(path, photos, args.photos) for path in (train, val))

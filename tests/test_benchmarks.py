@@ -40,12 +40,13 @@ def test_the_machine_in_one_line():
 
 def test_photos_of_the_input_benchmark(tmp_path, script):
     """Their JPEGs are about as large as photos', and each way makes what a model takes; a wrong size is noticed."""
-    photos, small = bench_data.write_photos(tmp_path, (500, 375), 2)
+    photos, small, uncompressed = bench_data.write_photos(tmp_path, (500, 375), 2)
     assert all(80_000 < path.stat().st_size < 150_000 for path in photos)
-    training, validation = script.build_transforms(bench_data.IMG_SIZE)
+    training, validation = script.build_transforms(bench_data.IMG_SIZE, normalized=False)
     for tfms in (training, validation):
         bench_data.ready(photos, tfms, training.least_side)
         bench_data.ready(small, tfms, None)
+        bench_data.ready(uncompressed, tfms, None)
     with pytest.raises(ValueError, match=r"0\.jpg: \(3, 32, 32\)"):
         bench_data.ready(photos, script.build_transforms(32)[1], None)
 

@@ -88,11 +88,14 @@ def test_photos_of_one_name_in_two_folders_stay_two(photos, tmp_path):  # noqa: 
 def test_names_are_those_of_jpegs():
     names = photo_store.store_names(["/d/images/1.jpg", "/d/images/1.png", "/d/2.JPEG"])
     assert list(names.values()) == ["images/1.jpg", "images/1.png.jpg", "2.JPEG"]
+    names = photo_store.store_names(["/d/1.jpg", "/d/1.bmp"], photo_store.UNCOMPRESSED)
+    assert list(names.values()) == ["1.jpg.bmp", "1.bmp"]
 
 
-def test_training_runs_on_a_store(script, flickr, tmp_path, bpe):
-    prepare_data.main(["--shrink", str(flickr), "--side", "24", "--num_workers", "2"])
-    store = flickr.with_name("data_24")
+@pytest.mark.parametrize(("arguments", "name"), [([], "data_24"), (["--uncompressed"], "data_24_bmp")])
+def test_training_runs_on_a_store(script, flickr, tmp_path, bpe, arguments, name):
+    prepare_data.main(["--shrink", str(flickr), "--side", "24", "--num_workers", "2", *arguments])
+    store = flickr.with_name(name)
     df = sources.load_usable(store, None, None, "flickr30k")
     assert df["split"].value_counts().to_dict() == {"train": 16, "val": 4, "test": 4}
     assert load_image(df["image"].iloc[0]).size == (30, 24)
@@ -117,6 +120,19 @@ def test_photos_become_upright_small_rgb_jpegs(tmp_path, name, options, turn):
         assert small.size == ((102, 64) if turn == 1 else (64, 102))
         expected = np.asarray(load_image(path).resize(small.size, Image.Resampling.LANCZOS), dtype=float)
         assert np.abs(expected - np.asarray(small)).mean() < 6  # of 255, from compression and reduced decoding
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "small.jpg"])
+def test_uncompressed_photos_keep_every_pixel(tmp_path, name):
+    """A small JPEG too is decoded once: that is what the store is for."""
+    path = draw(tmp_path / name, (60, 40) if name == "small.jpg" else (120, 80))
+    (tmp_path / "photo.bmp").write_bytes(shrink(path, 40, photo_store.UNCOMPRESSED))
+    with Image.open(tmp_path / "photo.bmp") as photo:
+        assert (photo.format, photo.mode, photo.size) == ("BMP", "RGB", (60, 40))
+        expected = load_image(path)
+        if expected.size != photo.size:
+            expected = expected.resize(photo.size, Image.Resampling.LANCZOS)
+        assert np.array_equal(np.asarray(photo), np.asarray(expected))
 
 
 def test_photos_are_never_enlarged_nor_compressed_twice(tmp_path):
@@ -225,6 +241,8 @@ def test_a_store_is_never_mixed(flickr, tmp_path, capsys):
     write_store(flickr, store, side=32)
     with pytest.raises(ValueError, match=r"manifest\.json: the photos there have side 32 instead of 24: .* --to"):
         write_store(flickr, store, side=24)
+    with pytest.raises(ValueError, match="quality 90 instead of uncompressed"):
+        write_store(flickr, store, side=32, quality=photo_store.UNCOMPRESSED)
     with pytest.raises(FileExistsError, match="holds something other than a photo store"):
         write_store(flickr, flickr)
     with pytest.raises(FileNotFoundError, match="no captions there"):
