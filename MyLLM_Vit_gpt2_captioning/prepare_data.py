@@ -37,9 +37,7 @@ def main(argv=None):
     parser.add_argument(
         "name", nargs="?", choices=[*DATASETS, SHAPES], metavar="NAME", help=", ".join([*DATASETS, SHAPES])
     )
-    parser.add_argument(
-        "--to", type=Path, metavar="FOLDER", help="(default: data/NAME, FOLDER_SIDE[_bmp], FOLDER_shards)"
-    )
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help="(default: data/NAME, FOLDER_256, FOLDER_shards)")
     parser.add_argument("--keep_archives", action="store_true", help="keep what was downloaded, once it is unpacked")
     parser.add_argument("--check", type=Path, metavar="FOLDER", help="check the dataset in this folder instead")
     parser.add_argument("--shrink", type=Path, metavar="FOLDER", help="write a copy of this dataset with small photos")
@@ -51,9 +49,7 @@ def main(argv=None):
         "--side", type=int, default=photo_store.SIDE, help="shrink: pixels of the shorter side (default: %(default)s)"
     )
     parser.add_argument(
-        "--uncompressed",
-        action="store_true",
-        help="shrink: BMP, which loads faster than JPEG and takes 6 times the disk",
+        "--uncompressed", action="store_true", help="shrink: to BMP, faster to load than JPEG and 6 times as large"
     )
     parser.add_argument(
         "--num_workers", type=int, default=os.cpu_count(), help="shrink, shards: processes (default: one a core)"
