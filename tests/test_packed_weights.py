@@ -63,6 +63,19 @@ def test_same_scores_and_captions(tiny_model, images, start, count_packing, monk
             assert torch.equal(fast, generate_ids(tiny_model, images, start, 8, **options))
 
 
+@pytest.mark.parametrize("shape", [(1, 32), (1, 1, 32), (2, 1, 32), (3, 1, 32), (1, 5, 32)])
+def test_a_product_of_any_number_of_rows(tiny_model, shape):
+    """Few rows are multiplied as copies of themselves."""
+    layer = tiny_model.gpt.trf_blocks[0].mlp.expand
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = layer(x)
+        product, _ = packed_weights._product(layer, torch.float32, True)
+        torch.testing.assert_close(product(x), plain, atol=1e-5, rtol=1e-5)
+        half, _ = packed_weights._product(layer, torch.bfloat16, True)
+        torch.testing.assert_close(half(x), plain, atol=5e-2, rtol=5e-2)
+
+
 def test_small_decoders_are_not_packed(tiny_model, images, start, count_packing, monkeypatch):
     monkeypatch.setattr(packed_weights, "WORTHWHILE", 10**9)
     generate_ids(tiny_model, images, start, 3)
