@@ -31,6 +31,12 @@ class BlockCache:
         """Keep the captions `rows` (1-D, may repeat), equally many an image; what the image says is shared by them."""
         self.self_attn.select(rows)
 
+    def lay_out_for_one_row(self):
+        """Let a head's keys and values lie together: the single query of an image reads them a third faster on a CPU,
+        while those of several beams do not."""
+        if self.cross_attn is not None:
+            self.cross_attn = tuple(part.contiguous() for part in self.cross_attn)
+
     def select_images(self, images):
         """Keep what these images (1-D) say."""
         if self.cross_attn is not None:
@@ -65,7 +71,10 @@ class CachedDecoder:
         self.caches = self.model.new_caches(self.room)
         self.sequences = prompts
         self._decode(prompts)  # once for each image, then copied to its rows
-        if self.rows_per_image > 1:
+        if self.rows_per_image == 1:
+            for cache in self.caches:
+                cache.lay_out_for_one_row()
+        else:
             self.select(torch.arange(len(prompts), device=prompts.device).repeat_interleave(self.rows_per_image))
             self.scores = self.scores.repeat_interleave(self.rows_per_image, dim=0)
 
@@ -151,7 +160,7 @@ class GraphedDecoder(CachedDecoder):
                 own.keys, own.values = (
                     new.self_attn.keys.new_empty(len(self.rows), heads, self.room, head_dim) for _ in range(2)
                 )
-                cache.cross_attn = tuple(torch.empty_like(part) for part in new.cross_attn)
+                cache.cross_attn = tuple(part.new_empty(part.shape) for part in new.cross_attn)
             self._to_rows(own.keys[:, :, :length], new.self_attn.keys)
             self._to_rows(own.values[:, :, :length], new.self_attn.values)
             for part, new_part in zip(cache.cross_attn, new.cross_attn, strict=True):
