@@ -15,7 +15,6 @@ from functools import partial
 
 import torch
 
-import cached_decoder
 from captioners import make_batch, make_pair
 from decoding import generate_ids
 from timing import interleaved, machine, median_and_range
@@ -37,6 +36,7 @@ def synchronized(function, device):
 
 def without_graphs(function):
     """The function, with each decoding step asked for by Python."""
+    import cached_decoder  # found since `captioners` is imported
 
     def call():
         cached_decoder.CUDA_GRAPHS = False
