@@ -13,6 +13,12 @@ from conftest import CAPTIONS
 from test_script import TINY
 
 
+@pytest.fixture(autouse=True)
+def no_java(monkeypatch):
+    """METEOR takes 5 seconds to start; tests/test_metrics.py compares it with the reference."""
+    monkeypatch.setattr("metrics._why_not", lambda java: "not available: not asked for")
+
+
 @pytest.fixture
 def captioner(script, tiny_model, bpe, tmp_path):
     config = {"model_config": vars(tiny_model.config), "preprocessing": tiny_model.preprocessing}

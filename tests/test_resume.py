@@ -270,11 +270,11 @@ def train(folder, data, *options, **kwargs):
 
 
 def test_killed_at_random_moments(tmp_path):
-    """SIGKILL, resumed each time: weights and metrics are those of the uninterrupted run. KILLS says how often, and
-    `make soak` makes it 20."""
+    """SIGKILL, resumed each time: weights and metrics are those of the uninterrupted run. KILLS says how often: `make
+    soak` makes it 20."""
     import shapes
 
-    kills, rng = int(os.environ.get("KILLS", 3)), random.Random(int(os.environ.get("KILL_SEED", 0)))
+    kills, rng = int(os.environ.get("KILLS", 2)), random.Random(int(os.environ.get("KILL_SEED", 0)))
     data, whole, killed = tmp_path / "shapes", tmp_path / "whole", tmp_path / "killed"
     shapes.write_dataset(data, 200)
     start = time.monotonic()
