@@ -3,6 +3,7 @@
 `decoder_for` gives a `CachedDecoder`, or on a GPU a `GraphedDecoder`, which gives the same scores with less waiting.
 """
 
+import threading
 import weakref
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +17,7 @@ GRAPH_DEVICES = ("cuda",)  # types of devices that have them
 DECODERS_KEPT = 2  # with their graphs, of each model: greedy captions and draws, or full batches and the last one
 ROOM = 16  # tokens: a kept decoder's room is a multiple, so that prompts of other lengths fit in too
 
+_lock = threading.Lock()  # of what follows
 _kept = weakref.WeakKeyDictionary()  # {model: [(what its graphs depend on, GraphedDecoder), ...]}, the newest last
 
 
@@ -113,8 +115,8 @@ class CachedDecoder:
 
 
 class GraphedDecoder(CachedDecoder):
-    """A `CachedDecoder` whose work is replayed from CUDA graphs: one for each length of prompts reads them; for each
-    length of the sequences one appends a token and one selects rows.
+    """A `CachedDecoder` whose steps are replayed from CUDA graphs: one for each length of prompts reads them; for each
+    length of the sequences one appends a token, another selects rows.
 
     Graphs read and write fixed addresses, so that what they share lies in tensors that are made once and then written
     to. It serves as many batches of the same size as come, and finished images stay: other rows need other graphs.
@@ -122,49 +124,51 @@ class GraphedDecoder(CachedDecoder):
 
     shrinks = False
 
-    def __init__(self, model, rows_per_image, room, encoder_states):
-        """`encoder_states` are like those of each batch."""
+    def __init__(self, model, rows_per_image, room, images, device):
+        """For batches of so many images."""
         super().__init__(model, rows_per_image, room)
-        device, images = encoder_states[0].device, len(encoder_states[0])
-        copies = {id(states): torch.empty_like(states) for states in encoder_states}  # blocks may share one
-        self.encoder_states = [copies[id(states)] for states in encoder_states]
         rows = images * rows_per_image
         self.prompts = torch.zeros(images, room, dtype=torch.long, device=device)
         self.newest = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.rows = torch.zeros(rows, dtype=torch.long, device=device)
         self.caches = model.new_caches(room)
-        self.scores = None  # it and what is in the caches are made by the first prompts, which show their dtypes
+        self.scores = None  # it and what is in the caches are made by the first batch, which shows their dtypes
         self.graphs = CudaGraphs(device)
 
     def start(self, encoder_states, prompts, filters):
         self.filters = filters
-        pairs = zip(self.encoder_states, encoder_states, strict=True)
-        for own, states in {id(own): (own, states) for own, states in pairs}.values():
-            own.copy_(states)
+        for block, states, cache in zip(self.model.gpt.trf_blocks, encoder_states, self.caches, strict=True):
+            projected = block.cross_attn.project(states, states)
+            if cache.cross_attn is None:
+                cache.cross_attn = tuple(part.new_empty(part.shape) for part in projected)
+            for part, new in zip(cache.cross_attn, projected, strict=True):
+                part.copy_(new)
         length = prompts.size(1)
         self.prompts[:, :length] = prompts
         self.sequences = prompts.repeat_interleave(self.rows_per_image, dim=0)
         self.graphs.run(("prompts", length), partial(self._read_prompts, length))
 
+    def _decode(self, newest, caches):
+        """What the image says is in the caches already. -> scores (rows, vocab_size)"""
+        hidden = self.model.decode(newest, [None] * len(caches), caches)[:, -1]  # (rows, embed_dim), last token
+        return next_token_scores(self.model, hidden)
+
     def _read_prompts(self, length):
         fresh = self.model.new_caches(length)
-        hidden = self.model.decode(self.prompts[:, :length], self.encoder_states, fresh)[:, -1]  # (B, embed_dim)
-        scores = next_token_scores(self.model, hidden)  # (B, vocab_size)
+        for new, cache in zip(fresh, self.caches, strict=True):
+            new.cross_attn = cache.cross_attn
+        scores = self._decode(self.prompts[:, :length], fresh)  # (B, vocab_size)
         if self.scores is None:
             self.scores = scores.new_empty(len(self.rows), scores.size(1))
         self._to_rows(self.scores, scores)
-        for cache, new in zip(self.caches, fresh, strict=True):
-            own = cache.self_attn
+        for own, new in ((cache.self_attn, new.self_attn) for cache, new in zip(self.caches, fresh, strict=True)):
             if own.keys is None:
-                _, heads, _, head_dim = new.self_attn.keys.shape
+                _, heads, _, head_dim = new.keys.shape
                 own.keys, own.values = (
-                    new.self_attn.keys.new_empty(len(self.rows), heads, self.room, head_dim) for _ in range(2)
+                    new.keys.new_empty(len(self.rows), heads, self.room, head_dim) for _ in range(2)
                 )
-                cache.cross_attn = tuple(part.new_empty(part.shape) for part in new.cross_attn)
-            self._to_rows(own.keys[:, :, :length], new.self_attn.keys)
-            self._to_rows(own.values[:, :, :length], new.self_attn.values)
-            for part, new_part in zip(cache.cross_attn, new.cross_attn, strict=True):
-                part.copy_(new_part)
+            self._to_rows(own.keys[:, :, :length], new.keys)
+            self._to_rows(own.values[:, :, :length], new.values)
 
     def _to_rows(self, rows, images):
         """Write what there is of each image (B, ...) to its rows (B * rows_per_image, ...)."""
@@ -179,8 +183,7 @@ class GraphedDecoder(CachedDecoder):
     def _append(self, length):
         for cache in self.caches:
             cache.self_attn.length = length - 1
-        hidden = self.model.decode(self.newest, self.encoder_states, self.caches)[:, -1]  # (rows, embed_dim)
-        self.scores.copy_(next_token_scores(self.model, hidden))
+        self.scores.copy_(self._decode(self.newest, self.caches))
 
     def select(self, rows):
         self.sequences = self.sequences[rows]
@@ -220,16 +223,24 @@ def decoder_for(model, encoder_states, rows_per_image, room, weights):
         weights,
     )
     kept = _kept.setdefault(model, [])
-    # Taken out while it is used: another thread then makes its own.
-    places = [i for i, (its_kind, _) in enumerate(kept) if its_kind == kind]
-    decoder = kept.pop(places[-1])[1] if places else GraphedDecoder(model, rows_per_image, room, encoder_states)
+    with _lock:  # taken out while it is used: another thread then makes its own
+        places = [i for i, (its_kind, _) in enumerate(kept) if its_kind == kind]
+        decoder = kept.pop(places[-1])[1] if places else None
+    decoder = decoder or GraphedDecoder(model, rows_per_image, room, len(encoder_states[0]), device)
     decoder.model = model
     yield decoder
     decoder.model = None  # or the model would never be forgotten
-    kept.append((kind, decoder))
-    del kept[:-DECODERS_KEPT]
+    with _lock:
+        kept.append((kind, decoder))
+        del kept[:-DECODERS_KEPT]
 
 
-def forget_graphs(model):
-    """Give back the memory of the decoders that are kept for a model."""
-    _kept.pop(model, None)
+@contextmanager
+def without_graphs():
+    """Inside, decoding does without CUDA graphs: for few batches, and where memory is short."""
+    global CUDA_GRAPHS
+    before, CUDA_GRAPHS = CUDA_GRAPHS, False
+    try:
+        yield
+    finally:
+        CUDA_GRAPHS = before

@@ -4,11 +4,14 @@ A decoding step is hundreds of kernels so small that each is over before Python 
 them once and then starts them all with a single call.
 """
 
+import threading
 import warnings
 from contextlib import nullcontext
 from functools import cache
 
 import torch
+
+_recording = threading.Lock()
 
 
 class CudaGraphs:
@@ -27,13 +30,14 @@ class CudaGraphs:
 
     def run(self, key, function):
         """Do what `function` does. It is run itself when `key` is new, which also loads its kernels: a recording may
-        not. A function that cannot be recorded is run itself every time, with one warning."""
+        not. A function that cannot be recorded is run itself every time, with a warning."""
         if self.records and key in self.replays and self.replays[key] is None:
             try:
                 self.replays[key] = self.record(function)
             except RuntimeError as error:
                 self.records = False
-                warnings.warn(f"decoding goes on without CUDA graphs, more slowly: {error}", stacklevel=2)
+                cause = error.__context__ or error  # the end of a recording only says that something went wrong in it
+                warnings.warn(f"decoding goes on without CUDA graphs, more slowly: {cause}", stacklevel=2)
         replay = self.replays.setdefault(key, None)
         (replay or function)()
 
@@ -43,7 +47,8 @@ class CudaGraphs:
         The method of PyTorch's notes on CUDA graphs (docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). All
         recordings share one pool of memory: what they leave there is needed by none of the others.
         """
-        with torch.cuda.device(self.device):
+        # One at a time, and whatever happens the stream of before is the current one again.
+        with _recording, torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.current_stream(self.device)):
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             # Data loaders pin memory in a thread of their own, which would break a recording that minds all threads.

@@ -14,7 +14,7 @@ from torch import nn
 WORTHWHILE = 1_000_000  # weights of a decoder; a smaller one is in the processor's cache however it is laid out
 FEW_ROWS = 4  # oneDNN is a tenth to a fifth faster with so many rows than with one or two, which it computes otherwise
 
-_packed = weakref.WeakKeyDictionary()  # {module: {dtype: (state of its weight, the product with it)}}
+_packed = weakref.WeakKeyDictionary()  # {module: {dtype: (state of its weight, the product with it, casts)}}
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def _cast(parameters, dtype, casts):
     """Parameters in `dtype`, written over their earlier `casts` where there are any: a CUDA graph knows the place."""
     with torch.inference_mode(False), torch.no_grad():
         if [(own.shape, own.device) for own in casts] != [(p.shape, p.device) for p in parameters]:
-            return [p.detach().to(dtype) for p in parameters]
+            return [p.detach().to(dtype, copy=True) for p in parameters]
         for own, p in zip(casts, parameters, strict=True):
             own.copy_(p)
     return casts

@@ -79,6 +79,10 @@ def store_names(images, quality=QUALITY):
     for image, path in paths.items():
         name = path.relative_to(root).as_posix()
         names[image] = name if path.suffix.lower() in endings else name + endings[0]
+    owners = {}
+    for image, name in names.items():
+        if owners.setdefault(name, image) is not image:
+            raise ValueError(f"{owners[name]} and {image} would both be {name} in the store: rename one of them")
     return names
 
 

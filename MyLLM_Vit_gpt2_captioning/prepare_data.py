@@ -37,7 +37,7 @@ def main(argv=None):
     parser.add_argument(
         "name", nargs="?", choices=[*DATASETS, SHAPES], metavar="NAME", help=", ".join([*DATASETS, SHAPES])
     )
-    parser.add_argument("--to", type=Path, metavar="FOLDER", help="(default: data/NAME, FOLDER_256, FOLDER_shards)")
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help="(default: data/NAME, FOLDER_SIDE[_bmp], ...)")
     parser.add_argument("--keep_archives", action="store_true", help="keep what was downloaded, once it is unpacked")
     parser.add_argument("--check", type=Path, metavar="FOLDER", help="check the dataset in this folder instead")
     parser.add_argument("--shrink", type=Path, metavar="FOLDER", help="write a copy of this dataset with small photos")

@@ -8,7 +8,7 @@ import model_summary
 import pages
 import plots
 import report
-from cached_decoder import forget_graphs
+from cached_decoder import without_graphs
 from checkpoint import CURVES, portable, write_atomically
 from trackers import Tracker
 
@@ -132,8 +132,8 @@ class RunLog:
         if config.score_every < 1 or config.score_images < 1 or (epoch + 1) % config.score_every:
             return {}
         look = dataset.token_caches[0].batch if dataset.token_caches else None
-        truth, captions, scores = score_subset(model, tokenizer, dataset, config.score_images, self.team, look)
-        forget_graphs(model)  # training needs the memory
+        with without_graphs():  # a few batches, in the middle of training, which needs the memory
+            truth, captions, scores = score_subset(model, tokenizer, dataset, config.score_images, self.team, look)
         shown = list(truth.items())[:SAMPLES]
         self.samples[epoch + 1] = captions[: len(shown)]
         names = [f"{Path(image).name} {prompt}".strip() for (image, prompt), _ in shown]

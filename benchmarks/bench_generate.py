@@ -34,20 +34,6 @@ def synchronized(function, device):
     return call
 
 
-def without_graphs(function):
-    """The function, with each decoding step asked for by Python."""
-    import cached_decoder  # found since `captioners` is imported
-
-    def call():
-        cached_decoder.CUDA_GRAPHS = False
-        try:
-            return function()
-        finally:
-            cached_decoder.CUDA_GRAPHS = True
-
-    return call
-
-
 def theirs_generate(model, levels=None, images=None, beams=1):
     """Hugging Face's, from images or from what the encoder made of them -> new ids (B, NEW)."""
     from transformers.modeling_outputs import BaseModelOutput
@@ -145,7 +131,9 @@ def main(argv=None):
     for batch, least, greedy, beam, rough, _, levels, _ in rows:
         candidates = {"generate": synchronized(partial(theirs_generate, theirs, levels), device), "ours": new(greedy)}
         if cuda:
-            candidates["ours, without CUDA graphs"] = new(without_graphs(greedy))
+            from cached_decoder import without_graphs  # found since `captioners` is imported
+
+            candidates["ours, without CUDA graphs"] = new(without_graphs()(greedy))
         else:
             candidates["ours, bf16 layers"] = new(rough)
         times = compare(f"greedy, batch {batch}, 20 tokens", candidates, "generate", args.rounds)

@@ -3,15 +3,18 @@
 import gc
 import warnings
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cached_decoder
+import cuda_graphs
 import packed_weights
-from cached_decoder import GraphedDecoder, decoder_for, forget_graphs
+from cached_decoder import GraphedDecoder, decoder_for, without_graphs
 from conftest import REDUCED_ENCODERS, randomize
 from cuda_graphs import CudaGraphs
 from decoding import generate_ids
@@ -25,21 +28,27 @@ OPTIONS = {
 }
 
 
-WAITING = {torch.ops.aten._local_scalar_dense, torch.ops.aten.item, torch.ops.aten.nonzero}  # for a tensor's values
+WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # for a tensor's values
+RANDOM = {getattr(torch.ops.aten, name) for name in ("rand", "multinomial", "bernoulli", "bernoulli_", "dropout")}
 
 
 class Tape(TorchDispatchMode):
     """Records the operations of a function and repeats them as a CUDA graph does: the same ones, with the same numbers
-    and shapes, on the same memory. Recording does none of them, and neither may ask what a tensor holds."""
+    and shapes, on the same memory. Recording does none of them. It refuses operations that ask what a tensor holds or
+    draw numbers; it does not see what goes around PyTorch's operations, like `tolist`."""
 
     def __init__(self):
         super().__init__()
         self.operations, self.written = [], {}
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if operation.overloadpacket in WAITING:
-            raise RuntimeError("operation not permitted when stream is capturing")
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        # Indexing with numbers makes a shape that is known, with a mask it does not.
+        indexing = operation is torch.ops.aten.index.Tensor and all(leaf.dtype != torch.bool for leaf in given[1:])
+        waits = (WAITING & set(operation.tags) or operation is torch.ops.aten.item.default) and not indexing
+        draws = operation.overloadpacket in RANDOM and args[-1] is not False  # dropout that is off
+        if waits or draws:
+            raise RuntimeError(f"{operation} is not permitted when stream is capturing")
         if operation._schema.is_mutable:
             for tensor in given:
                 self.written.setdefault(id(tensor), (tensor, tensor.clone()))
@@ -81,6 +90,9 @@ def record(graphs, function):
 def graphs_on_cpu(monkeypatch):
     monkeypatch.setattr(cached_decoder, "GRAPH_DEVICES", ("cpu",))
     monkeypatch.setattr(CudaGraphs, "record", record)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # where something cannot be recorded
+        yield
 
 
 @pytest.fixture
@@ -101,8 +113,7 @@ def starts(model, images, tokens=1):
 
 def plainly(*args, **options):
     """What `generate_ids` gives without graphs, with every image in its batch to the end as with them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cached_decoder, "CUDA_GRAPHS", False)
+    with pytest.MonkeyPatch.context() as patch, without_graphs():
         patch.setattr("decoding.LEAVE_BELOW", 0)
         return generate_ids(*args, **options)
 
@@ -127,8 +138,24 @@ def test_the_tape_repeats_what_was_recorded_on_the_same_memory():
     factor = 100
     replay()
     assert y.tolist() == [10, 11, 7]
-    with pytest.raises(RuntimeError, match="capturing"):
-        record(None, lambda: y.copy_(x * x.sum().item()))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_the_tape_refuses_what_a_recording_cannot_do(inference):
+    x = torch.arange(3.0)
+    refused = [
+        lambda: x.sum().item(),
+        lambda: x.nonzero(),
+        lambda: x[x > 1],
+        lambda: torch.equal(x, x),
+        lambda: torch.rand(3),
+        lambda: F.dropout(x, 0.5),
+    ]
+    with torch.inference_mode(inference):
+        for function in refused:
+            with pytest.raises(RuntimeError, match="capturing"):
+                record(None, function)
+        record(None, lambda: x[torch.tensor([0, 2])])
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -174,6 +201,32 @@ def test_prompts_of_several_lengths_share_a_decoder(ending, graphs_on_cpu):
     assert len(cached_decoder._kept[ending]) == 1
 
 
+def test_one_model_is_asked_in_many_ways(ending, graphs_on_cpu, monkeypatch):
+    """Decoders of all kinds, for one model: none is given to another kind of batch."""
+    monkeypatch.setattr(cached_decoder, "DECODERS_KEPT", 100)
+    images = photos(0)
+
+    def ask(max_tokens, options, count=5):
+        start = starts(ending, range(count))
+        ids = generate_ids(ending, images[:count], start, max_tokens, **options)
+        assert torch.equal(ids, plainly(ending, images[:count], start, max_tokens, **options))
+
+    for _ in range(3):
+        for options in OPTIONS.values():
+            ask(6, options)
+        ask(20, OPTIONS["greedy"])  # more room
+        ask(6, OPTIONS["greedy"], count=2)
+        with torch.autocast("cpu", torch.bfloat16):
+            ask(6, OPTIONS["greedy"])
+        likeliest = generate_ids(ending, images, starts(ending, images), 1, deterministic=True)[0, 1].item()
+        with monkeypatch.context() as patch:
+            patch.setattr(ending.config, "unk_token_id", likeliest)
+            ask(6, OPTIONS["greedy"])
+    kinds = [kind for kind, _ in cached_decoder._kept[ending]]
+    assert len(kinds) == 3 + 4  # 1, 3 or 4 rows an image; more room, fewer images, autocast, another unknown word
+    assert len({id(decoder) for _, decoder in cached_decoder._kept[ending]}) == len(kinds)
+
+
 def test_weights_that_change_are_seen(ending, graphs_on_cpu):
     """In place the graphs stay right; a weight that lies elsewhere gets new ones."""
     images = photos(0)
@@ -209,6 +262,9 @@ def test_autocast_and_training_between_captions(ending, graphs_on_cpu, monkeypat
             ids = generate_ids(ending, images, starts(ending, images), 8, deterministic=True)
             expected = plainly(ending, images, starts(ending, images), 8, deterministic=True)
         assert torch.equal(ids, expected)
+        for layer in (ending.gpt.trf_blocks[0].mlp.expand, ending.gpt.trf_blocks[1].cross_attn.c_proj):
+            _, _, casts = packed_weights._packed[layer][torch.bfloat16]
+            assert torch.equal(casts[0], layer.weight.bfloat16()) and torch.equal(casts[1], layer.bias.bfloat16())
         decoders.add(id(cached_decoder._kept[ending][-1][1]))
         seen.add(str(ids.tolist()))
         ending(images, ids.clone(), ids.clone()).backward()
@@ -228,9 +284,6 @@ def test_few_decoders_are_kept_and_none_keeps_its_model(script, tiny_config, gra
         generate_ids(model, photos(0, count), starts(model, range(count)), 4, deterministic=True)
     kept = [decoder for _, decoder in cached_decoder._kept[model]]
     assert [len(decoder.prompts) for decoder in kept] == [3, 2]
-    forget_graphs(model)
-    assert model not in cached_decoder._kept
-    generate_ids(model, photos(0), starts(model, range(5)), 4, deterministic=True)
     gone = weakref.ref(model)
     del model
     gc.collect()
@@ -253,9 +306,10 @@ def test_a_decoder_in_use_is_not_given_twice(tiny_model, graphs_on_cpu):
 
 def test_without_graphs_where_there_are_none_or_they_are_not_wanted(tiny_model, graphs_on_cpu, monkeypatch):
     images = photos(0)
-    monkeypatch.setattr(cached_decoder, "CUDA_GRAPHS", False)
-    generate_ids(tiny_model, images, starts(tiny_model, images), 4)
-    monkeypatch.setattr(cached_decoder, "CUDA_GRAPHS", True)
+    with pytest.raises(KeyError), without_graphs():
+        generate_ids(tiny_model, images, starts(tiny_model, images), 4)
+        raise KeyError
+    assert cached_decoder.CUDA_GRAPHS
     monkeypatch.setattr(cached_decoder, "GRAPH_DEVICES", ("cuda",))
     generate_ids(tiny_model, images, starts(tiny_model, images), 4)
     assert tiny_model not in cached_decoder._kept
@@ -274,6 +328,67 @@ def test_what_cannot_be_recorded_is_run(ending, graphs_on_cpu, monkeypatch):
     said = [str(warning.message) for warning in caught if "CUDA graphs" in str(warning.message)]
     assert len(said) == 1
     assert "not permitted when stream is capturing" in said[0]
+
+
+def test_what_is_asked_of_pytorch(monkeypatch):
+    """One pool for all recordings of a decoder, one stream for all of a device, other threads are let be, and autocast
+    keeps nothing. What a failure there hides is said."""
+    asked, within = [], []
+
+    class Graph:
+        def replay(self):
+            within.append("replay")
+
+    class graph(nullcontext):
+        def __init__(self, *args, **options):
+            super().__init__()
+            asked.append((args[1:], options))
+
+        def __exit__(self, kind, error, trace):
+            if error:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", iter("abc").__next__)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "now")
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    device = torch.device("cpu", 1)
+    state = lambda: (torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled())  # noqa: E731
+    first, second = CudaGraphs(device), CudaGraphs(device)
+    with torch.autocast("cpu", torch.bfloat16):
+        for graphs in (first, first, second):
+            for key in (1, 2):
+                graphs.run(key, lambda: within.append(state()))
+        assert torch.is_autocast_cache_enabled()
+    second.run(1, lambda: within.append(state()))
+    first.run(1, None)
+    plain, recorded = (True, True), (True, False)
+    # Run first, then recorded and replayed; without autocast it stays off.
+    assert within == [plain] * 2 + [recorded, "replay"] * 2 + [plain] * 2 + [(False, True), "replay", "replay"]
+    options = dict(capture_error_mode="thread_local")
+    assert asked == [((pool, "stream of cpu:1"), options) for pool in "aab"]
+    second.run(2, lambda: None)
+    assert asked[-1] == (("b", "stream of cpu:1"), options)
+    third = CudaGraphs(device)
+    third.run(1, lambda: None)
+    with pytest.warns(UserWarning, match="without CUDA graphs, more slowly: no such kernel"):
+        third.run(1, failing_once())
+    cuda_graphs._stream.cache_clear()
+
+
+def failing_once():
+    """A function that fails the first time, as one that cannot be recorded does."""
+    calls = []
+
+    def function():
+        calls.append(None)
+        if len(calls) == 1:
+            raise RuntimeError("no such kernel")
+
+    return function
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

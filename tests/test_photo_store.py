@@ -90,6 +90,8 @@ def test_names_are_those_of_jpegs():
     assert list(names.values()) == ["images/1.jpg", "images/1.png.jpg", "2.JPEG"]
     names = photo_store.store_names(["/d/1.jpg", "/d/1.bmp"], photo_store.UNCOMPRESSED)
     assert list(names.values()) == ["1.jpg.bmp", "1.bmp"]
+    with pytest.raises(ValueError, match=r"/d/1\.jpg and /d/1\.jpg\.bmp would both be 1\.jpg\.bmp in the store"):
+        photo_store.store_names(["/d/1.jpg", "/d/1.jpg.bmp"], photo_store.UNCOMPRESSED)
 
 
 @pytest.mark.parametrize(("arguments", "name"), [([], "data_24"), (["--uncompressed"], "data_24_bmp")])
