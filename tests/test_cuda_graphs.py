@@ -304,6 +304,21 @@ def test_a_decoder_in_use_is_not_given_twice(tiny_model, graphs_on_cpu):
             assert fourth is second  # what failed half-way is not used again
 
 
+def test_other_arithmetic_is_another_decoder(tiny_model, graphs_on_cpu, monkeypatch):
+    """Also where the tokens of the images are of one dtype, as those of a ViT as wide as the decoder."""
+    monkeypatch.setattr(cached_decoder, "DECODERS_KEPT", 100)
+    with torch.inference_mode():
+        states, decoders = tiny_model.encoder_states(photos(0)), []
+        for autocast, weights in ((False, []), (True, []), (True, [7]), (True, [8]), (True, [7])):
+            with (
+                torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+                decoder_for(tiny_model, states, 1, 9, weights) as decoder,
+            ):
+                decoders.append(decoder)
+    assert decoders[4] is decoders[2]
+    assert len(set(decoders)) == 4
+
+
 def test_without_graphs_where_there_are_none_or_they_are_not_wanted(tiny_model, graphs_on_cpu, monkeypatch):
     images = photos(0)
     with pytest.raises(KeyError), without_graphs():

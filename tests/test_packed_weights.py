@@ -117,6 +117,18 @@ def test_bf16(tiny_model, images, start, count_packing):
         torch.testing.assert_close(scores(tiny_model, images), exact, atol=1e-5, rtol=1e-5)
 
 
+def test_casts_never_lie_on_a_parameter():
+    """They are written over when weights change; a parameter that was replaced may still be somebody's."""
+    layer = torch.nn.Linear(4, 3)
+    layer.bias = replaced = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    packed_weights._product(layer, torch.bfloat16, False)
+    layer.bias = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    product, casts = packed_weights._product(layer, torch.bfloat16, False)
+    assert replaced.tolist() == [1, 1, 1]
+    assert casts[1].tolist() == [0, 0, 0]
+    assert torch.equal(product(torch.zeros(1, 4, dtype=torch.bfloat16)), casts[1][None])
+
+
 def test_autocast_without_onednn(tiny_model, images, count_packing, monkeypatch):
     """As on a GPU: cast once, and autocast stays on; float32 is as it was."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
