@@ -256,7 +256,7 @@ def test_deterministic(make_trainer, tmp_path, monkeypatch):
 # --- killed processes -------------------------------------------------------------------------------------------------
 
 COMMAND = [
-    sys.executable, str(SCRIPT), "--recipe", "shapes", "--epochs", "3", "--shapes_scenes", "200", "--score_images", "4",
+    sys.executable, str(SCRIPT), "--recipe", "shapes", "--epochs", "2", "--shapes_scenes", "200", "--score_images", "4",
     "--demo_images", "1", "--save_minutes", "0.002", "--ema_decay", "0.9", "--freeze_epochs_all", "0",
 ]  # fmt: skip
 
