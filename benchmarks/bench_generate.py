@@ -17,21 +17,9 @@ import torch
 
 from captioners import make_batch, make_pair
 from decoding import generate_ids
-from timing import interleaved, machine, median_and_range
+from timing import interleaved, machine, median_and_range, peak_on_a_gpu
 
 NEW = 20
-
-
-def synchronized(function, device):
-    """The function, waiting for a GPU to be done."""
-
-    def call():
-        result = function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return result
-
-    return call
 
 
 def theirs_generate(model, levels=None, images=None, beams=1):
@@ -58,11 +46,7 @@ def bandwidth_and_rate(device, dtype, rows):
     x, weight = torch.randn(rows, 768, dtype=dtype, device=device), torch.randn(768, 3072, dtype=dtype, device=device)
     repeats = 100
     times = interleaved(
-        {
-            "read": synchronized(large.sum, device),
-            "multiply": synchronized(lambda: [x @ weight for _ in range(repeats)], device),
-        },
-        rounds=9,
+        {"read": large.sum, "multiply": lambda: [x @ weight for _ in range(repeats)]}, rounds=9, device=device
     )
     size = large.numel() * large.element_size()
     return size / min(times["read"]), 2 * rows * weight.numel() * repeats / min(times["multiply"])
@@ -84,18 +68,24 @@ def floor(model, batch, device, dtype):
     return seconds
 
 
-def compare(title, candidates, reference, rounds, exact=True):
+def compare(title, candidates, reference, rounds, device):
     """Time candidates {name: function -> ids} and print a row for each, with the ratio to `reference`."""
     ids = {name: function() for name, function in candidates.items()}
     for name, result in ids.items():
         if result.shape != ids[reference].shape:
             raise RuntimeError(f"{title}, {name}: ids {tuple(result.shape)} instead of {tuple(ids[reference].shape)}")
-    seconds = interleaved(candidates, rounds)
+    cuda = device == "cuda"
+    peak = {name: peak_on_a_gpu(function) for name, function in candidates.items()} if cuda else {}
+    # A new decoder on a GPU runs its steps once and records them the second time: neither counts.
+    seconds = interleaved(candidates, rounds, warmup=3 if cuda else 1, device=device)
     for name, times in seconds.items():
         ratio = statistics.median(slow / fast for slow, fast in zip(seconds[reference], times, strict=True))
         same = (ids[name] == ids[reference]).float().mean().item()
         milliseconds = median_and_range([1000 * time for time in times])
-        print(f"| {title} | {name} | {milliseconds} | {ratio:.2f} | {same:.1%} |", flush=True)
+        cells = [title, name, milliseconds, f"{ratio:.2f}", f"{same:.1%}"]
+        if cuda:
+            cells += [f"{len(ids[name]) / statistics.median(times):,.0f}", f"{peak[name]:.2f}"]
+        print("| " + " | ".join(cells) + " |", flush=True)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
@@ -126,24 +116,22 @@ def main(argv=None):
                 return greedy()
 
         rows.append((batch, least, greedy, beam, rough, images, levels, start))
-    print("| work | way | ms | faster | same tokens |\n| --- | --- | --- | --- | --- |")
-    new = lambda function: synchronized(lambda: function()[:, 1:], device)  # noqa: E731
+    heads = ["work", "way", "ms", "faster", "same tokens"] + (["captions/s", "memory, GiB"] if cuda else [])
+    print("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
+    new = lambda function: lambda: function()[:, 1:]  # noqa: E731
     for batch, least, greedy, beam, rough, _, levels, _ in rows:
-        candidates = {"generate": synchronized(partial(theirs_generate, theirs, levels), device), "ours": new(greedy)}
+        candidates = {"generate": partial(theirs_generate, theirs, levels), "ours": new(greedy)}
         if cuda:
             from cached_decoder import without_graphs  # found since `captioners` is imported
 
             candidates["ours, without CUDA graphs"] = new(without_graphs()(greedy))
         else:
             candidates["ours, bf16 layers"] = new(rough)
-        times = compare(f"greedy, batch {batch}, 20 tokens", candidates, "generate", args.rounds)
+        times = compare(f"greedy, batch {batch}, 20 tokens", candidates, "generate", args.rounds, device)
         print(f"| greedy, batch {batch}, 20 tokens | the floor | {1000 * least:,.0f} | "
               f"ours takes {times['ours'] / least:.2f} x | |")  # fmt: skip
-        candidates = {
-            "generate": synchronized(partial(theirs_generate, theirs, levels, beams=4), device),
-            "ours": new(beam),
-        }
-        compare(f"beam 4, batch {batch}, 20 tokens", candidates, "generate", args.rounds)
+        candidates = {"generate": partial(theirs_generate, theirs, levels, beams=4), "ours": new(beam)}
+        compare(f"beam 4, batch {batch}, 20 tokens", candidates, "generate", args.rounds, device)
     batch, *_, images, _, start = rows[0]
     whole = partial(generate_ids, ours, images, start, NEW, deterministic=True)
 
@@ -152,13 +140,13 @@ def main(argv=None):
             return whole()
 
     candidates = {
-        "naive": synchronized(partial(naive_generate, ours, images, start), device),
-        "generate": synchronized(partial(theirs_generate, theirs, images=images), device),
+        "naive": partial(naive_generate, ours, images, start),
+        "generate": partial(theirs_generate, theirs, images=images),
         "ours": new(whole),
     }
     if not cuda:
         candidates["ours, bf16"] = new(whole_rough)
-    compare(f"image and greedy, batch {batch}", candidates, "naive", args.rounds)
+    compare(f"image and greedy, batch {batch}", candidates, "naive", args.rounds, device)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from captioners import make_batch, make_pair
-from timing import interleaved, machine, median_and_range
+from timing import interleaved, machine, median_and_range, peak_on_a_gpu
 
 TOKENS, CAPTIONS = 20, 5
 WAYS = ("Hugging Face as used", "Hugging Face, shared encoder outputs", "ours", "ours, from cached tokens")
@@ -118,7 +118,7 @@ def measured_rate(device):
         c = a @ b
         return c[0, 0].item()
 
-    return 2 * side**3 / min(interleaved({"matmul": multiply}, rounds=9, warmup=2)["matmul"])
+    return 2 * side**3 / min(interleaved({"matmul": multiply}, rounds=9, warmup=2, device=device)["matmul"])
 
 
 def compare(frozen, images, rounds, device):
@@ -134,25 +134,19 @@ def compare(frozen, images, rounds, device):
         freeze(ours, theirs)
     ways = WAYS if frozen else WAYS[:3]
     steps = {way: Step(way, ours, theirs, inputs, device) for way in ways}
-    peak = {}
-    if device == "cuda":
-        for way, step in steps.items():
-            step()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            step()
-            peak[way] = (torch.cuda.max_memory_allocated() - before) / 2**30
-    seconds = interleaved(steps, rounds)
+    cuda = device == "cuda"
+    peak = {way: peak_on_a_gpu(step) for way, step in steps.items()} if cuda else {}
+    seconds = interleaved(steps, rounds, warmup=3 if cuda else 1, device=device)
     rate = measured_rate(device)
     for way, times in seconds.items():
         captions = median_and_range([images * CAPTIONS / time for time in times])
         used = [statistics.median(a / b for a, b in zip(seconds[WAYS[i]], times, strict=True)) for i in (0, 1)]
-        mfu = f"{arithmetic(images, frozen) / statistics.median(times) / rate:.0%}" if way == "ours" else ""
-        print(
-            f"| {'frozen' if frozen else 'all train'} | {images} | {way} | {captions} | {used[0]:.2f} | {used[1]:.2f} "
-            f"| {mfu} | {f'{peak[way]:.1f} GiB' if peak else ''} |",
-            flush=True,
-        )
+        achieved = arithmetic(images, frozen) / statistics.median(times)
+        cells = ["frozen" if frozen else "all train", images, way, captions, f"{used[0]:.2f}", f"{used[1]:.2f}"]
+        cells += [f"{achieved / rate:.0%}" if way == "ours" else "", f"{peak[way]:.1f} GiB" if cuda else ""]
+        if cuda:
+            cells += [f"{images / statistics.median(times):,.0f}", f"{achieved / 1e12:.0f}" if way == "ours" else ""]
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
     print(f"<!-- matmul {rate / 1e9:,.0f} GFLOP/s -->")
 
 
@@ -207,8 +201,9 @@ def main(argv=None):
                 flush=True,
             )
         print()
-    print("| weights | images | way | captions/s | over as used | over shared | MFU | memory of a step |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    heads = ["weights", "images", "way", "captions/s", "over as used", "over shared", "MFU", "memory of a step"]
+    heads += ["images/s", "TFLOP/s"] if args.device == "cuda" else []
+    print("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
     for images in args.batch_sizes:
         for frozen in (False, True):
             compare(frozen, images, args.rounds, args.device)

@@ -25,6 +25,7 @@ SECTIONS = {
     "shards": ("Tar shards", [], ONE_CORE),
     "startup": ("The first caption from a new process", [], {}),
     "train_cuda": ("Training on a GPU", ["--device", "cuda", "--batch_sizes", "32", "64", "128", "256"], {}),
+    "recipe_cuda": ("The COCO recipe on a GPU", ["--device", "cuda"], {}),
     "generate_cuda": ("Writing captions on a GPU", ["--device", "cuda", "--batch_sizes", "1", "64"], {}),
 }
 HEAD = "# What the benchmarks measured\n\nWritten by `make bench`; a section is as old as its date.\n"

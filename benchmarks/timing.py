@@ -11,22 +11,53 @@ from pathlib import Path
 PACKAGES = ("torch", "timm", "transformers", "pillow", "opencv-python-headless", "albumentations", "numpy")
 
 
-def interleaved(candidates, rounds=5, warmup=1):
+def interleaved(candidates, rounds=5, warmup=1, device="cpu"):
     """Time functions without arguments against each other -> {name: seconds of a call, one for each round}.
 
     Every round calls each of `candidates` {name: function} once, and begins with another one than the round before:
     what slows the machine down for a while then strikes them all alike. `warmup` rounds come before and do not count.
+    On "cuda" the GPU's events are the clock, and a call ends when its work there is done.
     """
+    clock = _seconds_on_a_gpu if device == "cuda" else _seconds
     names = list(candidates)
     seconds = {name: [] for name in names}
     for number in range(-warmup, rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            start = time.perf_counter()
-            candidates[name]()
+            taken = clock(candidates[name])
             if number >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
     return seconds
+
+
+def _seconds(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _seconds_on_a_gpu(function):
+    import torch
+
+    torch.cuda.synchronize()  # nobody else's work counts
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def peak_on_a_gpu(function):
+    """GiB of a GPU's memory that a second call takes at the most on top of what is there before it."""
+    import torch
+
+    function()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
 def median_and_range(values):

@@ -21,6 +21,49 @@ def test_candidates_take_turns_in_rotated_order():
     assert all(len(times) == 3 and min(times) >= 0 for times in seconds.values())
 
 
+def test_the_clock_of_a_gpu(monkeypatch):
+    """Its events, between which lies the call and the work that it asked for; what was asked before does not count."""
+    told = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            told.append("record")
+
+        def synchronize(self):
+            told.append("wait for it")
+
+        def elapsed_time(self, end):
+            assert end is not self
+            return 2500.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: told.append("wait"))
+    seconds = timing.interleaved({"work": lambda: told.append("work")}, rounds=1, warmup=0, device="cuda")
+    assert seconds == {"work": [2.5]}
+    assert told == ["wait", "record", "work", "record", "wait for it"]
+
+
+def test_a_minute_of_the_recipe(capsys, monkeypatch):
+    """The script's own training of the recipe, here a small one; what it prints follows from what it measured."""
+    import bench_recipe
+
+    monkeypatch.setattr(bench_recipe, "WARMUP", 1)
+    small = ["--encoder", "vit_tiny_patch16_224", "--embed_dim", "16", "--num_heads", "2", "--depth", "2"]
+    step = ["--batch_size", "20", "--num_workers", "0"]
+    bench_recipe.main(["--device", "cpu", "--seconds", "0.2", "--photos", "25", *step, *small])
+    row = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
+    steps, photos, rate, captions = (float(cell.replace(",", "")) for cell in row[:4])
+    assert steps >= 1
+    assert photos == 4
+    assert captions == pytest.approx(5 * rate, abs=0.3)
+    minutes, _, rest = row[5].partition(" for ")
+    assert rest == "10 epochs of 118,287 photos"
+    assert float(minutes.replace(",", "")) == pytest.approx(118_287 * 10 / rate / 60, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("values", "shown"),
     [
@@ -85,6 +128,19 @@ def test_both_captioners_are_one_model(tmp_path):
     assert expected.shape == (2, 20)
     assert torch.equal(generate_ids(ours, levels, start, 20, deterministic=True)[:, 1:], expected)
     assert torch.equal(naive_generate(ours, images, start), expected)
+
+
+def test_a_row_has_a_cell_for_each_head_on_a_gpu_too(capsys, monkeypatch):
+    import bench_generate
+
+    times = {"generate": [0.3, 0.1, 0.2], "ours": [0.1, 0.1, 0.1]}
+    monkeypatch.setattr(bench_generate, "interleaved", lambda *args, **options: times)
+    monkeypatch.setattr(bench_generate, "peak_on_a_gpu", lambda function: 0.5)
+    candidates = {name: lambda: torch.zeros(8, 20) for name in times}
+    for device, more in (("cpu", []), ("cuda", ["80", "0.50"])):
+        bench_generate.compare("greedy", candidates, "generate", 3, device)
+        _, row = capsys.readouterr().out.splitlines()
+        assert row.strip("| ").split(" | ") == ["greedy", "ours", "100 (100 to 100)", "2.00", "100.0%", *more]
 
 
 def test_results_keep_other_sections(tmp_path, monkeypatch):
