@@ -38,6 +38,7 @@ from bad_images import BadImages
 from batching import CaptionBatchSampler, build_loader, exact_captions_per_image, several, stack, to_device
 from built_in import data_paths, default_recipe, load_data
 from cached_decoder import BlockCache
+from captioning.common.files import WEIGHTS_FILE
 from captions_tokenizer import CaptionTokenizer, check_eos, encode_caption, encode_prompt, fit_config
 from chunked_loss import chunked_cross_entropy
 from command_line import merge, parse_overrides, what_to_give, with_defaults, write_recipe
@@ -612,7 +613,7 @@ class VisionGPT2Model(nn.Module):
         if hugging_face.is_captioner(checkpoint.load_config(folder)):
             checkpoint.fill(self, hugging_face.read_captioner_weights(folder, self.state_dict(), hf_name))
         else:
-            checkpoint.load_strictly(self, folder / checkpoint.WEIGHTS_FILE)
+            checkpoint.load_strictly(self, folder / WEIGHTS_FILE)
 
     def save_pretrained(self, folder, tokenizer=None):
         """Write a checkpoint that `from_pretrained(folder)` loads: weights, config.json and the `tokenizer`'s file."""
@@ -899,7 +900,7 @@ class Trainer:
     def load_best_model(self, path=None):
         """Load the best weights of this run, or those in `path` (a .safetensors or .pt file, or a folder)."""
         path = Path(path or self.model_path)
-        path = path / checkpoint.WEIGHTS_FILE if path.is_dir() else path
+        path = path / WEIGHTS_FILE if path.is_dir() else path
         for model in {self.model, self.averaged}:
             checkpoint.load_strictly(model, path)
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from captioning.common.files import write_atomically
 from captions_tokenizer import encode_prompt
-from checkpoint import write_atomically
 from preprocessing import preprocess, resize
 
 

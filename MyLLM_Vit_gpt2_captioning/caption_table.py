@@ -7,7 +7,7 @@ import csv
 import io
 from pathlib import Path
 
-from checkpoint import write_atomically
+from captioning.common.files import write_atomically
 
 FILE = "captions.csv"
 ELSEWHERE = "name another file with --out, or move this one away"

@@ -9,13 +9,14 @@ import os
 from functools import cached_property
 from pathlib import Path
 
+from captioning.common.files import TOKENIZER_FILE
+
 # Data workers are forked after the tokenizer was used; without this the library warns in each of them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 START, END, PAD, UNKNOWN = "<start>", "<end>", "<pad>", "<unk>"
-TOKENIZER_FILE = "tokenizer.json"
 
 
 def _byte_level(model):

@@ -8,67 +8,26 @@ A checkpoint folder holds
 """
 
 import json
-import os
 import pickle
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from captions_tokenizer import TOKENIZER_FILE
-
-WEIGHTS_FILE = "captioner.safetensors"
-TORCH_FILE = "captioner.pt"
-CONFIG_FILE = "config.json"
-RECIPE_FILE = "recipe.toml"
-EPOCHS_FOLDER = "epochs"
-OTHER_COPY = "take another copy of the checkpoint, or train again"
-SIZES = ("embed_dim", "num_heads", "depth", "seq_len", "vocab_size", "img_size")  # in config.json; never below 1
-CURVES = ("loss", "perplexity", "CIDEr", "exact_answers", "reward")  # a picture each, where a run has them
-RUN_FILES = (
-    RECIPE_FILE,
-    EPOCHS_FOLDER,
-    WEIGHTS_FILE,
-    TORCH_FILE,
+from captioning.common.files import (
     CONFIG_FILE,
+    EPOCHS_FOLDER,
+    RUN_FILES,
     TOKENIZER_FILE,
-    "last",
-    "metrics.csv",
-    "timings.csv",
-    "samples.md",
-    "demo.png",
-    "report.html",
-    "tensorboard",
-    "wandb",
-    *(f"{name.lower()}.png" for name in CURVES),
+    TORCH_FILE,
+    WEIGHTS_FILE,
+    write_atomically,
 )
 
-
-def write_atomically(path, write):
-    """`write(draft_path)`, then put the finished file in the place of `path` in one step.
-
-    A reader, or a crash at any moment, sees the old file or the new one, never half of one. Raises OSError that names
-    `path` when the disk is full or the folder cannot be written.
-    """
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.part")
-    try:
-        write(draft)
-        with open(draft, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where the disk is full
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise OSError(
-            f"{path}: could not be written ({reason}); what was there before is still whole. Make room, or allow "
-            "writing there, or choose another folder"
-        ) from error
-    finally:
-        with suppress(OSError):  # the folder itself may be gone
-            draft.unlink(missing_ok=True)
+OTHER_COPY = "take another copy of the checkpoint, or train again"
+SIZES = ("embed_dim", "num_heads", "depth", "seq_len", "vocab_size", "img_size")  # in config.json; never below 1
 
 
 def save_checkpoint(folder, state_dict, config, tokenizer=None, torch_file=True):

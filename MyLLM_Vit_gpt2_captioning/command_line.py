@@ -14,7 +14,7 @@ import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
-from checkpoint import RECIPE_FILE, write_atomically
+from captioning.common.files import RECIPE_FILE, write_atomically
 
 
 def constant_comments(source_file, names):

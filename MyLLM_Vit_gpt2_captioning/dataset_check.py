@@ -24,6 +24,7 @@ import plots
 import shards
 import sources
 import tar_members
+from captioning.data.conventions import IMAGE_SUFFIXES, SPLITS
 from preprocessing import load_image
 
 REPORT_FILE = "report.md"
@@ -177,7 +178,7 @@ def _unnamed_photos(images, image_dir):
         for folder in sorted(folders)
         if folder.is_dir()
         for path in sorted(folder.iterdir())
-        if path.suffix.lower() in sources.IMAGE_SUFFIXES and path not in named
+        if path.suffix.lower() in IMAGE_SUFFIXES and path not in named
     ]
 
 
@@ -185,7 +186,7 @@ def _unnamed_photos(images, image_dir):
 
 
 def _describe_splits(df):
-    present = [split for split in sources.SPLITS if (df["split"] == split).any()]
+    present = [split for split in SPLITS if (df["split"] == split).any()]
     parts = [df[df["split"] == split] for split in present] + [df]
     rows = [
         ["", *present, "all"],

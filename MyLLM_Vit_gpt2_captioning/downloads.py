@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from tqdm import tqdm
 
-from checkpoint import write_atomically
+from captioning.common.files import write_atomically
 
 MANIFEST_FILE = "prepared.json"
 ATTEMPTS = 5  # in a row that bring nothing new, before a download is given up

@@ -20,7 +20,8 @@ import torch
 
 import pages
 import sources
-from checkpoint import write_atomically
+from captioning.common.files import write_atomically
+from captioning.data.conventions import SPLITS
 from command_line import add_decoding_arguments, decoding_options
 from evaluation import as_table, cider_of_each, exact_answers, predict, score, table_rows
 from MyLLM_Vit_gpt2_captioning import DATA_DIR, OUTPUT_DIR, load_captioner, train_config
@@ -36,7 +37,7 @@ def main(argv=None):
     parser.add_argument("--data", type=Path, default=DATA_DIR, metavar="FOLDER", help="dataset (default: data)")
     parser.add_argument("--captions_file", type=Path, help="the annotation file, when it is not found")
     parser.add_argument("--image_dir", type=Path, help="the folder of photos, when they lie elsewhere")
-    parser.add_argument("--split", choices=sources.SPLITS, default="test")
+    parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument("--max_images", type=int, help="only the first so many images of the split")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="score these captions instead of a model's")

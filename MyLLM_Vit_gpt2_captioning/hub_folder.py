@@ -18,8 +18,7 @@ from types import SimpleNamespace
 
 import model_card
 import plain_vit
-from captions_tokenizer import TOKENIZER_FILE
-from checkpoint import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE, write_atomically
+from captioning.common.files import CONFIG_FILE, RECIPE_FILE, TOKENIZER_FILE, WEIGHTS_FILE, write_atomically
 from command_line import as_toml
 
 SCRIPT = Path(__file__).resolve().with_name("MyLLM_Vit_gpt2_captioning.py")

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save
 
+from captioning.common.files import CONFIG_FILE, TOKENIZER_FILE, write_atomically
 from captions_tokenizer import END_OF_TEXT
-from checkpoint import CONFIG_FILE, TOKENIZER_FILE, find_folder, load_config, load_weights, write_atomically
+from checkpoint import find_folder, load_config, load_weights
 
 CAPTIONER = "vision-encoder-decoder"  # the model_type of such a config.json
 WEIGHTS_FILE, TORCH_FILE = "model.safetensors", "pytorch_model.bin"

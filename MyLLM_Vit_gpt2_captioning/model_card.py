@@ -12,7 +12,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from checkpoint import WEIGHTS_FILE, load_config
+from captioning.common.files import WEIGHTS_FILE
+from checkpoint import load_config
 
 NO_LICENSE = "other"
 DATASETS = {  # beginning of a folder's name -> what it is

@@ -7,7 +7,7 @@ import io
 from functools import lru_cache
 from pathlib import Path
 
-from checkpoint import write_atomically
+from captioning.common.files import write_atomically
 from preprocessing import load_image
 
 STYLE = """

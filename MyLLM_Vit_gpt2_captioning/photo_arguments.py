@@ -4,8 +4,8 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
+from captioning.data.conventions import IMAGE_SUFFIXES
 from preprocessing import load_image
-from sources import IMAGE_SUFFIXES
 
 MOST_BYTES = 50_000_000  # of a fetched photo
 TIMEOUT = 20  # seconds without a byte

@@ -20,7 +20,7 @@ from PIL import ExifTags, Image
 
 import sources
 import tar_members
-from checkpoint import write_atomically
+from captioning.common.files import write_atomically
 from preprocessing import load_image
 from progress import progress_bar
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 import pages
+from captioning.common.files import CURVES
 from captions_tokenizer import encode_caption
-from checkpoint import CURVES, portable
+from checkpoint import portable
 
 SHOWN = 8  # best and worst captions
 EPOCHS_SHOWN = 8  # of the samples; samples.md has them all

@@ -9,7 +9,8 @@ import pages
 import plots
 import report
 from cached_decoder import without_graphs
-from checkpoint import CURVES, portable, write_atomically
+from captioning.common.files import CURVES, write_atomically
+from checkpoint import portable
 from trackers import Tracker
 
 SAMPLES = 8  # photos whose captions are kept for every epoch

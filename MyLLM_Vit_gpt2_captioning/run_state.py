@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import portable, write_atomically
+from captioning.common.files import write_atomically
+from checkpoint import portable
 
 FOLDER = "last"
 NEWEST, BEFORE = "state.pt", "state_before.pt"

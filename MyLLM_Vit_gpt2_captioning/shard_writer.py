@@ -19,7 +19,8 @@ from PIL import Image
 import shards
 import sources
 import tar_members
-from checkpoint import write_atomically
+from captioning.common.files import write_atomically
+from captioning.data.conventions import IMAGE_SUFFIXES, SPLITS
 from progress import progress_bar
 
 FORMAT = 1  # of the manifest and of what is in the shards
@@ -80,7 +81,7 @@ def _plan(df, photos_per_shard):
     texts = {}
     for image, caption, prompt in zip(df["image"], df["caption"], prompts, strict=True):
         texts.setdefault(image, []).append((caption, prompt or ""))
-    for split in sources.SPLITS:
+    for split in SPLITS:
         images = df["image"][df["split"] == split].unique()
         order = np.random.default_rng(0).permutation(len(images)) if split == "train" else range(len(images))
         samples = [(keys[images[i]], images[i], *map(list, zip(*texts[images[i]], strict=True))) for i in order]
@@ -238,4 +239,4 @@ def _decodable(photo):
     shards.decode(content)
     with Image.open(io.BytesIO(content)) as image:
         suffix = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tiff"}.get(image.format, image.format.lower())
-    return content, suffix if f".{suffix}" in sources.IMAGE_SUFFIXES else "jpg"  # its content tells what it is
+    return content, suffix if f".{suffix}" in IMAGE_SUFFIXES else "jpg"  # its content tells what it is

@@ -33,11 +33,11 @@ import torch.utils.data
 from filelock import FileLock
 from PIL import UnidentifiedImageError
 
-import sources
 import tar_members
 from bad_images import GREY
 from batching import build_loader
-from checkpoint import write_atomically
+from captioning.common.files import write_atomically
+from captioning.data.conventions import COLUMN_NAMES, IMAGE_SUFFIXES, LONGEST_CAPTION, NOT_UTF8, SPLIT_NAMES, SPLITS
 from preprocessing import load_image
 from progress import progress_bar
 
@@ -45,8 +45,8 @@ MANIFEST_FILE, COUNTS_FILE, PROGRESS_FILE = "manifest.json", "counts.json", "pro
 NAME = re.compile(r"(?:(?P<words>.*)[-_.])?\d+\.tar")  # train-000012.tar, cc3m-val-0001.tar, 00012.tar
 METADATA = re.compile(r"(?:.*/)?__[^/]*__(?:[./]|$)")  # members of such names belong to no sample
 LARGEST_TEXT = 2**20  # bytes of a .json or .txt member
-CAPTION_KEYS = ("captions", "caption", *sources.COLUMN_NAMES["caption"])
-PROMPT_KEYS = ("prompts", "prompt", *sources.COLUMN_NAMES["prompt"])
+CAPTION_KEYS = ("captions", "caption", *COLUMN_NAMES["caption"])
+PROMPT_KEYS = ("prompts", "prompt", *COLUMN_NAMES["prompt"])
 READ_BYTES = 2**20  # at once, when photos are read one after the other
 READ_AHEAD = 4  # batches that a thread has read when they are asked for
 TOKENIZER_CAPTIONS = 1_000_000  # of which a tokenizer is learnt, at most
@@ -86,8 +86,8 @@ def files_of(folder):
         )
     for path in sorted(folder.glob("*.tar")):
         if match := NAME.fullmatch(path.name):
-            words = [sources.SPLIT_NAMES.get(word, word) for word in re.split(r"[-_.]", match["words"] or "")]
-            split = next((word for word in reversed(words) if word in sources.SPLITS), "train")
+            words = [SPLIT_NAMES.get(word, word) for word in re.split(r"[-_.]", match["words"] or "")]
+            split = next((word for word in reversed(words) if word in SPLITS), "train")
             files.setdefault(split, []).append(path)
     if "val" not in files:
         if len(files.get("train", ())) < 2:
@@ -275,7 +275,7 @@ def library():
 def _sample(file, group, content):
     """Members of one name {suffix: (offset, size)} -> Sample. Raises ValueError that says what is wrong with them."""
     members = {suffix.rpartition(".")[2].lower(): suffix for suffix in group if not suffix.startswith("__")}
-    photo = next((suffix for kind, suffix in members.items() if f".{kind}" in sources.IMAGE_SUFFIXES), None)
+    photo = next((suffix for kind, suffix in members.items() if f".{kind}" in IMAGE_SUFFIXES), None)
     if photo is None:
         raise ValueError("has no photo")
     offset, size = group[photo]
@@ -300,11 +300,7 @@ def _sample(file, group, content):
     if len(prompts) != len(captions):
         raise ValueError(f"has {len(captions)} captions and {len(prompts)} prompts")
     pairs = [(_cleaned(caption), _cleaned(prompt)) for caption, prompt in zip(captions, prompts, strict=True)]
-    usable = [
-        pair
-        for pair in pairs
-        if pair[0] and sources.NOT_UTF8 not in pair[0] and len(pair[0]) <= sources.LONGEST_CAPTION
-    ]
+    usable = [pair for pair in pairs if pair[0] and NOT_UTF8 not in pair[0] and len(pair[0]) <= LONGEST_CAPTION]
     photo_bytes = tar_members.read(file, offset, size) if content and usable else None
     name = f"{group['__key__']}.{photo}"
     return Sample(name, photo_bytes, [caption for caption, _ in usable], [prompt for _, prompt in usable])

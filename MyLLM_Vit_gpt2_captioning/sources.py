@@ -25,6 +25,16 @@ import re
 from pathlib import Path
 
 import tar_members
+from captioning.data.conventions import (
+    COLUMN_NAMES,
+    DATASETS_FILES,
+    IMAGE_SUFFIXES,
+    KARPATHY_FILES,
+    LONGEST_CAPTION,
+    NOT_UTF8,
+    SPLIT_NAMES,
+    SPLITS,
+)
 
 RESULTS_FILE = "results.csv"
 CAPTIONS_FILE = "captions.txt"
@@ -32,27 +42,13 @@ FLICKR_TOKENS = ("Flickr8k.token.txt", "results_20130124.token")
 # Annotation files that are recognised in a data folder, the first that is there.
 KNOWN_FILES = (RESULTS_FILE, CAPTIONS_FILE, *FLICKR_TOKENS, "captions.json", "captions.jsonl", "captions.csv",
                "metadata.jsonl", "metadata.csv")  # fmt: skip
-KARPATHY_FILES = "dataset*.json"
 COCO_FILES = "captions_*.json"
-DATASETS_FILES = ("dataset_dict.json", "dataset_info.json")  # what `datasets` writes
 IMAGE_FOLDERS = ("flickr30k_images", "images", "Images", "Flicker8k_Dataset")  # looked for in this order
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-SPLITS = ("train", "val", "test")
-SPLIT_NAMES = {"training": "train", "restval": "train", "valid": "val", "validation": "val", "dev": "val"}
 SPLIT_LISTS = {
     "train": ("train.txt", "Flickr_8k.trainImages.txt"),
     "val": ("val.txt", "Flickr_8k.devImages.txt"),
     "test": ("test.txt", "Flickr_8k.testImages.txt"),
 }
-COLUMN_NAMES = {
-    "image": ("image_name", "file_name", "filename", "image_path", "filepath", "img", "path"),
-    "caption": ("comment", "text", "sentence", "answer", "captions", "answers"),
-    "prompt": ("question",),
-}
-NOT_UTF8 = "\ufffd"  # what stands in a caption for bytes that are no UTF-8
-LONGEST_CAPTION = 10_000  # characters; what is longer is no caption, and scoring it may take minutes
-
-
 # --- the one entrance -------------------------------------------------------------------------------------------------
 
 

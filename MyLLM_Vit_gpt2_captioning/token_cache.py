@@ -26,7 +26,7 @@ from filelock import FileLock
 import tar_members
 from augmentation import TrainingTransforms, may_mirror
 from batching import to_device
-from checkpoint import write_atomically
+from captioning.common.files import write_atomically
 from preprocessing import load_image, preprocess
 from progress import progress_bar
 

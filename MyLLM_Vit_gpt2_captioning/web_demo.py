@@ -25,6 +25,7 @@ import torch
 import checkpoint
 import MyLLM_Vit_gpt2_captioning as script  # before attention_maps: it puts MyLLM on the search path
 from attention_maps import group_words, overlay, word_maps
+from captioning.common.files import CONFIG_FILE, WEIGHTS_FILE
 from captions_tokenizer import encode_prompt
 from command_line import decoding_options, with_underscores
 from decoding import generate_ids, log_probabilities, trim
@@ -83,10 +84,10 @@ def find_captioners(root):
     """
     found = {}
     for pattern in ("captioner*/**/", "examples/**/"):
-        for config in sorted(root.glob(pattern + checkpoint.CONFIG_FILE)):
+        for config in sorted(root.glob(pattern + CONFIG_FILE)):
             folder = config.parent
             try:
-                if "model_config" in checkpoint.load_config(folder) and (folder / checkpoint.WEIGHTS_FILE).is_file():
+                if "model_config" in checkpoint.load_config(folder) and (folder / WEIGHTS_FILE).is_file():
                     found[folder.relative_to(root).as_posix()] = folder
             except ValueError as error:
                 print(f"warning: left out {error}", file=sys.stderr)

@@ -35,6 +35,7 @@ import dataset_check
 import downloads
 import shards
 import sources
+from captioning.common.files import CONFIG_FILE, TOKENIZER_FILE, TORCH_FILE, WEIGHTS_FILE, write_atomically
 from conftest import CAPTIONS
 from preprocessing import load_image
 from run_log import RunLog
@@ -508,7 +509,7 @@ def half_written(name):
         script.load_captioner(captioner)
 
 
-for file in (checkpoint.WEIGHTS_FILE, checkpoint.TORCH_FILE, checkpoint.CONFIG_FILE, checkpoint.TOKENIZER_FILE):
+for file in (WEIGHTS_FILE, TORCH_FILE, CONFIG_FILE, TOKENIZER_FILE):
     half_written(file)
 
 
@@ -552,7 +553,7 @@ def _(script, captioner, tiny_model):
     weights = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
     weights["gpt.pos_emb.weight"] = torch.zeros(3, 32)
     weights["stranger"] = weights.pop("gpt.final_norm.scale")
-    save_file(weights, captioner / checkpoint.WEIGHTS_FILE)
+    save_file(weights, captioner / WEIGHTS_FILE)
     script.load_captioner(captioner)
 
 
@@ -610,9 +611,7 @@ def _(captioner, tiny_model):
     before = contents(captioner)
     try:
         with disk_full_behind(20_000):
-            checkpoint.write_atomically(
-                captioner / "captioner.pt", lambda path: torch.save(tiny_model.state_dict(), path)
-            )
+            write_atomically(captioner / "captioner.pt", lambda path: torch.save(tiny_model.state_dict(), path))
     finally:
         assert contents(captioner) == before
 

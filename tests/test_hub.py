@@ -27,6 +27,7 @@ import export_to_hub
 import hub
 import hub_folder
 import model_card
+from captioning.common.files import write_atomically
 from command_line import read_recipe
 from conftest import REDUCED_ENCODERS, REPO_ROOT, randomize
 from hub_errors import explain
@@ -543,7 +544,7 @@ def test_errors_never_hold_the_token(monkeypatch):
 def at_epoch(folder, epoch):
     """The checkpoint of another epoch takes the place of the one that is there."""
     config = json.loads((folder / "config.json").read_text()) | {"best_epoch": epoch}
-    checkpoint.write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(config)))
+    write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(config)))
 
 
 def test_only_the_newest_checkpoint_waits(server, tmp_path, capsys):

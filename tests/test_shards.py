@@ -23,6 +23,7 @@ import shard_writer
 import shards
 import sources
 import tar_members
+from captioning.data.conventions import SPLITS
 from captions_tokenizer import CaptionTokenizer
 from conftest import CAPTIONS, make_flickr
 from preprocessing import load_image
@@ -616,7 +617,7 @@ def test_names_of_photos_become_keys():
 def test_shards_hold_what_the_dataset_held(flickr, tmp_path):
     """Rows and pixels; from shards a photo store and other shards can be made; the library reads them, too."""
     lines = [
-        dict(image=f"{1000 + i}.jpg", question=f"what is {i} ?", answer=f"it is {n}", split=sources.SPLITS[i % 3])
+        dict(image=f"{1000 + i}.jpg", question=f"what is {i} ?", answer=f"it is {n}", split=SPLITS[i % 3])
         for i in range(12)
         for n in range(2)
     ]

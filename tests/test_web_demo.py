@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 import caption_image
-import checkpoint
 import web_demo
+from captioning.common.files import WEIGHTS_FILE
 from conftest import REPO_ROOT
 from test_hostile_input import png
 
@@ -110,7 +110,7 @@ def test_captioners_are_loaded_once_and_again_when_they_changed(root, script, mo
     captioners.load("examples/shapes")
     assert captioners.load("captioner")[0] is not model
     assert loaded == ["captioner", "shapes", "captioner"]
-    weights = root / "captioner" / checkpoint.WEIGHTS_FILE
+    weights = root / "captioner" / WEIGHTS_FILE
     os.utime(weights, ns=(0, 0))  # as after another epoch
     captioners.load("captioner")
     assert len(loaded) == 4
