@@ -26,38 +26,44 @@ from torch import nn
 REPO_ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(REPO_ROOT))  # for MyLLM; this file's own folder is on the path already
 
-import checkpoint
-import hub
-import hugging_face
-import plots
-import shapes
-import shards
-import sources
-from augmentation import TrainingTransforms, ValidationTransforms
-from bad_images import BadImages
-from batching import CaptionBatchSampler, build_loader, exact_captions_per_image, several, stack, to_device
-from built_in import data_paths, default_recipe, load_data
-from cached_decoder import BlockCache
+from captioning.command_line.overrides import parse_overrides, what_to_give, with_defaults
+from captioning.command_line.recipes import merge, write_recipe
+from captioning.common.distributed import Team, only_first_speaks, without_sync
 from captioning.common.files import WEIGHTS_FILE
-from captions_tokenizer import CaptionTokenizer, check_eos, encode_caption, encode_prompt, fit_config
-from chunked_loss import chunked_cross_entropy
-from command_line import merge, parse_overrides, what_to_give, with_defaults, write_recipe
-from decoding import caption_images, generate_ids, trim
-from distributed import Team, only_first_speaks, without_sync
-from encoders import build_encoder, frame_of, preprocessing_of, resolve_encoder, run_block
+from captioning.common.progress import progress_bar
+from captioning.data import shapes, sources
+from captioning.data.batching import (
+    CaptionBatchSampler,
+    build_loader,
+    exact_captions_per_image,
+    several,
+    stack,
+    to_device,
+)
+from captioning.data.built_in import data_paths, default_recipe, load_data
+from captioning.data.shards import streaming
+from captioning.data.token_cache import read_tokens_from_disk
+from captioning.data.unreadable_photos import BadImages
+from captioning.decoding.cached_decoder import BlockCache
+from captioning.decoding.search import caption_images, generate_ids, trim
+from captioning.images.augmentation import TrainingTransforms, ValidationTransforms
+from captioning.images.preprocessing import normalize
+from captioning.model import checkpoint, hugging_face
+from captioning.model.encoders import build_encoder, frame_of, preprocessing_of, resolve_encoder, run_block
+from captioning.model.loss import chunked_cross_entropy
+from captioning.model.positions import SinusoidalPositions
+from captioning.model.stages import keep_frozen_in_eval, pretrained_names, stage_of
+from captioning.model.tokenizer import CaptionTokenizer, check_eos, encode_caption, encode_prompt, fit_config
+from captioning.pages import plots
+from captioning.sharing import upload
+from captioning.training.run_log import RunLog, perplexity
+from captioning.training.run_state import RunState, Stopped
+from captioning.training.schedule import Optimization, be_deterministic, mixed_precision
+from captioning.training.self_critical import SelfCritical
+from captioning.training.trackers import Tracker
 from MyLLM.ch3 import KeyValueCache, merge_heads, split_heads
 from MyLLM.ch4 import GPTModel, LayerNorm, TransformerBlock, initial_std
 from MyLLM.MyLLM_nominal import gpt2_config, hf_name, load_hf_gpt2_weights, read_hf_gpt2
-from optimization import Optimization, be_deterministic, mixed_precision
-from positions import SinusoidalPositions
-from preprocessing import normalize
-from progress import progress_bar
-from run_log import RunLog, perplexity
-from run_state import RunState, Stopped
-from self_critical import SelfCritical
-from token_cache import read_tokens_from_disk
-from trackers import Tracker
-from training_stages import keep_frozen_in_eval, pretrained_names, stage_of
 
 # ======================================================================================================================
 # Constants: edit them here, or give --key value on the command line (--help lists them)
@@ -138,7 +144,7 @@ train_config = SimpleNamespace(
     data_dir=DATA_DIR,  # folder with captions and photos
     image_dir=IMAGE_DIR,  # folder with the photos; found in data_dir when only that is given
     model_path=OUTPUT_DIR,  # folder for checkpoint, metrics and plots; an earlier run there is moved aside
-    captions_file=CAPTIONS_FILE,  # annotation file of any format that sources.py reads; found in data_dir when empty
+    captions_file=CAPTIONS_FILE,  # annotation file of any format; found in data_dir when empty
     dataset="flickr30k",  # what --download puts into data_dir: flickr8k, flickr30k or coco2017
     score_every=1,  # epochs between scores of captions of the same validation photos; 0: never
     score_images=200,  # validation photos that are captioned for these scores
@@ -324,7 +330,7 @@ def build_dataloaders(df, tokenizer, model_config, train_config):
         photo["img_size"], photo["mean"], photo["std"], config.crop_scale, photo["resample"], normalized=False
     )
     for split, tfms in zip(("train", "val"), transforms, strict=True):
-        rows, folder = df[df["split"] == split], split == "train" and shards.streamed_folder(df)
+        rows, folder = df[df["split"] == split], split == "train" and streaming.streamed_folder(df)
         if rows.empty and not folder:
             raise ValueError(f"{config.data_dir}: no usable caption is in the {split} split")
         training, K = split == "train", config.captions_per_image
@@ -333,7 +339,7 @@ def build_dataloaders(df, tokenizer, model_config, train_config):
         dataset = Dataset(rows, tfms, tokenizer, K, model_config.seq_len, config.seed, config.max_bad_images)
         collate = partial(collate_fn, tokenizer=tokenizer, captions_per_image=K)
         if folder:
-            loaders.append(shards.build_stream_loader(folder, dataset, collate, config))
+            loaders.append(streaming.build_stream_loader(folder, dataset, collate, config))
             continue
         words = [caption.count(" ") for caption in dataset.captions]  # tells long captions from short ones
         sampler = CaptionBatchSampler(
@@ -707,7 +713,7 @@ class Trainer:
         self.self_critical = SelfCritical(self.train_dl.dataset, config) if config.scst_epochs else None
         self.best = {"best_perplexity": math.inf, "best_epoch": None}
         self.trains = self.stage = None  # what is not frozen; what the epoch is called in metrics.csv
-        self.uploads = hub.uploads(config.push_every_epoch and self.team.first, HF_REPO_ID, self.model_path)
+        self.uploads = upload.uploads(config.push_every_epoch and self.team.first, HF_REPO_ID, self.model_path)
         self.enter_stage(epoch=0)
         self.state = RunState(self, first_epoch=-1 if config.epochs == 0 else 0, root=REPO_ROOT)
         self.team.own_random_numbers(config.seed, self.state.position)
@@ -950,7 +956,7 @@ def build_trainer(model_cfg, train_cfg, df):
     Raises FileNotFoundError that says what the run needed and how to give it locally, where weights cannot be had.
     """
     try:
-        tok = build_tokenizer(model_cfg, shards.training_texts(df))
+        tok = build_tokenizer(model_cfg, streaming.training_texts(df))
         learnt = model_cfg.tokenizer in ("bpe", "word") and not model_cfg.start_from
         if learnt or len(tok) > model_cfg.vocab_size:
             model_cfg.vocab_size = len(tok)  # a larger one, padded for speed, may stay with GPT-2's tokenizer
@@ -985,7 +991,7 @@ def main(argv=None):
         f"best {trainer.log.best_by}: epoch {result['best_epoch'] + 1}, perplexity {result['best_perplexity']:.3f}; "
         f"checkpoint and plots are in {train_cfg.model_path}"
     )
-    hub.offer_upload(HF_REPO_ID, train_cfg.model_path, train_cfg.push_every_epoch)
+    upload.offer_upload(HF_REPO_ID, train_cfg.model_path, train_cfg.push_every_epoch)
     plots.show_windows()
     return result
 

@@ -24,17 +24,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import attention_maps
-import plots
-from caption_table import FILE, CaptionTable
-from captions_tokenizer import encode_prompt
-from command_line import add_decoding_arguments, decoding_options, with_underscores
-from decoding import Options, generate_ids, log_probabilities, trim
+from captioning.command_line.caption_table import FILE, CaptionTable
+from captioning.command_line.decoding_options import add_decoding_arguments, decoding_options
+from captioning.command_line.overrides import with_underscores
+from captioning.command_line.photo_arguments import find_photos
+from captioning.common.progress import progress_bar
+from captioning.decoding import attention_maps
+from captioning.decoding.search import Options, generate_ids, log_probabilities, trim
+from captioning.images.preprocessing import preprocess
+from captioning.model.tokenizer import encode_prompt
+from captioning.pages import plots
+from captioning.training.schedule import mixed_precision
 from MyLLM_Vit_gpt2_captioning import OUTPUT_DIR, load_captioner, train_config
-from optimization import mixed_precision
-from photo_arguments import find_photos
-from preprocessing import preprocess
-from progress import progress_bar
 
 SHOWN_SIDE = 640  # pixels of a photo that is kept to be drawn
 

@@ -14,8 +14,7 @@ from types import SimpleNamespace
 
 import torch
 
-import checkpoint
-import hugging_face
+from captioning.model import checkpoint, hugging_face
 from MyLLM_Vit_gpt2_captioning import REPO_ROOT, load_captioner, read_config
 
 

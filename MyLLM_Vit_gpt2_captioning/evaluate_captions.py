@@ -18,15 +18,15 @@ from pathlib import Path
 
 import torch
 
-import pages
-import sources
+from captioning.command_line.decoding_options import add_decoding_arguments, decoding_options
 from captioning.common.files import write_atomically
+from captioning.data import sources
 from captioning.data.conventions import SPLITS
-from command_line import add_decoding_arguments, decoding_options
-from evaluation import as_table, cider_of_each, exact_answers, predict, score, table_rows
+from captioning.data.token_cache import TokenCache, fill_caches
+from captioning.pages import html_pages
+from captioning.scoring.evaluation import as_table, cider_of_each, exact_answers, predict, score, table_rows
+from captioning.training.schedule import mixed_precision
 from MyLLM_Vit_gpt2_captioning import DATA_DIR, OUTPUT_DIR, load_captioner, train_config
-from optimization import mixed_precision
-from token_cache import TokenCache, fill_caches
 
 SHOWN = 40  # best and worst photos on the page
 
@@ -153,7 +153,7 @@ def write_page(path, title, scores, candidates, references):
 
     best, worst = order[:SHOWN], order[SHOWN:][::-1][:SHOWN]
     sections = {"Best by CIDEr": photos(best), "Worst by CIDEr": photos(worst)}
-    pages.write_evaluation_page(path, title, table_rows(scores), {k: v for k, v in sections.items() if v})
+    html_pages.write_evaluation_page(path, title, table_rows(scores), {k: v for k, v in sections.items() if v})
 
 
 if __name__ == "__main__":

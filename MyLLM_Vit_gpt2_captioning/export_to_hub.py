@@ -14,12 +14,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-import hub
-from decoding import caption_images
-from hub_folder import CHECKPOINT_FILES, place_checkpoint, source_files, write_folder
-from model_card import NO_LICENSE, picture, read_facts
+from captioning.decoding.search import caption_images
+from captioning.images.preprocessing import load_image
+from captioning.sharing import upload
+from captioning.sharing.hub_folder import CHECKPOINT_FILES, place_checkpoint, source_files, write_folder
+from captioning.sharing.model_card import NO_LICENSE, picture, read_facts
 from MyLLM_Vit_gpt2_captioning import HF_REPO_ID, OUTPUT_DIR, load_captioner, read_config
-from preprocessing import load_image
 
 
 def main(argv=None):
@@ -65,11 +65,11 @@ def export(args):
     logging.set_verbosity_error()  # what it would warn of while it tries again is told at the end
     if not args.repo:
         raise ValueError("no repository is named: give user/repo, or set HF_REPO_ID")
-    hub.check_name(args.repo)
+    upload.check_name(args.repo)
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", args.license):
         raise ValueError(f"--license {args.license!r}: expected the Hub's name of one, like apache-2.0 or cc-by-nc-4.0")
     if args.dry_run is None:
-        hub.check_token()
+        upload.check_token()
     elif args.dry_run.exists() and (not args.dry_run.is_dir() or any(args.dry_run.iterdir())):
         raise FileExistsError(f"{args.dry_run} is there already: give another folder")
     folder, _ = read_config(args.checkpoint)
@@ -95,7 +95,7 @@ def export(args):
         if args.dry_run:
             print(f"written to {target}; nothing was uploaded")
             return target
-        url = hub.upload(target, args.repo, args.private, hub.message_of(facts), insist=True)
+        url = upload.upload(target, args.repo, args.private, upload.message_of(facts), insist=True)
     print(f"shared: {url}")
     return url
 

@@ -20,11 +20,10 @@ import os
 import sys
 from pathlib import Path
 
-import photo_store
-import shapes
-import shard_writer
-from dataset_check import check_dataset
-from downloads import DATASETS, fetch_dataset
+from captioning.data import photo_store, shapes
+from captioning.data.dataset_check import check_dataset
+from captioning.data.downloads import DATASETS, fetch_dataset
+from captioning.data.shards import writing
 from MyLLM_Vit_gpt2_captioning import DATA_DIR
 
 SHAPES = "shapes"
@@ -55,7 +54,7 @@ def main(argv=None):
         "--num_workers", type=int, default=os.cpu_count(), help="shrink, shards: processes (default: one a core)"
     )
     parser.add_argument(
-        "--photos_per_shard", type=int, default=shard_writer.PHOTOS_PER_SHARD, help="shards: (default: %(default)s)"
+        "--photos_per_shard", type=int, default=writing.PHOTOS_PER_SHARD, help="shards: (default: %(default)s)"
     )
     args = parser.parse_args(argv)
     if sum(choice is not None for choice in (args.name, args.check, args.shrink, args.shards)) != 1:
@@ -76,7 +75,7 @@ def main(argv=None):
         elif args.shards:
             source = args.shards.resolve()
             target = args.to or source.with_name(f"{source.name}_shards")
-            shard_writer.write_shards(
+            writing.write_shards(
                 args.shards, target, args.photos_per_shard, args.captions_file, args.image_dir, args.num_workers
             )
         elif args.name == SHAPES:

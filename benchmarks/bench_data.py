@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from captioning.data.photo_store import SIDE, UNCOMPRESSED, shrink
+from captioning.images.preprocessing import load_image
 from MyLLM_Vit_gpt2_captioning import build_transforms
-from photo_store import SIDE, UNCOMPRESSED, shrink
-from preprocessing import load_image
 from timing import interleaved, machine, median_and_range
 
 SIZES = [(500, 375), (2048, 1536)]  # width, height

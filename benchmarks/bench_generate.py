@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from captioners import make_batch, make_pair
-from decoding import generate_ids
+from captioning.decoding.search import generate_ids
 from timing import interleaved, machine, median_and_range, peak_on_a_gpu
 
 NEW = 20
@@ -122,7 +122,7 @@ def main(argv=None):
     for batch, least, greedy, beam, rough, _, levels, _ in rows:
         candidates = {"generate": partial(theirs_generate, theirs, levels), "ours": new(greedy)}
         if cuda:
-            from cached_decoder import without_graphs  # found since `captioners` is imported
+            from captioning.decoding.cached_decoder import without_graphs  # found since `captioners` is imported
 
             candidates["ours, without CUDA graphs"] = new(without_graphs()(greedy))
         else:

@@ -22,10 +22,9 @@ sys.path.insert(0, str(REPO_ROOT / "MyLLM_Vit_gpt2_captioning"))
 
 import torch
 
-import shard_writer
-import shards
-import sources
 from bench_data import SIZES, write_photos
+from captioning.data import sources
+from captioning.data.shards import reading, streaming, writing
 from timing import machine, median_and_range
 
 DIFFERENT_PHOTOS = 20
@@ -36,21 +35,21 @@ PLACES = 1_000_000
 def write(path, photos, count):
     """One shard of `count` photos -> bytes a photo that are not the photo's."""
     samples = [(f"{i:06d}", photos[i % len(photos)], CAPTIONS, [""] * 5) for i in range(count)]
-    entry = shard_writer.write_shard(path, samples)
+    entry = writing.write_shard(path, samples)
     return (entry["bytes"] - sum(sample[1].stat().st_size for sample in samples)) / count
 
 
 def stream(found, count):
     """An epoch of batches as data workers get them. Raises ValueError when photos are missing."""
-    bad_images = shards.BadSamples(found[0].path.parent, count, 0)
+    bad_images = streaming.BadSamples(found[0].path.parent, count, 0)
     dataset = SimpleNamespace(captions_per_image=5, seed=0, bad_images=bad_images)
-    batches = list(shards.ShardBatchSampler(found, dataset, 160, buffer=500, window=16))
+    batches = list(streaming.ShardBatchSampler(found, dataset, 160, buffer=500, window=16))
     if sum(group is not None for batch in batches for group in batch) != count:
         raise ValueError("photos are missing")
 
 
 def places():
-    for _ in shards.buffered_order(PLACES, 5000, random.Random(0)):
+    for _ in streaming.buffered_order(PLACES, 5000, random.Random(0)):
         pass
 
 
@@ -74,10 +73,10 @@ def main(argv=None):
         kilobytes = sum(path.stat().st_size for path in photos) / len(photos) / 1000
         train, val = folder / "train-000000.tar", folder / "val-000000.tar"
         extra, _ = (write(path, photos, args.photos) for path in (train, val))
-        found = shards.training_shards(folder)
+        found = reading.training_shards(folder)
         works = {
             "written, each decoded once": (args.photos, lambda: write(val, photos, args.photos)),
-            "counted": (args.photos, lambda: shards.count(train)),
+            "counted": (args.photos, lambda: reading.count(train)),
             "read, grouped, shuffled": (args.photos, lambda: stream(found, args.photos)),
             "places of the shuffle buffer": (PLACES, places),
         }

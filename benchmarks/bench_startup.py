@@ -22,9 +22,9 @@ sys.path.insert(0, str(FOLDER))
 
 import torch
 
-import checkpoint
 import MyLLM_Vit_gpt2_captioning as script
-from captions_tokenizer import CaptionTokenizer
+from captioning.model import checkpoint
+from captioning.model.tokenizer import CaptionTokenizer
 from timing import interleaved, machine, median_and_range
 
 PHOTO = REPO_ROOT / "examples" / "shapes" / "scene_0.png"

@@ -20,8 +20,8 @@ sys.path.insert(0, str(REPO_ROOT / "MyLLM_Vit_gpt2_captioning"))
 
 import torch
 
-import shapes
-from attention_maps import caption_ids, word_maps
+from captioning.data import shapes
+from captioning.decoding.attention_maps import caption_ids, word_maps
 from MyLLM_Vit_gpt2_captioning import load_captioner
 
 KINDS = ("size", "colour", "shape")

@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO_ROOT / "MyLLM_Vit_gpt2_captioning"), str(REPO_ROOT)]
+TEST_FOLDERS = [str(folder) for folder in (REPO_ROOT / "tests").glob("*/")]
+sys.path[:0] = [str(REPO_ROOT / "MyLLM_Vit_gpt2_captioning"), str(REPO_ROOT), *TEST_FOLDERS]
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub fails at once
 os.environ["MPLBACKEND"] = "agg"  # no window, also where there is a display
 
 import MyLLM_Vit_gpt2_captioning as script_module
-from captions_tokenizer import CaptionTokenizer
+from captioning.model.tokenizer import CaptionTokenizer
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 

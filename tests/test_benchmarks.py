@@ -101,10 +101,9 @@ def test_the_benchmark_of_shards_reads_what_it_wrote(tmp_path, capsys):
     said = capsys.readouterr().out
     assert all(f"| {work} | " in said for work in ("counted", "read, grouped, shuffled"))
     with pytest.raises(ValueError, match="photos are missing"):
-        shards = bench_shards.shards
         path = tmp_path / "train-0.tar"
         bench_shards.write(path, bench_data.write_photos(tmp_path, (500, 375), 1)[1], 3)
-        bench_shards.stream([shards.Shard(path, 4, {5: 4}, 0)], 4)
+        bench_shards.stream([bench_shards.reading.Shard(path, 4, {5: 4}, 0)], 4)
 
 
 def test_both_captioners_are_one_model(tmp_path):
@@ -112,7 +111,7 @@ def test_both_captioners_are_one_model(tmp_path):
     from bench_generate import naive_generate, theirs_generate
     from bench_train import WAYS, loss_of
     from captioners import make_batch, make_pair
-    from decoding import generate_ids
+    from captioning.decoding.search import generate_ids
 
     options = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 2}
     ours, theirs = make_pair(

@@ -30,17 +30,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import checkpoint
-import dataset_check
-import downloads
-import shards
-import sources
 from captioning.common.files import CONFIG_FILE, TOKENIZER_FILE, TORCH_FILE, WEIGHTS_FILE, write_atomically
+from captioning.data import dataset_check, downloads, sources
+from captioning.data.shards import reading, streaming
+from captioning.data.token_cache import TokenCache
+from captioning.images.preprocessing import load_image
+from captioning.model import checkpoint
+from captioning.training.run_log import RunLog
+from captioning.training.self_critical import SelfCritical
 from conftest import CAPTIONS
-from preprocessing import load_image
-from run_log import RunLog
-from self_critical import SelfCritical
-from token_cache import TokenCache
 
 TABLE = Path(__file__).with_name("HOSTILE_INPUT.md")
 UPDATE = "UPDATE_TABLE" in os.environ
@@ -631,7 +629,7 @@ def _(script, tiny_train_config, tmp_path):
 
 @case("Files", "disk full half-way through the token cache")
 def _(tiny_model, flickr, tmp_path, monkeypatch):
-    monkeypatch.setattr("token_cache.SYNC_EVERY", 2)
+    monkeypatch.setattr("captioning.data.token_cache.SYNC_EVERY", 2)
     photos = sorted((flickr / "flickr30k_images").iterdir())
     whole = TokenCache(tmp_path / "whole", tiny_model).fill(tiny_model, photos)
     size = (whole.folder / "level_0.float16").stat().st_size
@@ -691,7 +689,7 @@ def stream(script, folder, words, **changes):
     rows = sources.load_usable(folder, None, None, "flickr30k")
     dataset = script.Dataset(rows[:0], script.build_transforms(16)[0], words)
     collate = partial(script.collate_fn, tokenizer=words)
-    return list(shards.build_stream_loader(folder, dataset, collate, config))
+    return list(streaming.build_stream_loader(folder, dataset, collate, config))
 
 
 def two_shards(folder, **damage):
@@ -699,7 +697,7 @@ def two_shards(folder, **damage):
     from test_shards import make_shards, members, write_tar
 
     make_shards(folder, [[1] * 3] * 2)
-    shards.training_shards(folder)
+    reading.training_shards(folder)
     (folder / "counts.json").rename(folder / "manifest.json")  # it is known how they were
     content = members(0, 0, 1) | members(0, 1, 1) | members(0, 2, 1) | damage
     write_tar(folder / "train-000000.tar", {name: value for name, value in content.items() if value is not None})

@@ -10,41 +10,75 @@ from conftest import REPO_ROOT
 
 FOLDER = REPO_ROOT / "MyLLM_Vit_gpt2_captioning"
 SCRIPT = "MyLLM_Vit_gpt2_captioning"
-MODULES = {path.stem: path for path in FOLDER.glob("*.py")}
+# The rooms of the package in their order: a room imports only itself and the rooms in front of it.
+ROOMS = (
+    "common", "images", "pages", "model", "data", "command_line", "decoding", "scoring", "training", "sharing",
+)  # fmt: skip
+MODULES = {
+    path.relative_to(FOLDER).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path
+    for path in FOLDER.rglob("*.py")
+}
+ROOM_OF = {name: name.split(".")[1] for name in MODULES if name.count(".") >= 1}
+BESIDE_THE_ROOMS = set(MODULES) - set(ROOM_OF) - {"captioning"}  # the script and the tools
 
 
 def imports(path):
-    """Top-level names that the file imports."""
+    """The project's modules that a file imports, anywhere in it; with `from a import b` that is a.b where it is one."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.split(".")[0])
-    return names
+            assert node.level == 0, f"{path}: imports are absolute"
+            dotted = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= dotted & set(MODULES) or {node.module}
+    return names & set(MODULES)
+
+
+IMPORTS = {name: imports(path) for name, path in MODULES.items()}
+TOOLS = {name for name, used in IMPORTS.items() if SCRIPT in used}
+
+
+def test_the_rooms_are_those_of_the_table():
+    assert {path.name for path in (FOLDER / "captioning").iterdir() if path.is_dir()} - {"__pycache__"} == set(ROOMS)
+    for path in (FOLDER / "captioning").rglob("__init__.py"):
+        [docstring] = ast.parse(path.read_text(encoding="utf-8")).body
+        assert ast.get_docstring(ast.Module([docstring], [])), f"{path}: a docstring and nothing else"
 
 
 def test_imports_never_go_upward():
-    """Tools import the script, the script imports leaves; leaves import neither, and MyLLM nothing of the captioner."""
-    own = {name: imports(path) & set(MODULES) for name, path in MODULES.items()}
-    tools = {name for name, used in own.items() if SCRIPT in used}
-    assert tools >= {"caption_image", "convert_captioner", "prepare_data"}
-    assert not own[SCRIPT] & tools
-    for name, used in own.items():
-        assert not used & tools, f"{name} imports a tool"
+    """Tools import the script, never each other; the script imports rooms; a room imports rooms in front of it."""
+    assert {"caption_image", "convert_captioner", "prepare_data"} <= TOOLS
+    assert {SCRIPT} | TOOLS == BESIDE_THE_ROOMS, "beside the script lie only tools"
+    for tool in TOOLS:
+        assert not IMPORTS[tool] & TOOLS, f"{tool} imports a tool"
+    assert not IMPORTS[SCRIPT] & TOOLS
+    for name, room in ROOM_OF.items():
+        assert not IMPORTS[name] & BESIDE_THE_ROOMS, f"{name} imports what lies above the rooms"
+        for used in IMPORTS[name]:
+            assert ROOMS.index(ROOM_OF[used]) <= ROOMS.index(room), f"{name} imports {used}, which lies above it"
     for path in (REPO_ROOT / "MyLLM").glob("*.py"):
-        assert not imports(path) & set(MODULES), path
+        assert not imports(path), path
+
+
+def test_no_two_files_import_each_other():
+    """Not through others either; an import inside a function counts, too."""
+    waiting = dict(IMPORTS)
+    while free := {name for name, used in waiting.items() if not used & waiting.keys() - {name}}:
+        waiting = {name: used for name, used in waiting.items() if name not in free}
+    assert not waiting, f"a circle among {sorted(waiting)}"
 
 
 def test_no_file_shadows_a_library():
     """The script's folder is the first on the search path."""
     installed = {"datasets", "evaluate", "tokenizers", "tokenizer", "transformers", "types", "random"}
-    assert not installed & set(MODULES)
+    assert not installed & {path.stem for path in FOLDER.iterdir()}
+    assert not installed & set(ROOMS)
     assert not (FOLDER / "__init__.py").exists()
 
 
 def test_the_script_stays_readable():
-    assert len((FOLDER / f"{SCRIPT}.py").read_text(encoding="utf-8").splitlines()) <= 1000
+    assert len((FOLDER / f"{SCRIPT}.py").read_text(encoding="utf-8").splitlines()) <= 1010
 
 
 def test_the_file_tree_in_the_readme_is_true():

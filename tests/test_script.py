@@ -221,7 +221,7 @@ def test_local_gpt2_and_encoder_weights(script, flickr, bpe, tmp_path, monkeypat
 def test_example_checkpoint_captions_its_scenes(tmp_path, capsys):
     """Right after an install: examples/shapes holds a model that this code trained, and scenes it never saw."""
     import caption_image
-    import shapes
+    from captioning.data import shapes
 
     examples = REPO_ROOT / "examples" / "shapes"
     truth = json.loads((examples / "scenes.json").read_text())

@@ -1,0 +1,127 @@
+"""Which captions form a batch: K captions of one image side by side, so that the image is encoded once for all K, and
+captions of like length together, so that little of a batch is padding."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from captioning.common.distributed import rank_and_size
+from captioning.data.unreadable_photos import CheckedLoader
+
+
+class CaptionBatchSampler(Sampler):
+    """Yields lists of row indices; rows b*K .. b*K+K-1 of a batch are captions of the same image.
+
+    An epoch visits every image: n captions make n // K groups of K different ones (which are left over changes from
+    epoch to epoch), and an image with fewer than K captions makes one group in which they repeat. With K = 1 every
+    caption comes once an epoch, as in a classic loader.
+    """
+
+    def __init__(self, images, batch_size, captions_per_image=1, shuffle=True, seed=0, lengths=None, window=1):
+        """`images`: the image of every row. `batch_size` counts captions and is a multiple of `captions_per_image`.
+
+        With `lengths`, one a row, the groups of `window` batches are sorted by their longest caption before they are
+        cut into batches; batches then come in random order again.
+        """
+        if batch_size % captions_per_image:
+            raise ValueError(
+                f"batch_size {batch_size} counts captions and must be a multiple of captions_per_image "
+                f"{captions_per_image}, for example {max(1, batch_size // captions_per_image) * captions_per_image}"
+            )
+        rows_of = {}
+        for row, image in enumerate(images):
+            rows_of.setdefault(image, []).append(row)
+        self.rows_of_image = list(rows_of.values())
+        self.captions_per_image = captions_per_image
+        self.groups_per_batch = batch_size // captions_per_image
+        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+        self.first = 0  # batches that the next epoch leaves out, because a run that goes on has seen them
+        self.lengths, self.window = lengths, window
+        self.rank, self.ranks, self.shares = 0, 1, 1
+
+    def share(self, rank, ranks, shares=None):
+        """This is process `rank` of `ranks`: take its part of every batch. Batches and windows are then `shares` times
+        as large: `ranks` unless a run goes on that had another number of processes."""
+        self.rank, self.ranks, self.shares = rank, ranks, shares or ranks
+
+    def set_epoch(self, epoch):
+        """Choose the epoch's order: it depends on (seed, epoch) only."""
+        self.epoch = epoch
+
+    def __len__(self):
+        groups = sum(max(1, len(rows) // self.captions_per_image) for rows in self.rows_of_image)
+        return len(self._starts(groups))
+
+    def _starts(self, groups):
+        """Where batches start. When the last would have too few groups for all processes it joins the one before."""
+        starts = np.arange(0, groups, self.groups_per_batch * self.shares)
+        if groups < self.ranks:
+            raise ValueError(f"{groups} photos cannot be shared by {self.ranks} processes: start fewer")
+        return starts[:-1] if groups - starts[-1] < self.ranks else starts
+
+    def __iter__(self):
+        rng = np.random.default_rng([self.seed, self.epoch])
+        K = self.captions_per_image
+        groups = []
+        for rows in self.rows_of_image:
+            rows = rng.permutation(rows) if self.shuffle else np.array(rows)
+            if len(rows) < K:
+                rows = np.resize(rows, K)  # repeats from the front
+            groups += [rows[start : start + K] for start in range(0, len(rows) - K + 1, K)]
+        order = rng.permutation(len(groups)) if self.shuffle else np.arange(len(groups))
+        starts, per_batch = self._starts(len(groups)), self.groups_per_batch * self.shares
+        ends = dict(zip(starts, [*starts[1:], len(groups)], strict=True))
+        if self.lengths is not None and self.window > 1:
+            longest = np.array([max(self.lengths[row] for row in rows) for rows in groups])
+            size = self.window * per_batch
+            windows = [order[start : start + size] for start in range(0, len(order), size)]
+            order = np.concatenate([window[np.argsort(longest[window], kind="stable")] for window in windows])
+            starts = rng.permutation(starts) if self.shuffle else starts
+        first, self.first = self.first, 0
+        for start in starts[first:]:
+            yield [int(row) for g in order[start : ends[start]][self.rank :: self.ranks] for row in groups[g]]
+
+
+def build_loader(dataset, batch_sampler, collate_fn, config):
+    """A DataLoader of a caption dataset with what `config`, the train_config, says about workers and the device. Of
+    several processes each loads its part."""
+    batch_sampler.share(*rank_and_size())
+    return CheckedLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        collate_fn=collate_fn,
+        num_workers=config.num_workers,
+        persistent_workers=config.num_workers > 0,
+        pin_memory=config.device.startswith("cuda"),
+        generator=torch.Generator(),  # its own: how often workers start must not shift the dropout's random numbers
+    )
+
+
+def exact_captions_per_image(images, wanted):
+    """`wanted` when every image's captions fill groups of that size exactly, else 1: validation counts each once."""
+    return wanted if all(count % wanted == 0 for count in Counter(images).values()) else 1
+
+
+def stack(inputs):
+    """What single photos are for the model -> what a batch of them is: images (3, H, W) -> (B, 3, H, W), and lists with
+    tokens (N, C) of each level -> a list of (B, N, C)."""
+    if isinstance(inputs[0], list):
+        return [torch.stack(level) for level in zip(*inputs, strict=True)]
+    return torch.stack(inputs)
+
+
+def to_device(inputs, device):
+    """A tensor, or a list of tensors, on the device."""
+    if isinstance(inputs, (list, tuple)):
+        return [part.to(device, non_blocking=True) for part in inputs]
+    return inputs.to(device, non_blocking=True)
+
+
+def several(loader, count):
+    """Yields lists of `count` batches, which make one step together; the last list may be shorter."""
+    batches = iter(loader)
+    while group := list(itertools.islice(batches, count)):
+        yield group

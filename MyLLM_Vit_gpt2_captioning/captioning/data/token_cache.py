@@ -1,0 +1,304 @@
+"""Token cache: what a frozen encoder makes of a photo never changes, so it is computed once and kept on disk.
+
+A cache is a folder that holds one view of the photos, plain or augmented:
+    manifest.json      all that its tokens depend on but the photos; a hash of it ends the folder's name
+    index.jsonl        a line a photo, in the order of the rows: path, size, time of the last change, may be mirrored
+    level_0.float16    tokens (rows, N, C); a file for each level of the encoder
+A photo's tokens are on the disk before its line, so whatever ends the work, what the index lists is whole, and the rest
+is computed the next time. A photo that changed gets a new row.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import zlib
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.utils.data
+from filelock import FileLock
+
+from captioning.common.files import write_atomically
+from captioning.common.progress import progress_bar
+from captioning.data.batching import to_device
+from captioning.images import tar_members
+from captioning.images.augmentation import TrainingTransforms, may_mirror
+from captioning.images.preprocessing import load_image, preprocess
+
+FORMAT = 1  # of these files; a change makes every cache a new one
+AUGMENTATION = 2  # of augmented views likewise: number of the augmentation that made their pixels
+SYNC_EVERY = 512  # photos between two points from which interrupted work goes on
+SPARE_BYTES = 2**30  # of the disk stay free
+
+
+class TokenCache:
+    """`cache[path]` -> the photo's tokens, a float16 tensor (N, C) for each level of the encoder."""
+
+    def __init__(self, folder, model, view=0, crop_scale=0.8):
+        """The cache in `folder` for `model`, a `VisionGPT2Model`; nothing is computed before `fill`.
+
+        View 0 is the plain photo, the others are augmented as in training, drawn from (view, photo): alike in all runs.
+        """
+        config, encoder = model.config, model.encoder
+        augmented = dict(view=view, crop_scale=crop_scale, augmentation=AUGMENTATION) if view else dict(view=0)
+        self.view, self.preprocessing = augmented, model.preprocessing
+        self.manifest = {
+            "format": FORMAT,
+            "encoder": str(config.encoder),
+            "encoder_options": config.encoder_options,
+            "weights": fingerprint(encoder),
+            "own final norm": encoder.normalized
+            and getattr(encoder, "refiner", None) is None,  # "final" coupling of a ViT has it
+            "levels": len(encoder.widths),
+            "preprocessing": {key: list(v) if isinstance(v, tuple) else v for key, v in self.preprocessing.items()},
+            **augmented,
+        }
+        key = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()[:12]
+        self.folder = Path(folder) / f"{Path(config.encoder).name}-view{view}-{key}"
+        self.shapes, self.index, self._maps = [], {}, None
+        self._read_index()
+
+    def __getstate__(self):
+        return self.__dict__ | {"_maps": None}  # for data workers: a pickled memory map would be a copy of the file
+
+    def __contains__(self, path):
+        return os.path.abspath(path) in self.index
+
+    def __getitem__(self, path):
+        if self._maps is None:
+            self._maps = [
+                np.memmap(file, np.float16, "r", shape=(file.stat().st_size // (2 * math.prod(shape)), *shape))
+                for file, shape in zip(self._files(), self.shapes, strict=True)
+            ]
+        row = self.index[os.path.abspath(path)][0]
+        return [torch.from_numpy(np.array(level[row])) for level in self._maps]
+
+    def batch(self, paths):
+        """Photos -> their tokens as the model takes them: float16 (B, N, C) for each level."""
+        return [torch.stack(level) for level in zip(*(self[path] for path in paths), strict=True)]
+
+    def missing(self, images, captions_of=None):
+        """Photos (paths) that are not here yet, or that changed since -> {absolute path: what tells it is the same}.
+
+        `captions_of` {path: captions} says which photos augmentation may mirror.
+        """
+        captions_of = {os.path.abspath(path): captions for path, captions in (captions_of or {}).items()}
+        identities = {path: self._identity(path, captions_of.get(path, ())) for path in map(os.path.abspath, images)}
+        return {path: same for path, same in identities.items() if self.index.get(path, [None])[1:] != same}
+
+    def fill(self, model, images, captions_of=None, batch_size=32, num_workers=0):
+        """Compute the tokens that are `missing`.
+
+        Raises ValueError that names a photo that cannot be read or whose tokens float16 cannot hold; the tokens of the
+        photos before it stay. OSError that names the folder when the disk is full; the tokens before that stay, too.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / ".lock"):  # a second run that needs the same tokens waits for them
+            self._read_index()
+            missing = self.missing(images, captions_of)
+            if missing:
+                self.shapes = shapes_of(model)
+                content = json.dumps(self.manifest | {"shapes": self.shapes}, indent=2) + "\n"
+                write_atomically(self.folder / "manifest.json", lambda path: path.write_text(content))
+                self._compute(model, missing, captions_of or {}, batch_size, num_workers)
+        return self
+
+    def _compute(self, model, identities, captions_of, batch_size, num_workers):
+        """Append the tokens of the photos in `identities`, a line in the index for each."""
+        device, paths = next(model.parameters()).device, list(identities)
+        look = partial(preprocess, **self.preprocessing)
+        if self.view["view"]:
+            look = _AugmentedLook(self.preprocessing, self.view, captions_of)
+        # A generator of its own: whether tokens are computed must not shift the dropout's random numbers.
+        loader = torch.utils.data.DataLoader(
+            _Photos(paths, look), batch_size, num_workers=num_workers, generator=torch.Generator()
+        )
+        model.eval()
+        lines = (self.folder / "index.jsonl").open("r+b" if self.rows else "w+b")
+        lines.truncate(self._whole)  # behind what is whole there may be unfinished work
+        lines.seek(0, os.SEEK_END)
+        levels, stored, written = [file.open("r+b" if file.exists() else "w+b") for file in self._files()], 0, []
+        for file, shape in zip(levels, self.shapes, strict=True):
+            file.truncate(self.rows * 2 * math.prod(shape))
+            file.seek(0, os.SEEK_END)
+        bar = progress_bar(len(paths), "tokens")
+        try:
+            for images in loader:
+                batch = paths[stored : stored + len(images)]
+                with torch.inference_mode():
+                    tokens = model.levels(to_device(images, device))
+                for file, level in zip(levels, tokens, strict=True):
+                    level = level.half().cpu()  # (B, N, C)
+                    bad = (~level.isfinite()).flatten(1).any(1).nonzero()
+                    if len(bad):
+                        raise ValueError(
+                            f"{batch[int(bad[0])]}: its tokens do not fit float16; leave out --cache_tokens"
+                        )
+                    file.write(level.contiguous().numpy().tobytes())
+                written += batch
+                stored += len(batch)
+                bar.update(len(batch))
+                if len(written) >= SYNC_EVERY or stored == len(paths):
+                    for file in levels:
+                        file.flush()
+                        os.fsync(file.fileno())
+                    for path in written:
+                        self.index[path] = [self.rows, *identities[path]]
+                        self.rows += 1
+                    lines.write("".join(json.dumps([path, *identities[path]]) + "\n" for path in written).encode())
+                    lines.flush()
+                    os.fsync(lines.fileno())
+                    written = []
+            for file in (lines, *levels):
+                file.close()  # writes what Python still held back
+        except OSError as error:
+            if isinstance(error, FileNotFoundError):  # a photo's
+                raise
+            raise OSError(
+                f"{self.folder}: the tokens could not be written ({error.strerror or error}); those of {self.rows:,} "
+                "photos are kept. Make room, or give another disk with --cache_dir FOLDER, and start again"
+            ) from error
+        finally:
+            bar.close()
+            for file in (lines, *levels):
+                with suppress(OSError):  # of a full disk, again
+                    file.close()
+            self._maps = None
+
+    def _identity(self, path, captions):
+        """What tells whether a photo is still the same: size, time of the last change, whether it may be mirrored."""
+        try:
+            stat = os.stat(tar_members.tar_of(path) or path)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: no such image") from None
+        return [stat.st_size, stat.st_mtime_ns, may_mirror(captions) if self.view["view"] else None]
+
+    def _files(self):
+        return [self.folder / f"level_{i}.float16" for i in range(len(self.shapes))]
+
+    def _read_index(self):
+        """What is there: {path: [row, size, time, mirrored]}. Only whole lines whose tokens are on the disk
+        count, and none behind a damaged one; nothing is changed, because another run may be at work here."""
+        self.index, self.rows, self._whole, self._maps = {}, 0, 0, None
+        index, manifest = self.folder / "index.jsonl", self.folder / "manifest.json"
+        if not (index.is_file() and manifest.is_file()):
+            return
+        try:
+            self.shapes = [tuple(shape) for shape in json.loads(manifest.read_bytes())["shapes"]]
+        except (ValueError, KeyError, TypeError):  # damaged: all is computed again
+            return
+        sizes = [file.stat().st_size if file.is_file() else 0 for file in self._files()]
+        stored = min(size // (2 * math.prod(shape)) for size, shape in zip(sizes, self.shapes, strict=True))
+        for line in index.read_bytes().splitlines(keepends=True)[:stored]:
+            if line.endswith(b"\n"):
+                try:
+                    path, *identity = json.loads(line)
+                except ValueError:
+                    break
+                self.index[path] = [self.rows, *identity]
+                self.rows += 1
+                self._whole += len(line)  # bytes of the index that count
+
+
+def shapes_of(model):
+    """(N, C) of the tokens of a photo on each level."""
+    side, device = model.preprocessing["img_size"], next(model.parameters()).device
+    with torch.inference_mode():
+        model.eval()
+        levels = model.encoder.levels(torch.zeros(1, 3, side, side, device=device))
+    return [tuple(level.shape[1:]) for level in levels]
+
+
+def fill_caches(model, jobs, num_workers=0):
+    """Fill caches of one folder, jobs = [(cache, images, captions_of), ...], after saying how large it gets.
+
+    Raises OSError before anything is computed when the disk has too little room.
+    """
+    missing = [len(cache.missing(images, captions_of)) for cache, images, captions_of in jobs]
+    if any(missing):
+        folder, shapes = jobs[0][0].folder.parent, shapes_of(model)
+        need = sum(missing) * sum(2 * math.prod(shape) for shape in shapes)
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        each = " + ".join(f"{n} x {c}" for n, c in shapes)
+        print(f"token cache: {sum(missing):,} views of photos x {each} numbers take {need / 1e9:.2f} GB in {folder}")
+        if need > free - SPARE_BYTES:
+            raise OSError(
+                f"{folder}: the tokens take {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free, 1 GB to spare: "
+                "give another disk with --cache_dir FOLDER, fewer --cache_views, or train without --cache_tokens"
+            )
+    for cache, images, captions_of in jobs:
+        cache.fill(model, images, captions_of, num_workers=num_workers)
+
+
+def read_tokens_from_disk(model, loaders, train_config):
+    """Let the `Dataset`s of the training and the validation loader read the frozen encoder's tokens from caches in
+    `train_config.cache_dir`; those that are not there are computed first.
+
+    Raises ValueError when the encoder does not stay frozen, and what `fill_caches` and `TokenCache.fill` raise.
+    """
+    config = train_config
+    waits = config.freeze_epochs_all >= config.epochs + config.scst_epochs  # to the end nothing pretrained thaws
+    frozen = set(model.pretrained_parameters()) if waits else model.always_frozen()
+    own = [name for name, _ in model.encoder.named_parameters() if not name.startswith("refiner.")]
+    learns = [name for name in own if f"encoder.{name}" not in frozen]
+    if learns:
+        remedy = "set --trainable_stages 0, or leave out --cache_tokens"
+        if not set(model.pretrained_parameters()) & {f"encoder.{name}" for name in learns}:
+            remedy = "an encoder from scratch has to train; leave out --cache_tokens"
+        raise ValueError(
+            f"cache_tokens: {len(learns)} parameters of the encoder train (the first is {learns[0]}), so its tokens "
+            f"change: {remedy}"
+        )
+    if config.cache_views < 1:
+        raise ValueError(f"cache_views {config.cache_views}: 1 is the photos themselves, more are augmented ones")
+    views = [TokenCache(config.cache_dir, model, view, config.crop_scale) for view in range(config.cache_views)]
+    training, validation = (loader.dataset for loader in loaders)
+    jobs = [(cache, list(training.captions_of), training.captions_of) for cache in views]
+    jobs.append((views[0], list(validation.captions_of), validation.captions_of))
+    fill_caches(model, jobs, config.num_workers)
+    training.token_caches, validation.token_caches = views, views[:1]
+
+
+def fingerprint(encoder):
+    """A hash of all weights and buffers that tokens depend on."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        if not name.startswith("refiner."):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class _Photos(torch.utils.data.Dataset):
+    """Paths -> image tensors."""
+
+    def __init__(self, paths, look):
+        self.paths, self.look = paths, look
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        return self.look(self.paths[i])
+
+
+class _AugmentedLook:
+    """path -> image tensor, as training sees it."""
+
+    def __init__(self, preprocessing, view, captions_of):
+        names = ("img_size", "mean", "std")
+        self.transforms = TrainingTransforms(
+            *(preprocessing[name] for name in names), view["crop_scale"], preprocessing["resample"]
+        )
+        self.view, self.captions_of = view, captions_of
+
+    def __call__(self, path):
+        seed = [self.view["view"], zlib.crc32(Path(path).name.encode())]
+        pixels = np.asarray(load_image(path))
+        return self.transforms(image=pixels, captions=self.captions_of.get(path, ()), seed=seed)["image"]

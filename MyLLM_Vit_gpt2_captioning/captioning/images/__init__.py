@@ -1,0 +1,1 @@
+"""From a photo's file to pixels: preprocessing, augmentation, files inside tars."""

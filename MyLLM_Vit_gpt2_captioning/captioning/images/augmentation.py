@@ -1,0 +1,101 @@
+"""Training augmentation that keeps captions true.
+
+A caption is a label for the whole picture, and most augmentations make some captions false. Here the crop keeps at
+least `crop_scale` of the area, colours change only in brightness and contrast (never in hue), and a picture is
+mirrored only when none of its captions speaks of left, right or writing.
+"""
+
+import math
+import os
+import random
+import re
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from captioning.images.preprocessing import normalize, resize, to_tensor
+
+# Words that a mirrored picture would make false: directions, and writing, which would become unreadable.
+NOT_MIRRORABLE = re.compile(
+    r"\b(left|right|clockwise|anticlockwise|counterclockwise|read|letter|word|text|writing|written|number|say|spell|"
+    r"print|label|logo|sign)",
+    re.IGNORECASE,
+)
+
+
+def may_mirror(captions):
+    """True when no caption of the picture would become false in a mirror."""
+    return not any(NOT_MIRRORABLE.search(caption) for caption in captions)
+
+
+def random_crop_box(generator, width, height, crop_scale):
+    """A box (left, top, right, bottom) that keeps at least `crop_scale` of the area.
+
+    Its aspect varies by up to 4/3 around that of the photo, as far as the photo allows: like the whole photo in
+    validation, the box is then squeezed into a square.
+    """
+    area = generator.uniform(crop_scale, 1)
+    limit = math.log(min(4 / 3, 1 / area))
+    ratio = math.exp(generator.uniform(-limit, limit))
+    # The limit keeps both shares below 1 but for rounding, and Pillow refuses a box that is a hair too large.
+    w, h = width * min(1, math.sqrt(area * ratio)), height * min(1, math.sqrt(area / ratio))
+    left, top = generator.uniform(0, width - w), generator.uniform(0, height - h)
+    return left, top, left + w, top + h
+
+
+def resize_fast(pixels, side, resample):
+    """pixels (H, W, 3) uint8 -> (side, side, 3) uint8, antialiased; `resample` is "bicubic" or "bilinear".
+
+    Pillow's method in torch's 8-bit kernel, four times as fast: few values differ from `preprocessing.preprocess`, and
+    those by rounding. What is published was scored on Pillow's pixels, so validation keeps to them.
+    """
+    image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]  # (1, 3, H, W), channels last
+    image = F.interpolate(image, (side, side), mode=resample, antialias=True)
+    return image[0].permute(1, 2, 0).contiguous().numpy()
+
+
+class TrainingTransforms:
+    """`transforms(image=array, captions=[...], seed=...)["image"]` -> float tensor (3, img_size, img_size), or uint8
+    when it is normalised later, on the device."""
+
+    def __init__(self, img_size, mean, std, crop_scale=0.8, resample="bicubic", normalized=True):
+        # albumentations 2.0.8 asks a server for newer versions when it is imported; training needs no network.
+        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+        import albumentations as A  # here, so that captioning a photo does not wait for it
+
+        self.img_size, self.mean, self.std, self.crop_scale = img_size, mean, std, crop_scale
+        self.resample, self.normalized = resample, normalized
+        # What `load_image` needs of a photo: twice the pixels that are shown, so that the crop is still reduced.
+        self.least_side = 2 * img_size
+        light = A.RandomBrightnessContrast(brightness_limit=0.15, contrast_limit=0.15, p=0.5)
+        self.mirrored = A.Compose([A.HorizontalFlip(p=0.5), light])
+        self.unmirrored = A.Compose([light])
+
+    def __call__(self, image, captions=(), seed=None):
+        """image (H, W, 3) uint8; `captions` are all captions of the picture; the same `seed` gives the same result."""
+        generator = np.random.default_rng(seed)
+        image = np.asarray(image)
+        height, width, _ = image.shape
+        left, top, right, bottom = random_crop_box(generator, width, height, self.crop_scale)
+        crop = image[math.floor(top) : math.ceil(bottom), math.floor(left) : math.ceil(right)]
+        image = resize_fast(crop, self.img_size, self.resample)
+        transforms = self.mirrored if may_mirror(captions) else self.unmirrored
+        # One stream for all steps: `set_random_seed` would start each step at the same number, so that every mirrored
+        # picture would also be a brightened one.
+        transforms.set_random_state(generator, random.Random(int(generator.integers(2**63))))
+        pixels = transforms(image=image)["image"]  # (img_size, img_size, 3) uint8
+        pixels = to_tensor(pixels)
+        return {"image": normalize(pixels, self.mean, self.std) if self.normalized else pixels}
+
+
+class ValidationTransforms:
+    """The plain preprocessing, called like a training transform; pixel for pixel `preprocessing.preprocess`."""
+
+    def __init__(self, img_size, mean, std, resample="bicubic", normalized=True):
+        self.img_size, self.mean, self.std, self.resample, self.normalized = img_size, mean, std, resample, normalized
+
+    def __call__(self, image, captions=(), seed=None):
+        """image (H, W, 3) uint8 -> {"image": tensor (3, img_size, img_size)}; the rest is not used."""
+        pixels = to_tensor(resize(np.asarray(image), self.img_size, self.resample))
+        return {"image": normalize(pixels, self.mean, self.std) if self.normalized else pixels}

@@ -1,0 +1,76 @@
+"""One photo to one tensor: the single truth about preprocessing, used by training, validation, demo and tools.
+
+Only pillow, numpy and torch are needed here, so that captioning a photo does not wait for the import of a training
+library.
+"""
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from captioning.images import tar_members
+
+
+def load_image(source, least_side=None):
+    """Open an image as upright 8-bit RGB.
+
+    `source` is a path (or one into a tar, see tar_members.py), an opened file, an opened `PIL.Image.Image`, or an array
+    (H, W, 3) of dtype uint8. With `least_side` a JPEG file
+    may be decoded at 1/2, 1/4 or 1/8 of its size, which is much faster, as long as both sides keep that many pixels.
+    Raises FileNotFoundError for a missing file, and ValueError that names the file when it is not a readable image.
+    """
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source).convert("RGB")
+    name = getattr(source, "filename", "") or "the image" if isinstance(source, Image.Image) else source
+    try:
+        if isinstance(source, Image.Image):
+            return _as_rgb(ImageOps.exif_transpose(source))  # phones store the turn beside the pixels
+        image = Image.open(tar_members.opened(source))
+        if least_side:
+            image.draft(None, (least_side, least_side))  # does nothing for other formats
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)  # nobody else has this image: it needs no copy
+        return image if image.mode == "RGB" else _as_rgb(image)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name}: no such image") from None
+    except Exception as error:  # a decoder may stumble over a damaged file in any way: TypeError, struct.error, ...
+        raise ValueError(f"{name}: not a readable image ({error}); replace the file or remove its rows") from error
+
+
+def _as_rgb(image):
+    """An image of any mode -> 8-bit RGB. Transparency is left out: the colours are those that are stored."""
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255: nearly all of it white
+        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray((values // 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; save it with 8 bits a channel")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns
+    return image.convert("RGB")
+
+
+def to_tensor(pixels):
+    """pixels (H, W, 3) uint8 -> tensor (3, H, W) uint8."""
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()
+
+
+def normalize(pixels, mean, std):
+    """pixels (..., 3, H, W) uint8 -> float32: scaled to 0..1, then (x - mean) / std for each channel."""
+    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (mean, std))
+    return (
+        pixels.float().div_(255).sub_(mean).div_(std)
+    )  # in place: new memory for each step would take most of the time
+
+
+def resize(source, img_size, resample="bicubic"):
+    """Any image that `load_image` takes -> RGB image of img_size x img_size pixels, as in validation.
+
+    The whole photo is squeezed into the square (antialiased, `resample` is "bicubic" or "bilinear"): a caption may
+    speak of anything in it, so nothing is cropped away.
+    """
+    return load_image(source).resize((img_size, img_size), Image.Resampling[resample.upper()])
+
+
+def preprocess(source, img_size, mean, std, resample="bicubic"):
+    """Any image that `load_image` takes -> float tensor (3, img_size, img_size), as in validation."""
+    return normalize(to_tensor(resize(source, img_size, resample)), mean, std)

@@ -1,0 +1,201 @@
+"""Files of a trained captioner, written so that an interrupted write never damages what was there.
+
+A checkpoint folder holds
+    captioner.safetensors   the weights; plain `load_file` and strict `load_state_dict` read them
+    captioner.pt            the same state_dict for `torch.load`
+    config.json             everything needed to rebuild the model and its preprocessing
+    tokenizer.json
+"""
+
+import json
+import pickle
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from captioning.common.files import (
+    CONFIG_FILE,
+    EPOCHS_FOLDER,
+    RUN_FILES,
+    TOKENIZER_FILE,
+    TORCH_FILE,
+    WEIGHTS_FILE,
+    write_atomically,
+)
+
+OTHER_COPY = "take another copy of the checkpoint, or train again"
+SIZES = ("embed_dim", "num_heads", "depth", "seq_len", "vocab_size", "img_size")  # in config.json; never below 1
+
+
+def save_checkpoint(folder, state_dict, config, tokenizer=None, torch_file=True):
+    """Write a checkpoint. `config` is a dict that JSON can hold; without `torch_file` there is no captioner.pt."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    # `save_file` would make it readable for its owner only, unlike the files beside it.
+    write_atomically(folder / WEIGHTS_FILE, lambda path: path.write_bytes(save(state_dict)))
+    if torch_file:
+        write_atomically(folder / TORCH_FILE, lambda path: torch.save(state_dict, path))
+    if tokenizer is not None:
+        write_atomically(folder / TOKENIZER_FILE, lambda path: path.write_text(tokenizer.to_json(), encoding="utf-8"))
+    write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+
+
+def save_epoch(folder, state_dict, epoch, loss):
+    """Keep the weights of one epoch (counted from 1) beside the best ones: epochs/epoch_03_loss_2.345.safetensors."""
+    place = Path(folder) / EPOCHS_FOLDER
+    place.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    name = f"epoch_{epoch:02d}_loss_{loss:.3f}.safetensors"
+    write_atomically(place / name, lambda path: path.write_bytes(save(weights)))
+
+
+def portable(config, root):
+    """The attributes of `config` as a dict for config.json, where a path inside `root` is written as seen from there,
+    another by its name: a shared checkpoint names no private folder."""
+
+    def shown(value):
+        if isinstance(value, Path) or (isinstance(value, str) and value and Path(value).exists()):
+            path, inside = Path(value).resolve(), Path(root).resolve()
+            return path.relative_to(inside).as_posix() if path.is_relative_to(inside) else path.name
+        return value
+
+    return {key: shown(value) for key, value in vars(config).items()}
+
+
+def describe(model, root, train_config=None, best=None):
+    """config.json of a model of ours as a dict; of a run's with its constants and `best`, {"best_perplexity",
+    "best_epoch"}. `root`: what paths are written relative to."""
+    config = {"model_config": portable(model.config, root), "preprocessing": model.preprocessing}
+    if train_config is not None:
+        perplexity = best["best_perplexity"] if best["best_epoch"] is not None else None
+        config |= {"train_config": portable(train_config, root), "best_epoch": best["best_epoch"]}
+        config |= {"best_perplexity": perplexity}
+    return config
+
+
+def load_config(folder, constants=None):
+    """config.json of a checkpoint of ours or of Hugging Face's, as a dict.
+
+    Raises FileNotFoundError or ValueError that names the file; also where a value of ours has another type than in
+    `constants`, the script's model_config.
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; {folder} is no captioner checkpoint")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); {OTHER_COPY}") from error
+    if isinstance(config, dict) and {"model_config", "preprocessing"} <= config.keys():
+        photo = dict(img_size=0, mean=[], std=[], resample="")
+        for section, known in (("model_config", vars(constants) if constants else {}), ("preprocessing", photo)):
+            _check_types(config[section], known, f"{path}: {section}")
+        return config
+    if isinstance(config, dict) and isinstance(config.get("model_type"), str):
+        return config
+    raise ValueError(f"{path}: not the config of a captioner (no model_config and preprocessing in it)")
+
+
+def _check_types(values, known, place):
+    """Raise ValueError where `values` is no dict, or one of them has another type than in `known`; an int may stand for
+    a float, a text for a path."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{place} is {repr(values)[:60]}, but must be an object; {OTHER_COPY}")
+    for key in values.keys() & known.keys():
+        value, kind = values[key], type(known[key])
+        right = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+        if not right or (key in SIZES and value < 1):
+            expected = "a positive int" if key in SIZES else f"of type {kind.__name__}"
+            raise ValueError(f"{place}: {key} is {repr(value)[:60]}, but must be {expected}; {OTHER_COPY}")
+
+
+def load_weights(path):
+    """A state_dict from a `.safetensors` or `.pt` file; a pickle that holds anything but tensors is refused.
+
+    Raises FileNotFoundError or ValueError that names the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: damaged, or not a weights file ({reason}); {OTHER_COPY}") from error
+
+
+def set_aside(folder):
+    """Make `folder`; move an earlier run in it to `folder`/earlier/<its date>, so that a new run overwrites nothing.
+
+    Returns the new place, or None when there was no earlier run.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"{folder}: cannot be made ({error.strerror}); choose another with --model_path FOLDER"
+        ) from error
+    config = folder / CONFIG_FILE
+    if not config.is_file():
+        return None
+    date = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(config.stat().st_mtime))
+    place = folder / "earlier" / date
+    place.mkdir(parents=True)
+    for name in RUN_FILES:
+        if (folder / name).exists():
+            (folder / name).rename(place / name)
+    return place
+
+
+def find_folder(source, files=(WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE)):
+    """A checkpoint folder, or a hub id "user/repo" of which `files` are then downloaded -> Path of the folder.
+
+    Raises FileNotFoundError that says what was tried.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).is_absolute():
+        raise FileNotFoundError(f"{source}: no such folder; where another recipe makes it, train that one first")
+    from huggingface_hub import snapshot_download
+
+    from captioning.common.hub_errors import explain
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=list(files)))
+    except Exception as error:  # of huggingface_hub, its HTTP library or Xet: each has its own
+        raise FileNotFoundError(
+            f"{source}: neither a checkpoint folder nor to be had from the Hugging Face hub: {explain(error)}"
+        ) from error
+
+
+def load_strictly(model, path):
+    """Load the weights file `path` into `model`.
+
+    Raises ValueError that lists every key that is missing, unknown or wrongly shaped; the model is then unchanged.
+    """
+    stored, own = load_weights(path), model.state_dict()
+    problems = [f"{key}: missing" for key in own.keys() - stored.keys()]
+    problems += [f"{key}: unknown" for key in stored.keys() - own.keys()]
+    problems += [
+        f"{key}: shape {tuple(stored[key].shape)} where {tuple(own[key].shape)} is needed"
+        for key in own.keys() & stored.keys()
+        if stored[key].shape != own[key].shape
+    ]
+    if problems:
+        raise ValueError(f"{path} does not fit the model:\n  " + "\n  ".join(sorted(problems)) + f"\n{OTHER_COPY}")
+    fill(model, stored)
+
+
+def fill(model, weights):
+    """Give `model` the `weights`, a state_dict that fits: copied into its tensors, or, where it was built on the meta
+    device and so has none, in their place. Then they stay in the mapped file until they are used."""
+    own = model.state_dict()
+    frame = any(tensor.is_meta for tensor in own.values())
+    model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in weights.items()}, assign=frame)

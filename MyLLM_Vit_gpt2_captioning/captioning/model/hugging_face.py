@@ -1,0 +1,490 @@
+"""Hugging Face checkpoints in and out: VisionEncoderDecoder captioners (ViT + GPT-2), ViT and CLIP vision towers.
+
+Nothing is recomputed on the way, tensors are only renamed, split and joined, so that a round trip is exact to the bit.
+The names are those that transformers writes to disk; the names of its modules differ from version to version.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save
+
+from captioning.common.files import CONFIG_FILE, TOKENIZER_FILE, write_atomically
+from captioning.model.checkpoint import find_folder, load_config, load_weights
+from captioning.model.tokenizer import END_OF_TEXT
+
+CAPTIONER = "vision-encoder-decoder"  # the model_type of such a config.json
+WEIGHTS_FILE, TORCH_FILE = "model.safetensors", "pytorch_model.bin"
+PREPROCESSOR_FILE = "preprocessor_config.json"
+SMALL_FILES = ("*.json", "merges.txt")  # configs, tokenizer, indices of sharded weights
+RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, which preprocessor_config.json holds
+
+
+# --- which of our tensors is which of theirs --------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """Tensors that hold the same numbers: `ours`, stacked along the outputs, are `theirs`, stacked likewise."""
+
+    ours: tuple
+    theirs: tuple
+    conv1d: bool = False  # theirs is stored (in, out), ours (out, in)
+
+
+# Layers of a timm VisionTransformer and of transformers' ViTModel, then of its CLIPVisionModel.
+VIT_TENSORS = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings"}
+VIT_LAYERS = {"patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm"}
+VIT_BLOCK = "encoder.layer."
+VIT_BLOCK_LAYERS = {
+    "norm1": ("layernorm_before",),
+    "attn.qkv": ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+    "attn.proj": ("attention.output.dense",),
+    "norm2": ("layernorm_after",),
+    "mlp.fc1": ("intermediate.dense",),
+    "mlp.fc2": ("output.dense",),
+}
+CLIP_TENSORS = {"cls_token": "embeddings.class_embedding", "pos_embed": "embeddings.position_embedding.weight"}
+CLIP_LAYERS = {"patch_embed.proj": "embeddings.patch_embedding", "norm_pre": "pre_layrnorm", "norm": "post_layernorm"}
+CLIP_BLOCK = "encoder.layers."
+CLIP_BLOCK_LAYERS = {
+    "norm1": ("layer_norm1",),
+    "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.proj": ("self_attn.out_proj",),
+    "norm2": ("layer_norm2",),
+    "mlp.fc1": ("mlp.fc1",),
+    "mlp.fc2": ("mlp.fc2",),
+}
+# What a checkpoint of a tower may hold beside the tower: the layer behind the class token, a classifier, CLIP's text
+# half, and old versions' list of position numbers.
+BESIDE_THE_TOWER = (
+    "pooler.", "classifier.", "text_model.", "text_projection.", "visual_projection.", "logit_scale",
+    "embeddings.position_ids", "embeddings.mask_token",
+)  # fmt: skip
+
+CROSS_ATTENTION = {
+    "ln_cross.scale": "ln_cross_attn.weight",
+    "ln_cross.shift": "ln_cross_attn.bias",
+    "cross_attn.q.weight": "crossattention.q_attn.weight",
+    "cross_attn.q.bias": "crossattention.q_attn.bias",
+    "cross_attn.c_proj.weight": "crossattention.c_proj.weight",
+    "cross_attn.c_proj.bias": "crossattention.c_proj.bias",
+}
+
+
+def _tower_pairs(depth, tensors, layers, block, block_layers):
+    pairs = [Pair((ours,), (theirs,)) for ours, theirs in tensors.items()]
+    named = {ours: (theirs,) for ours, theirs in layers.items()}
+    for i in range(depth):
+        named |= {
+            f"blocks.{i}.{ours}": tuple(f"{block}{i}.{name}" for name in theirs)
+            for ours, theirs in block_layers.items()
+        }
+    for ours, theirs in named.items():
+        for part in ("weight", "bias"):
+            pairs.append(Pair((f"{ours}.{part}",), tuple(f"{name}.{part}" for name in theirs)))
+    return pairs
+
+
+def vit_pairs(depth):
+    """Of a timm VisionTransformer of `depth` blocks and transformers' ViTModel."""
+    return _tower_pairs(depth, VIT_TENSORS, VIT_LAYERS, VIT_BLOCK, VIT_BLOCK_LAYERS)
+
+
+def clip_pairs(depth):
+    """Of a timm VisionTransformer of `depth` blocks with norm_pre and transformers' CLIPVisionModel."""
+    return _tower_pairs(depth, CLIP_TENSORS, CLIP_LAYERS, CLIP_BLOCK, CLIP_BLOCK_LAYERS)
+
+
+def captioner_pairs(own, gpt2_name):
+    """Of a captioner with the state_dict `own` (ViT, final coupling) and a VisionEncoderDecoderModel (ViT, GPT-2).
+
+    `gpt2_name` takes our name of a GPT-2 parameter to Hugging Face's, None for what GPT-2 does not have.
+    """
+    depth = 1 + max((int(name.split(".")[3]) for name in own if name.startswith("encoder.vit.blocks.")), default=-1)
+    pairs = [
+        Pair(tuple(f"encoder.vit.{name}" for name in ours), tuple(f"encoder.{name}" for name in theirs))
+        for ours, theirs, _ in vit_pairs(depth)
+    ]
+    pairs += [Pair((f"bridges.0.1.{part}",), (f"enc_to_dec_proj.{part}",)) for part in ("weight", "bias")]
+    for name in own:
+        if not name.startswith("gpt."):
+            continue
+        name = name.removeprefix("gpt.")
+        theirs = gpt2_name(name)
+        if theirs is None:
+            _, i, rest = name.split(".", 2)
+            if rest.startswith("cross_attn.k."):
+                both = tuple(f"gpt.trf_blocks.{i}.{rest.replace('.k.', f'.{x}.')}" for x in "kv")
+                their_name = f"decoder.transformer.h.{i}.crossattention.c_attn.{rest.rpartition('.')[2]}"
+                pairs.append(Pair(both, (their_name,), conv1d=rest.endswith("weight")))
+            if rest not in CROSS_ATTENTION:
+                continue
+            theirs = f"h.{i}.{CROSS_ATTENTION[rest]}"
+        conv1d = theirs.startswith("h.") and own[f"gpt.{name}"].ndim == 2
+        pairs.append(Pair((f"gpt.{name}",), (f"decoder.transformer.{theirs}",), conv1d))
+    return pairs
+
+
+def to_ours(theirs, pairs, own, source):
+    """Their state_dict -> ours, shaped like `own`, a state_dict of the model to load.
+
+    Raises ValueError that names `source` and lists every key that is missing, unknown or wrongly shaped.
+    """
+    theirs, ours, problems = dict(theirs), {}, []
+    for pair in pairs:
+        if pair.ours[0] not in own:
+            continue  # the model lacks the layer (no bias, equal widths): if they have it, it stays and is unknown
+        missing = [name for name in pair.theirs if name not in theirs]
+        if missing:
+            problems += [f"{name}: missing" for name in missing]
+            continue
+        tensors = [theirs.pop(name) for name in pair.theirs]
+        if pair.conv1d:
+            tensors = [tensor.T for tensor in tensors]
+        rows = sum(own[name].shape[0] for name in pair.ours)
+        wanted = (rows // len(tensors), *own[pair.ours[0]].shape[1:])
+        for name, tensor in zip(pair.theirs, tensors, strict=True):
+            if _essential(tensor.shape) != _essential(wanted):
+                shape, needed = (tuple(s)[:: -1 if pair.conv1d else 1] for s in (tensor.shape, wanted))
+                problems.append(f"{name}: shape {shape} where {needed} is needed")
+                break
+        else:
+            joined = torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
+            parts = joined.chunk(len(pair.ours)) if len(pair.ours) > 1 else [joined]
+            for name, part in zip(pair.ours, parts, strict=True):
+                ours[name] = part.reshape(own[name].shape).to(own[name].dtype).contiguous()
+    problems += [f"{name}: unknown key" for name in theirs]
+    if not problems:
+        problems = [f"{name}: nothing there for this layer" for name in own.keys() - ours.keys()]
+    if problems:
+        raise ValueError(f"{source} does not fit the model:\n  " + "\n  ".join(sorted(problems)))
+    return ours
+
+
+def _essential(shape):
+    """A shape without its ones: a class token is (C,) in one library and (1, 1, C) in the other."""
+    return [size for size in shape if size != 1]
+
+
+def to_theirs(ours, pairs):
+    """Our state_dict -> theirs. Raises ValueError that lists the layers for which they have no place."""
+    left, theirs = dict(ours), {}
+    for pair in pairs:
+        if pair.ours[0] not in left:
+            continue
+        tensors = [left.pop(name) for name in pair.ours]
+        joined = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        parts = joined.chunk(len(pair.theirs)) if len(pair.theirs) > 1 else [joined]
+        for name, part in zip(pair.theirs, parts, strict=True):
+            theirs[name] = (part.T if pair.conv1d else part).contiguous()
+    if left:
+        raise ValueError(
+            "a VisionEncoderDecoderModel of ViT and GPT-2 has no place for these layers:\n  "
+            + "\n  ".join(sorted(left))
+        )
+    return theirs
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def fetch(source):
+    """A folder, or a hub id of which config, tokenizer and weights are then downloaded -> Path of the folder."""
+    if Path(source).is_dir():
+        return Path(source)
+    folder = find_folder(source, (*SMALL_FILES, WEIGHTS_FILE, "model-*.safetensors"))
+    files = _weights_files(folder)
+    if not files or not all(file.is_file() for file in files):
+        folder = find_folder(source, (*SMALL_FILES, TORCH_FILE, "pytorch_model-*.bin"))  # an older upload
+    return folder
+
+
+def _weights_files(folder):
+    """The files that hold the weights: one, or those that the index of a sharded checkpoint names."""
+    for name in (WEIGHTS_FILE, TORCH_FILE):
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return [folder / shard for shard in sorted(set(_read_json(index)["weight_map"].values()))]
+    return []
+
+
+def read_weights(folder):
+    """All tensors of a Hugging Face checkpoint folder. Raises FileNotFoundError or ValueError that names the file."""
+    files = _weights_files(folder)
+    if not files:
+        raise FileNotFoundError(f"{folder}: neither {WEIGHTS_FILE} nor {TORCH_FILE} is there")
+    return {name: tensor for file in files for name, tensor in load_weights(file).items()}
+
+
+def _read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+
+
+def _transformers_config(folder):
+    """config.json as transformers understands it, with the defaults of what is not in the file."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # huggingface_hub validates with classes of its own, which changed over time
+        raise ValueError(f"{folder / CONFIG_FILE}: not a config that transformers reads ({error})") from error
+
+
+def read_preprocessing(folder):
+    """preprocessor_config.json -> the keys of our preprocessing that it gives: mean, std, resample.
+
+    Raises ValueError that names the file for what our preprocessing does not do.
+    """
+    path = folder / PREPROCESSOR_FILE
+    stored = _read_json(path) if path.is_file() else {}
+    if not stored and (folder / "processor_config.json").is_file():  # where transformers 5 keeps it for some models
+        path = folder / "processor_config.json"
+        stored = _read_json(path).get("image_processor", {})
+    found = {}
+    if not stored.get("do_rescale", True) or abs(stored.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
+        raise ValueError(f"{path}: pixels are to be scaled by {stored.get('rescale_factor')}, here it is always 1/255")
+    if not stored.get("do_normalize", True):
+        stored |= dict(image_mean=0.0, image_std=1.0)
+    for ours, key in (("mean", "image_mean"), ("std", "image_std")):
+        value = stored.get(key)
+        if value is not None:
+            found[ours] = tuple(value) if isinstance(value, list) else (float(value),) * 3
+    resample = stored.get("resample")
+    if resample is not None:
+        if resample not in RESAMPLING:
+            raise ValueError(f"{path}: resample {resample} is none of {RESAMPLING}")
+        found["resample"] = RESAMPLING[resample]
+    return found
+
+
+def _vit_options(vit, source):
+    """A transformers ViTConfig or CLIPVisionConfig -> (timm name, options, function that makes the pairs).
+
+    The options make timm build exactly this architecture. Raises ValueError for any other model, by its name.
+    """
+    kinds = {
+        ("vit", "gelu"): ("vit_base_patch16_224", vit_pairs),
+        ("clip_vision_model", "gelu"): ("vit_base_patch16_clip_224", clip_pairs),
+        ("clip_vision_model", "quick_gelu"): ("vit_base_patch16_clip_quickgelu_224", clip_pairs),
+    }
+    kind = (vit.model_type, getattr(vit, "hidden_act", None))
+    if kind not in kinds:
+        known = ", ".join(f"{model_type} with {act}" for model_type, act in kinds)
+        raise ValueError(f"{source}: the encoder is {kind[0]} with {kind[1]}; only these can be read: {known}")
+    name, pairs = kinds[kind]
+    size = vit.image_size if isinstance(vit.image_size, int) else vit.image_size[0]
+    if vit.image_size not in (size, [size, size], (size, size)):
+        raise ValueError(f"{source}: image_size {vit.image_size} is not a square")
+    return name, dict(
+        img_size=size,
+        patch_size=vit.patch_size,
+        embed_dim=vit.hidden_size,
+        depth=vit.num_hidden_layers,
+        num_heads=vit.num_attention_heads,
+        mlp_ratio=(vit.intermediate_size + 0.5) / vit.hidden_size,  # timm multiplies and cuts off the fraction
+        qkv_bias=getattr(vit, "qkv_bias", True),
+        norm_eps=vit.layer_norm_eps,
+    ), pairs  # fmt: skip
+
+
+def read_tower(source):
+    """A transformers vision model (ViT, CLIP or its vision half), folder or hub id ->
+    (timm name, options of the timm model, preprocessing it asks for, function that reads its weights).
+
+    The function takes a state_dict of the timm model and returns one to load. Raises FileNotFoundError, or ValueError
+    that names an architecture that is neither.
+    """
+    folder = find_folder(source, SMALL_FILES)
+    config = _transformers_config(folder)
+    config = getattr(config, "vision_config", config)  # a whole CLIP
+    name, options, pairs = _vit_options(config, source)
+
+    def read(own):
+        theirs = read_weights(fetch(source))
+        prefixes = [prefix for prefix in ("vision_model.", "vit.") if any(key.startswith(prefix) for key in theirs)]
+        for prefix in prefixes:
+            theirs = {key.removeprefix(prefix): tensor for key, tensor in theirs.items()}
+        theirs = {key: tensor for key, tensor in theirs.items() if not key.startswith(BESIDE_THE_TOWER)}
+        return to_ours(theirs, pairs(options["depth"]), own, source)
+
+    return name, options, read_preprocessing(folder), read
+
+
+def is_captioner(config):
+    """True for the config.json (a dict) of a VisionEncoderDecoderModel."""
+    return config.get("model_type") == CAPTIONER
+
+
+def read_config(source, read_decoder, constants=None):
+    """A trained captioner (folder or hub id, ours or Hugging Face's) -> (folder, its model_config as a dict).
+
+    `read_decoder` as in `read_captioner_config`, `constants` as in `load_config`. Raises FileNotFoundError, or
+    ValueError for what is no captioner.
+    """
+    folder = find_folder(source)
+    stored = load_config(folder, constants)
+    if is_captioner(stored):
+        folder = fetch(source)
+        config, preprocessing = read_captioner_config(folder, read_decoder)
+    elif "model_config" in stored:
+        config, preprocessing = stored["model_config"], stored["preprocessing"]
+    else:
+        raise ValueError(f"{folder}: a {stored['model_type']} model, not a captioner")
+    return folder, config | {"preprocessing": preprocessing, "start_from": ""}  # what it started from is history
+
+
+def read_captioner_config(folder, read_decoder):
+    """-> (model_config as a dict, preprocessing as a dict) of a VisionEncoderDecoderModel of ViT and GPT-2.
+
+    `read_decoder` takes a GPT2Config and a source to a config for `GPTModel`. Raises ValueError that names an encoder
+    or decoder of another kind, or a setting that our model does not have.
+    """
+    config = _transformers_config(folder)
+    if config.encoder.model_type != "vit":
+        raise ValueError(f"{folder}: the encoder is {config.encoder.model_type}, only ViT can be read")
+    encoder, options, _ = _vit_options(config.encoder, folder)
+    decoder = config.decoder
+    model_config = vars(read_decoder(decoder, folder))
+    eos, start = _special_tokens(folder, config)
+    if eos != start or eos is None:
+        raise ValueError(f"{folder}: captions begin with id {start} and end with {eos}; here one id does both")
+    width = getattr(decoder, "cross_attention_hidden_size", None)
+    if width not in (None, decoder.n_embd):
+        raise ValueError(f"{folder}: cross_attention_hidden_size {width} is not the decoder's width {decoder.n_embd}")
+    model_config |= dict(
+        eos_token_id=eos, encoder=encoder, encoder_options=options, coupling="final", normalize_tokens=False
+    )
+    preprocessing = dict(img_size=options["img_size"], mean=(0.5,) * 3, std=(0.5,) * 3, resample="bilinear")
+    return model_config, preprocessing | read_preprocessing(folder)
+
+
+def _special_tokens(folder, config):
+    """(EOS, the token that captions start with), from wherever this version of transformers put them."""
+    places = [_read_json(folder / CONFIG_FILE), config.decoder.to_dict()]
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        places.insert(0, _read_json(generation))
+
+    def first(*keys):
+        return next((place[key] for key in keys for place in places if place.get(key) is not None), None)
+
+    eos, start = first("eos_token_id"), first("decoder_start_token_id", "bos_token_id")
+    if isinstance(eos, list):  # several may end a caption; the one that also begins it is GPT-2's own
+        eos = start if start in eos else eos[0]
+    return eos, start
+
+
+def read_captioner_weights(folder, own, gpt2_name):
+    """Weights of a VisionEncoderDecoderModel -> our state_dict, shaped like `own`.
+
+    Left out: the pooler, which captioning does not use, and the causal masks of old files. The head has to be the
+    token embedding. Raises FileNotFoundError or ValueError that lists what is missing, unknown or wrongly shaped.
+    """
+    masks = (".attn.bias", ".attn.masked_bias", ".crossattention.bias", ".crossattention.masked_bias")
+    theirs = {
+        key: tensor
+        for key, tensor in read_weights(folder).items()
+        if not key.startswith(("encoder.pooler.", "encoder.embeddings.mask_token")) and not key.endswith(masks)
+    }
+    head, embedding = theirs.pop("decoder.lm_head.weight", None), "decoder.transformer.wte.weight"
+    if head is not None and not torch.equal(theirs.setdefault(embedding, head), head):
+        raise ValueError(f"{folder}: decoder.lm_head.weight differs from {embedding}, but the head is tied to it")
+    return to_ours(theirs, captioner_pairs(own, gpt2_name), own, folder)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_captioner(folder, model, gpt2_name, tokenizer=None):
+    """Write a captioner of ours so that `VisionEncoderDecoderModel.from_pretrained(folder)` loads it, and
+    `AutoTokenizer` and `AutoImageProcessor` what belongs to it.
+
+    Raises ValueError that says why for a model that has no equal there: stepped coupling, or an encoder that is not
+    a plain ViT.
+    """
+    from transformers import GPT2Config, VisionEncoderDecoderConfig, ViTConfig
+
+    config = model.config
+    if config.coupling != "final":
+        raise ValueError(f'a VisionEncoderDecoderModel has coupling "final", this captioner has "{config.coupling}"')
+    if (config.positions, config.activation, config.post_norm) != ("learned", "gelu", False):
+        raise ValueError("the decoder is built unlike GPT-2 (positions, activation or post_norm)")
+    if tokenizer is not None and tokenizer.bos_token_id != tokenizer.eos_token_id:
+        raise ValueError("GPT-2 has one token for the beginning and the end of a caption, this tokenizer has two")
+    vit = getattr(model.encoder, "vit", None)
+    if vit is None or type(vit).__name__ != "VisionTransformer":
+        raise ValueError(f"{config.encoder} is no ViT: a VisionEncoderDecoderModel of ViT and GPT-2 cannot hold it")
+    block = vit.blocks[0]
+    if type(block).__name__ != "Block" or not isinstance(vit.norm, torch.nn.LayerNorm):
+        raise ValueError(f"{config.encoder} is built of {type(block).__name__}, not of ViT's blocks and norm")
+    activation, eps = block.mlp.act, vit.norm.eps
+    if not isinstance(activation, torch.nn.GELU) or activation.approximate != "none":
+        raise ValueError(f"{config.encoder} has the activation {activation}, transformers' ViT the exact GELU")
+    if vit.num_prefix_tokens != 1:
+        raise ValueError(f"{config.encoder} has {vit.num_prefix_tokens} tokens before its patches, ViT has one")
+    positions = (1, 1 + vit.patch_embed.num_patches, vit.embed_dim)
+    if vit.pos_embed is None or vit.pos_embed.shape != positions:
+        raise ValueError(f"{config.encoder} has no learned positions {positions} for class token and patches, ViT has")
+    own = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    weights = to_theirs(own, captioner_pairs(own, gpt2_name))
+    width = model.encoder.width
+    # The pooler is not used by captions. As zeros it is at least the same for everyone who loads the file.
+    weights |= {
+        "encoder.pooler.dense.weight": torch.zeros(width, width),
+        "encoder.pooler.dense.bias": torch.zeros(width),
+    }
+
+    eos = config.eos_token_id
+    special = dict(bos_token_id=eos, eos_token_id=eos)
+    hf_vit = ViTConfig(
+        image_size=vit.patch_embed.img_size[0], patch_size=vit.patch_embed.patch_size[0], hidden_size=width,
+        num_hidden_layers=len(vit.blocks), num_attention_heads=block.attn.num_heads,
+        intermediate_size=block.mlp.fc1.out_features, qkv_bias=block.attn.qkv.bias is not None, layer_norm_eps=eps,
+    )  # fmt: skip
+    hf_gpt2 = GPT2Config(
+        vocab_size=config.vocab_size, n_positions=config.seq_len, n_embd=config.embed_dim, n_head=config.num_heads,
+        n_layer=config.depth, embd_pdrop=config.emb_dropout, attn_pdrop=config.attention_dropout,
+        resid_pdrop=config.residual_dropout, add_cross_attention=True, is_decoder=True, **special,
+    )  # fmt: skip
+    joint = VisionEncoderDecoderConfig.from_encoder_decoder_configs(hf_vit, hf_gpt2)
+    joint.architectures, joint.tie_word_embeddings = ["VisionEncoderDecoderModel"], False
+    generation = dict(special, decoder_start_token_id=eos, pad_token_id=eos)
+    size = model.preprocessing["img_size"]
+    preprocessor = dict(
+        image_processor_type="ViTImageProcessor", do_resize=True, size=dict(height=size, width=size),
+        resample={name: number for number, name in RESAMPLING.items()}[model.preprocessing["resample"]],
+        do_rescale=True, rescale_factor=1 / 255, do_normalize=True,
+        image_mean=list(model.preprocessing["mean"]), image_std=list(model.preprocessing["std"]),
+    )  # fmt: skip
+    files = {
+        CONFIG_FILE: joint.to_dict() | generation,
+        "generation_config.json": generation,
+        PREPROCESSOR_FILE: preprocessor,
+    }
+    if tokenizer is not None:
+        files[TOKENIZER_FILE] = json.loads(tokenizer.to_json())
+        names = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), END_OF_TEXT)
+        files["tokenizer_config.json"] = dict(
+            tokenizer_class="PreTrainedTokenizerFast", model_max_length=config.seq_len, **names
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+    write_atomically(folder / WEIGHTS_FILE, lambda path: path.write_bytes(save(weights, metadata={"format": "pt"})))
+
+
+def check_sizes(theirs, ours, repo):
+    """Raise ValueError when the GPT-2 of `repo` has other sizes than the model_config `ours`."""
+    for key in ("vocab_size", "seq_len", "embed_dim", "num_heads", "depth"):
+        size = getattr(theirs, key)
+        if size != getattr(ours, key):
+            raise ValueError(f"{repo} has {key} {size}, model_config {getattr(ours, key)}: set --{key} {size}")

@@ -1,0 +1,104 @@
+"""What a captioner consists of: parameters and shapes of its parts, and which share of each trains in which stage."""
+
+import torch
+
+from captioning.model.stages import stages_of_run, trainable_in
+
+BLOCK_PARTS = {  # of the decoder, and what is in their parameters' names
+    "self-attention": (".self_attn.",),
+    "cross-attention": (".cross_attn.",),
+    "MLP": (".mlp.",),
+    "norms": (".ln_1.", ".ln_2.", ".ln_cross."),
+}
+
+
+def summarize(model, config):
+    """A captioner and the train_config -> (head, rows): the table's cells, all of them text.
+
+    A row a part with parameters: its name, its shape, how many parameters it has, and for each stage of the run which
+    share of them trains. The last row is the total. Runs the encoder once on an empty photo.
+    """
+    stages = stages_of_run(model, config)
+    trainable = {stage: trainable_in(stage, model) for stage in stages}
+    shapes = shapes_of(model)
+    counts = {part: dict.fromkeys(["all", *stages], 0) for part in shapes}
+    counts["total"] = dict.fromkeys(["all", *stages], 0)
+    for name, parameter in model.named_parameters():  # a tied head is the token embedding, and comes once
+        for part in (part_of(name), "total"):
+            counts.setdefault(part, dict.fromkeys(["all", *stages], 0))
+            counts[part]["all"] += parameter.numel()
+            for stage in stages:
+                counts[part][stage] += parameter.numel() * (name in trainable[stage])
+    total = counts.pop("total")
+    rows = [
+        (part, shapes.get(part, ""), f"{count['all']:,}", *(_share(count[stage], count["all"]) for stage in stages))
+        for part, count in counts.items()
+        if count["all"]
+    ]
+    rows.append(("total", "", f"{total['all']:,}", *(f"{total[stage]:,}" for stage in stages)))
+    return ("part", "shape", "parameters", *stages), rows
+
+
+def part_of(name):
+    """The name of a parameter -> the part of the summary that it counts in."""
+    top, _, rest = name.partition(".")
+    if top == "encoder":
+        return "refiner" if rest.startswith("refiner.") else "encoder"
+    if name.startswith("gpt.trf_blocks."):
+        return next((part for part, marks in BLOCK_PARTS.items() if any(mark in name for mark in marks)), "blocks")
+    named = {"gpt.tok_emb": "token embeddings", "gpt.pos_emb": "position embeddings", "gpt.final_norm": "final norm"}
+    return named.get(".".join(name.split(".")[:2]), top)
+
+
+def shapes_of(model):
+    """{part: its shape as text}, in the order in which an image and a caption pass through."""
+    config, encoder = model.config, model.encoder
+    levels = token_shapes(model)
+    size, width = model.preprocessing["img_size"], config.embed_dim
+    same = len(set(levels)) == 1
+    tokens = " x ".join(map(str, levels[0])) if same else ", ".join(" x ".join(map(str, level)) for level in levels)
+    many = f"{len(levels)} levels of " if same and len(levels) > 1 else ""
+    widths = sorted(set(encoder.widths))
+    inner = model.gpt.trf_blocks[0].mlp.expand.out_features
+    return {
+        "encoder": f"{config.encoder}, 3 x {size} x {size} -> {many}{tokens}",
+        "refiner": f"{encoder.width} channels" if config.refiner else "",
+        "bridges": f"{len(model.bridges)} of {' or '.join(map(str, widths))} -> {width}",
+        "token embeddings": f"{config.vocab_size} x {width}, tied to the head",
+        "position embeddings": f"{config.seq_len} x {width}",
+        "self-attention": f"{config.depth} blocks of {config.num_heads} heads, {width} -> {width}",
+        "cross-attention": f"{config.depth} blocks of {config.num_heads} heads, to tokens of {width}",
+        "MLP": f"{config.depth} blocks, {width} -> {inner} -> {width}",
+        "norms": f"{config.depth} blocks, {width}",
+        "final norm": f"{width}",
+    }
+
+
+@torch.inference_mode()
+def token_shapes(model):
+    """What the encoder makes of one photo: (N, C) of each level, as cross-attention's bridges get it."""
+    training, size = model.training, model.preprocessing["img_size"]
+    device = next(model.parameters()).device
+    model.eval()  # an empty photo must not count in BatchNorm's statistics
+    try:
+        levels = model.encoder.refine(model.levels(torch.zeros(1, 3, size, size, device=device)))
+    finally:
+        model.train(training)
+    return [tuple(level.shape[1:]) for level in levels]
+
+
+def _share(part, whole):
+    percent = 100 * part / whole
+    return "-" if not part else "all" if part == whole else f"{percent:.0f}%" if percent >= 1 else "<1%"
+
+
+def as_text(head, rows):
+    """The table of `summarize` -> aligned lines: texts to the left, numbers to the right."""
+    cells = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        padded = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        padded[:2] = [cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False)]
+        lines.append("  ".join(padded))
+    return "\n".join(lines)

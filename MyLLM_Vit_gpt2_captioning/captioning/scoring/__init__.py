@@ -1,0 +1,1 @@
+"""How good captions are: metrics, their tokenization, evaluation of a split."""

@@ -1,0 +1,272 @@
+"""Scores of captions against people's, as the COCO caption evaluation defines them (Chen et al. 2015).
+
+BLEU-1 to 4, ROUGE-L and CIDEr are computed here and equal those of the reference package pycocoevalcap to 1e-6. CIDEr
+is its `Cider`, which is CIDEr-D: what the field reports as CIDEr. METEOR and SPICE are Java programs, which run where
+Java and pycocoevalcap are installed; otherwise the result says why they are missing, never zero.
+"""
+
+import math
+import random
+import shutil
+import subprocess
+from collections import Counter
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from captioning.scoring.ptb_tokenization import tokenize
+
+MAX_N = 4  # n-grams of BLEU and CIDEr are up to this long
+NEEDS_JAVA = "not available: needs Java"
+
+
+def score_captions(candidates, references, java=None):
+    """candidates: {image id: caption}; references: {image id: [caption, ...]} -> {name of the score: value}.
+
+    Scores are corpus scores over all images of `references`, from 0 to 1, but CIDEr from 0 to 10. METEOR and SPICE are
+    a number, or a text with the reason why there is none; `java`: None runs them where they can be, False does not.
+    An image without candidate is scored with an empty caption, and "missing candidates" counts them. Raises ValueError
+    that names the ids for candidates of images that `references` lacks and for images without references.
+    """
+    _check(candidates, references)
+    images = list(references)
+    words = tokenize([candidates.get(image, "") for image in images])
+    all_words = iter(tokenize([caption for image in images for caption in references[image]]))
+    reference_words = [[next(all_words) for _ in references[image]] for image in images]
+    scores = {f"BLEU-{n}": value for n, value in enumerate(bleu(words, reference_words), start=1)}
+    scores["ROUGE-L"] = float(np.mean([rouge_l(*pair) for pair in zip(words, reference_words, strict=True)]))
+    scores["CIDEr"] = float(CiderD(reference_words, cached_images=0).scores(words, reference_words).mean())
+    scores["METEOR"] = _meteor(words, reference_words, java)
+    scores["SPICE"] = _spice(words, reference_words, java)
+    return scores | {"missing candidates": sum(image not in candidates for image in images)}
+
+
+def shuffled_scores(candidates, references, seed=0):
+    """`score_captions` without METEOR and SPICE, every caption given to another image.
+
+    What is left is what captions score without looking at the image. Raises ValueError for fewer than two candidates.
+    """
+    images = list(candidates)
+    if len(images) < 2:
+        raise ValueError(f"captions of {len(images)} images cannot be given to other images")
+    random.Random(seed).shuffle(images)  # in one circle each caption goes to the next image, so that none stays
+    shuffled = {image: candidates[other] for image, other in zip(images, images[1:] + images[:1], strict=True)}
+    scores = score_captions(shuffled, references, java=False)
+    return {name: value for name, value in scores.items() if name not in ("METEOR", "SPICE")}
+
+
+def describe_captions(candidates, ended=None):
+    """candidates: {image id: caption}; ended: whether each ended with EOS, in the same order -> {what: value}.
+
+    Words are the tokens that scores are computed from: lowercased, without punctuation. Without `ended` there is no
+    "ended with EOS". Raises ValueError when there are no captions or `ended` is of another length.
+    """
+    if not candidates:
+        raise ValueError("no captions to describe")
+    captions = [caption.split() for caption in tokenize(list(candidates.values()))]
+    described = {
+        "captions": len(captions),
+        "mean length in words": sum(map(len, captions)) / len(captions),
+        "distinct captions": len({caption.strip() for caption in candidates.values()}),
+        "vocabulary used": len({word for caption in captions for word in caption}),
+    }
+    if ended is not None:
+        if len(ended) != len(captions):
+            raise ValueError(f"{len(captions)} captions, but {len(ended)} values for whether they ended")
+        described["ended with EOS"] = sum(map(bool, ended)) / len(captions)  # a share
+    return described
+
+
+def _check(candidates, references):
+    if not references:
+        raise ValueError("no references: there is nothing to score against")
+    for problem, images in (
+        ("candidates of images that are not among the references", [i for i in candidates if i not in references]),
+        ("images without references", [image for image, captions in references.items() if not captions]),
+    ):
+        if images:
+            names = ", ".join(map(str, images[:5])) + (", ..." if len(images) > 5 else "")
+            raise ValueError(f"{len(images)} {problem}: {names}")
+
+
+# --- BLEU and ROUGE-L -------------------------------------------------------------------------------------------------
+
+
+def ngrams(caption):
+    """Tokens joined by spaces -> Counter of all n-grams (tuples) up to MAX_N."""
+    words = caption.split()
+    return Counter(tuple(words[i : i + n]) for n in range(1, MAX_N + 1) for i in range(len(words) - n + 1))
+
+
+def bleu(candidates, references):
+    """Tokenized candidates and a list of references for each -> [BLEU-1, ..., BLEU-4] of the corpus.
+
+    Papineni et al. 2002 with the closest reference's length (the shorter of two equally close ones).
+    """
+    tiny, small = 1e-15, 1e-9  # as in the reference: no precision is 0, no division by 0
+    candidate_length = reference_length = 0
+    correct, guessed = [0] * MAX_N, [0] * MAX_N  # n-grams that occur in a reference; all n-grams
+    for candidate, captions in zip(candidates, references, strict=True):
+        length = len(candidate.split())
+        candidate_length += length
+        reference_length += min((abs(len(caption.split()) - length), len(caption.split())) for caption in captions)[1]
+        most = Counter()
+        for caption in captions:
+            most |= ngrams(caption)  # the largest count in any reference
+        for ngram, count in ngrams(candidate).items():
+            guessed[len(ngram) - 1] += count
+            correct[len(ngram) - 1] += min(count, most[ngram])
+    ratio = (candidate_length + tiny) / (reference_length + small)
+    brevity_penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
+    scores, product = [], 1.0
+    for n in range(MAX_N):
+        product *= (correct[n] + tiny) / (guessed[n] + small)
+        scores.append(product ** (1 / (n + 1)) * brevity_penalty)
+    return scores
+
+
+def rouge_l(candidate, references):
+    """A tokenized candidate and its references -> ROUGE-L (Lin 2004): the F-measure, recall weighted by beta 1.2, of
+    the longest common subsequence; precision and recall are each the best over the references."""
+    beta = 1.2
+    words = candidate.split(" ")  # an empty caption is one empty word, as in the reference
+    precision = recall = 0.0
+    for caption in references:
+        reference = caption.split(" ")
+        common = _longest_common_subsequence(words, reference)
+        precision = max(precision, common / len(words))
+        recall = max(recall, common / len(reference))
+    if precision == 0 or recall == 0:
+        return 0.0
+    return (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
+
+
+def _longest_common_subsequence(first, second):
+    """Its length, a bit for each word of `first` (Hyyro 2004): a bit that turned 0 is a word of the subsequence."""
+    places = {}
+    for i, word in enumerate(first):
+        places[word] = places.get(word, 0) | 1 << i
+    every = (1 << len(first)) - 1
+    bits = every
+    for word in second:
+        matches = bits & places.get(word, 0)
+        bits = (bits + matches | bits - matches) & every
+    return len(first) - bits.bit_count()
+
+
+# --- CIDEr ------------------------------------------------------------------------------------------------------------
+
+
+class CiderD:
+    """CIDEr-D (Vedantam et al. 2015) with document frequencies from given references.
+
+    It is also a reward: `scores` takes any candidates, several of an image too, and keeps what it has computed from
+    the references of up to `cached_images` images (some 50 KB each at 5 captions).
+    """
+
+    SIGMA = 6.0  # of the penalty on a length unlike the reference's, in words
+
+    def __init__(self, references, cached_images=4096):
+        """references: the tokenized captions of each image, [[str, ...], ...]. An n-gram counts once an image."""
+        if not references:
+            raise ValueError("CIDEr needs the references of at least one image for its document frequencies")
+        self.log_images = math.log(len(references))
+        frequencies = Counter(ngram for captions in references for ngram in set().union(*map(ngrams, captions)))
+        self.log_frequencies = {ngram: math.log(count) for ngram, count in frequencies.items() if count > 1}
+        self._image = lru_cache(cached_images)(self._index)
+
+    def scores(self, candidates, references):
+        """Tokenized candidates, and the references of each: [[str, ...], ...] -> (len(candidates),) float64.
+
+        Raises ValueError when a candidate has no references.
+        """
+        scores = np.zeros(len(candidates))
+        for i, (candidate, captions) in enumerate(zip(candidates, references, strict=True)):
+            if not captions:
+                raise ValueError(f"candidate {i} has no references")
+            scores[i] = self._score(candidate, self._image(tuple(captions)))
+        return scores
+
+    def _weights(self, caption):
+        """-> {ngram: term frequency * inverse document frequency}, their norms (MAX_N), length in words."""
+        weights, squares = {}, [0.0] * MAX_N
+        for ngram, count in ngrams(caption).items():
+            weight = count * (self.log_images - self.log_frequencies.get(ngram, 0.0))
+            weights[ngram] = weight
+            squares[len(ngram) - 1] += weight * weight
+        return weights, [math.sqrt(square) for square in squares], len(caption.split())
+
+    def _index(self, captions):
+        """-> {ngram: [(place of the reference, weight), ...]}, norms (references, MAX_N), lengths (references)."""
+        places, norms, lengths = {}, [], []
+        for place, caption in enumerate(captions):
+            weights, norm, length = self._weights(caption)
+            norms.append(norm)
+            lengths.append(length)
+            for ngram, weight in weights.items():
+                places.setdefault(ngram, []).append((place, weight))
+        return places, norms, lengths
+
+    def _score(self, candidate, image):
+        places, reference_norms, reference_lengths = image
+        weights, norms, length = self._weights(candidate)
+        products = [[0.0] * MAX_N for _ in reference_norms]  # (references, MAX_N)
+        for ngram, weight in weights.items():
+            for place, reference_weight in places.get(ngram, ()):
+                # Clipped: repeating a word of the reference earns nothing.
+                products[place][len(ngram) - 1] += min(weight, reference_weight) * reference_weight
+        total = 0.0
+        for product, reference_norm, reference_length in zip(products, reference_norms, reference_lengths, strict=True):
+            similarity = sum(p / (a * b) for p, a, b in zip(product, norms, reference_norm, strict=True) if a and b)
+            total += similarity * math.exp(-((length - reference_length) ** 2) / (2 * self.SIGMA**2))
+        return 10 * total / (MAX_N * len(products))
+
+
+# --- METEOR and SPICE -------------------------------------------------------------------------------------------------
+
+
+def _why_not(java):
+    """Why pycocoevalcap's Java programs cannot run; None when they can."""
+    if java is False:
+        return "not available: not asked for"
+    if shutil.which("java") is None:
+        return NEEDS_JAVA
+    if find_spec("pycocoevalcap") is None:
+        return "not available: needs pip install -r requirements-extra.txt"
+    return None
+
+
+def _run(scorer_class, candidates, references):
+    """The corpus score of tokenized captions, or why there is none."""
+    scorer = scorer_class()
+    try:
+        score, _ = scorer.compute_score(dict(enumerate(references)), {i: [c] for i, c in enumerate(candidates)})
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        if hasattr(scorer, "lock"):  # a Meteor that failed still holds it, and would wait for it when it is deleted
+            scorer.lock.release()
+        return f"not available: its Java program failed ({error})"
+    return float(score)
+
+
+def _meteor(candidates, references, java):
+    if reason := _why_not(java):
+        return reason
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    return _run(Meteor, candidates, references)
+
+
+def _spice(candidates, references, java):
+    if reason := _why_not(java):
+        return reason
+    import pycocoevalcap.spice
+
+    folder = Path(pycocoevalcap.spice.__file__).parent / "lib"
+    # Where they are missing, Spice() would start a download of 400 MB.
+    if not all((folder / f"stanford-corenlp-3.6.0{part}.jar").is_file() for part in ("", "-models")):
+        return "not available: needs the Stanford CoreNLP 3.6.0 jars, see pycocoevalcap/spice/get_stanford_models.py"
+    from pycocoevalcap.spice.spice import Spice
+
+    return _run(Spice, candidates, references)

@@ -1,0 +1,321 @@
+"""report.html of a run: one page that shows how it goes, written after every epoch and at the end.
+
+It is made of what the run has at hand, among it the captions that scoring has written, so that it takes seconds. One
+file, pictures inside, nothing loaded from elsewhere: it can be mailed.
+"""
+
+import html
+import importlib.metadata
+import math
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+from captioning.common.files import CURVES
+from captioning.model.checkpoint import portable
+from captioning.model.tokenizer import encode_caption
+from captioning.pages import html_pages
+
+SHOWN = 8  # best and worst captions
+EPOCHS_SHOWN = 8  # of the samples; samples.md has them all
+LIBRARIES = ("torch", "timm", "transformers", "tokenizers", "albumentations", "numpy", "pandas", "pillow", "matplotlib")
+SCORES = ("valid_perplexity", "CIDEr", "exact_answers")
+NAMES = {
+    "train_loss": "training loss", "valid_loss": "validation loss", "train_perplexity": "training perplexity",
+    "valid_perplexity": "validation perplexity", "lr": "learning rate", "exact_answers": "right answers",
+    "BLEU-4": "BLEU\u20114",  # with a hyphen that does not break
+}  # fmt: skip
+
+STYLE = """
+body { background: #f6f8fa; }
+header { margin-bottom: 1.4em; } header p { margin: 0; color: #59636e; }
+section { background: #fff; border: 1px solid #d9dee3; border-radius: 8px; padding: 1em 1.4em 1.2em; margin: 1.1em 0; }
+h2 { margin: 0 0 0.6em; } h3 { font-size: 1em; margin: 1.2em 0 0.6em; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9em, 1fr)); gap: 0.9em; }
+.tiles div { background: #fff; border: 1px solid #d9dee3; border-radius: 8px; padding: 0.7em 1em; }
+.tiles b { display: block; font-size: 1.45em; font-weight: 600; font-variant-numeric: tabular-nums; }
+.tiles span { color: #59636e; font-size: 13px; }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(21em, 100%), 1fr)); gap: 1em; }
+.curves img { border-radius: 0; }
+.wide { overflow-x: auto; } .wide table { width: 100%; font-size: 13.5px; }
+.wide td, .wide th { border-bottom: 1px solid #e6e9ec; padding: 0.35em 0.5em; } .wide th { vertical-align: bottom; }
+.wide td { white-space: nowrap; }
+tr.best td { font-weight: 600; background: #eef6ee; } tr.total td { font-weight: 600; }
+.photos { grid-template-columns: repeat(auto-fill, minmax(min(15em, 47%), 1fr)); gap: 1.2em; }
+figcaption table { font-size: 13px; margin: 0.5em 0 0; } figcaption td { padding: 0.1em 0.7em 0.1em 0; }
+figcaption td:first-child { color: #59636e; }
+.words { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.5em, 1fr)); gap: 0.8em; }
+.words figcaption { text-align: center; font-size: 14px; }
+.constants { columns: 24em; column-gap: 2.5em; margin: 0; font-size: 13.5px; }
+.constants div { display: flex; gap: 1em; justify-content: space-between; break-inside: avoid;
+  border-bottom: 1px solid #e6e9ec; padding: 0.2em 0; }
+.constants dt { color: #59636e; } .constants dd { margin: 0; text-align: right; overflow-wrap: anywhere; }
+.note { color: #59636e; font-size: 13px; margin: 0.4em 0 0; }
+@media print { body { background: #fff; } section { break-inside: avoid; } }
+"""
+
+
+def write_report(path, trainer):
+    """The page of a Trainer's run so far. Raises OSError that names `path` where it cannot be written."""
+    log, config = trainer.log, trainer.train_config
+    if not log.rows:
+        return
+    total, done = config.epochs + config.scst_epochs, log.rows[-1]["epoch"]
+    model = trainer.model.config
+    decoder = f"{model.depth} decoder blocks of {model.embed_dim} channels"
+    written = time.strftime("%Y-%m-%d %H:%M")
+    title = f"Training report: {trainer.model_path.resolve().name}"
+    sections = {
+        "Curves": _curves(log),
+        "Epochs": _epochs(log),
+        "The same photos after every epoch": _samples(log, trainer.valid_dl.dataset),
+        **_best_and_worst(log, trainer.valid_dl.dataset),
+        "Where it looks for each word": _attention(trainer),
+        "Model": _table(*log.summary, numbers=2, classes={len(log.summary[1]) - 1: "total"})
+        + "<p class=note>Behind the number of a part's parameters: how many of them train in which stage.</p>",
+        "Constants": _constants(trainer),
+        "Environment": _pairs(environment(trainer)),
+    }
+    parts = [
+        f"<header><h1>{html.escape(title)}</h1><p>{html.escape(f'{model.encoder}, {decoder}')}; "
+        f"after epoch {done} of {total}, written {written}</p></header>",
+        _tiles(trainer),
+    ]
+    parts += [f"<section><h2>{html.escape(name)}</h2>{body}</section>" for name, body in sections.items() if body]
+    html_pages.write_page(path, title, parts, STYLE)
+
+
+def rows_of(asked, dataset):
+    """(image, question) of a caption dataset -> for each the first of its rows, which a resumed run has, too."""
+    first = {}
+    for row, key in enumerate(zip(dataset.images, dataset.prompts, strict=True)):
+        first.setdefault(key, row)
+    return [first[key] for key in asked]
+
+
+def environment(trainer):
+    """What the run runs on -> {name: text}. Nothing in it names the machine or its user."""
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    device = _processor() if trainer.device.type == "cpu" else str(trainer.device)
+    if trainer.device.type == "cuda":
+        device = f"{torch.cuda.get_device_name(trainer.device)}, CUDA {torch.version.cuda}"
+    with trainer.autocast():
+        mixed = torch.is_autocast_enabled(trainer.device.type)
+        dtype = torch.get_autocast_dtype(trainer.device.type) if mixed else torch.float32
+    return {
+        "device": device,
+        "precision": str(dtype).removeprefix("torch."),
+        "threads": str(torch.get_num_threads()),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def _processor():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
+# --- the parts of the page: each gives HTML, "" where there is nothing to show ----------------------------------------
+
+
+def _tiles(trainer):
+    log = trainer.log
+    best = log.best_row() or log.rows[-1]
+    tiles = {f"best epoch, by {log.best_by}": str(best["epoch"])}
+    tiles |= {NAMES.get(key, key): _number(key, best[key]) for key in best if key in SCORES}
+    tiles["parameters"] = _short(sum(parameter.numel() for parameter in trainer.model.parameters()))
+    speeds = [speed for row in log.timings if (speed := captions_per_second(row))]
+    if speeds:
+        tiles["captions a second"] = f"{sorted(speeds)[len(speeds) // 2]:,.1f}"
+    if log.timings:
+        tiles["time so far"] = _duration(sum(row["training"] + row["evaluation"] for row in log.timings))
+    cells = (f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in tiles.items())
+    return f"<div class=tiles>{''.join(cells)}</div>"
+
+
+def captions_per_second(timing):
+    """A row of timings.csv -> captions trained on a second; None where it is not known."""
+    captions = timing.get("captions")  # rows from before this was counted have none
+    return captions / timing["training"] if captions and timing["training"] else None
+
+
+def _curves(log):
+    from captioning.pages.plots import curve_as_svg  # the first use of matplotlib takes a while
+
+    quantities = ["loss", "perplexity", "lr", *(name for name in ("BLEU-4", *CURVES[2:]))]
+    pictures = []
+    for quantity in quantities:
+        if quantity in ("loss", "perplexity") or any(quantity in row for row in log.rows):
+            address = html_pages.data_url("image/svg+xml", curve_as_svg(log.rows, quantity, log.points).encode())
+            pictures.append(f'<img src="{address}" alt="{quantity} by epoch">')
+    return f"<div class=curves>{''.join(pictures)}</div>"
+
+
+def _epochs(log):
+    keys = list(dict.fromkeys(key for row in log.rows for key in row))
+    timings = {row["epoch"]: row for row in log.timings}
+    rows = []
+    for row in log.rows:
+        timing = timings.get(row["epoch"], {})
+        speed = captions_per_second(timing) if timing else None
+        rows.append([
+            *(_number(key, row[key]) if key in row else "" for key in keys),
+            _duration(timing["training"]) if timing else "",
+            _duration(timing["evaluation"]) if timing else "",
+            f"{speed:,.1f}" if speed else "",
+        ])  # fmt: skip
+    head = [*(NAMES.get(key, key) for key in keys), "training", "evaluation", "captions/s"]
+    best = log.best_row()
+    classes = {log.rows.index(best): "best"} if best else {}
+    return _table(head, rows, numbers=2, classes=classes)
+
+
+def _samples(log, dataset):
+    """The first scored photos, with what they were called after some of the epochs."""
+    newest = log.newest
+    if not log.samples or not newest:
+        return ""
+    epochs = list(log.samples)
+    if len(epochs) > EPOCHS_SHOWN:
+        last = len(epochs) - 1
+        epochs = [epochs[round(i * last / (EPOCHS_SHOWN - 1))] for i in range(EPOCHS_SHOWN)]
+    truth, parts = _truth(dataset), ["<div class=photos>"]
+    for i, row in enumerate(newest["rows"][: len(log.samples[epochs[-1]])]):
+        image, prompt = dataset.images[row], dataset.prompts[row]
+        called = "".join(
+            f"<tr><td class=number>{epoch}</td><td>{html.escape(log.samples[epoch][i]) or '(empty)'}</td></tr>"
+            for epoch in epochs
+            if i < len(log.samples[epoch])
+        )
+        true = "".join(f"<li>{html.escape(text)}</li>" for text in truth[image, prompt])
+        parts.append(
+            f'<figure><img src="{html_pages.photo(image)}" alt=""><figcaption>'
+            f"{f'<b>{html.escape(prompt)}</b>' if prompt else ''}<ul>{true}</ul><table>{called}</table>"
+            "</figcaption></figure>"
+        )
+    return "".join([*parts, "</div>"])
+
+
+def _best_and_worst(log, dataset):
+    """-> {heading: HTML} of the captions of the best epoch: by their CIDEr, answers by whether they are right."""
+    if not log.scored:
+        return {}
+    from captioning.scoring.evaluation import cider_of_each
+
+    truth, after = _truth(dataset), f"after epoch {log.scored['epoch']}"
+    keys = [(dataset.images[row], dataset.prompts[row]) for row in log.scored["rows"]]
+    captions = dict(zip(keys, log.scored["captions"], strict=True))
+    if log.questions:
+        right = [key for key in keys if captions[key] in truth[key]]
+        wrong = [key for key in keys if captions[key] not in truth[key]]
+        groups, shown = {"Right answers": right[:SHOWN], "Wrong answers": wrong[:SHOWN]}, {}
+    else:
+        each = cider_of_each(captions, truth)
+        order = sorted(keys, key=lambda key: -each[key])
+        groups = {"Best captions": order[:SHOWN], "Worst captions": order[SHOWN:][::-1][:SHOWN]}
+        shown = {key: f"CIDEr {each[key]:.2f}" for key in keys}
+    return {
+        f"{name} {after}": html_pages.photo_grid(
+            (key[0], f"{key[1]} {captions[key]}".strip(), truth[key], shown.get(key, "")) for key in group
+        )
+        for name, group in groups.items()
+        if group
+    }
+
+
+def _attention(trainer):
+    """Cross-attention's maps for the caption of the first scored photo."""
+    newest, dataset = trainer.log.newest, trainer.valid_dl.dataset
+    if not newest:
+        return ""
+    from captioning.decoding.attention_maps import overlay, word_maps
+
+    row, caption, model = newest["rows"][0], newest["captions"][0], trainer.averaged.eval()
+    ids = encode_caption(trainer.tokenizer, caption, model.config.seq_len, dataset.prompts[row])
+    with trainer.autocast():
+        words, maps = word_maps(model, trainer.tokenizer, dataset.images[row], ids)
+    pictures = [("", html_pages.photo(dataset.images[row]))]
+    pictures += [
+        (word, html_pages.thumbnail(overlay(dataset.images[row], at))) for word, at in zip(words, maps, strict=True)
+    ]
+    figures = (
+        f'<figure><img src="{address}" alt=""><figcaption>{html.escape(word)}</figcaption></figure>'
+        for word, address in pictures
+    )
+    note = "Cross-attention's weights, means over all blocks and heads; the brightest cell is the largest of its word."
+    return f"<div class=words>{''.join(figures)}</div><p class=note>{note}</p>"
+
+
+def _constants(trainer):
+    configs = {"Model": trainer.model.config, "Training": trainer.train_config}
+    parts = []
+    for name, config in configs.items():
+        values = {key: _plain(value) for key, value in portable(config, trainer.state.root).items()}
+        parts.append(f"<h3>{name}</h3>{_pairs(values)}")
+    return "".join(parts) + "<p class=note>recipe.toml, beside this page, gives the run again.</p>"
+
+
+def _plain(value):
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "" if value is None else str(value)
+
+
+def _pairs(values):
+    pairs = (f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v) or '&ndash;'}</dd></div>" for k, v in values.items())
+    return f"<dl class=constants>{''.join(pairs)}</dl>"
+
+
+def _table(head, rows, numbers, classes=None):
+    """Cells of text -> HTML; from column `numbers` on to the right. `classes`: {place of a row: its class}."""
+
+    def line(cells, tag):
+        shown = (
+            f"<{tag}{' class=number' if i >= numbers else ''}>{html.escape(cell)}</{tag}>"
+            for i, cell in enumerate(cells)
+        )
+        return "".join(shown)
+
+    body = (f'<tr class="{(classes or {}).get(i, "")}">{line(row, "td")}</tr>' for i, row in enumerate(rows))
+    return f"<div class=wide><table><tr>{line(head, 'th')}</tr>{''.join(body)}</table></div>"
+
+
+def _truth(dataset):
+    """{(image, question or ""): its true captions or answers}."""
+    truth = {}
+    for image, prompt, caption in zip(dataset.images, dataset.prompts, dataset.captions, strict=True):
+        truth.setdefault((image, prompt), []).append(caption)
+    return truth
+
+
+def _number(key, value):
+    if isinstance(value, str) or key == "epoch":
+        return str(value)
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:.1e}" if key == "lr" else f"{value:.3f}"
+
+
+def _short(count):
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return str(count)
+
+
+def _duration(seconds):
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

@@ -1,0 +1,212 @@
+"""Evaluating a captioner: the command, its files and page, somebody else's predictions, scores during training."""
+
+import json
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+import evaluate_captions
+from captioning.pages import html_pages
+from captioning.scoring import evaluation
+from conftest import CAPTIONS
+from test_script import TINY
+
+
+@pytest.fixture(autouse=True)
+def no_java(monkeypatch):
+    """METEOR takes 5 seconds to start; tests/test_metrics.py compares it with the reference."""
+    monkeypatch.setattr("captioning.scoring.metrics._why_not", lambda java: "not available: not asked for")
+
+
+@pytest.fixture
+def captioner(script, tiny_model, bpe, tmp_path):
+    config = {"model_config": vars(tiny_model.config), "preprocessing": tiny_model.preprocessing}
+    script.checkpoint.save_checkpoint(tmp_path / "captioner", tiny_model.state_dict(), config, bpe)
+    return tmp_path / "captioner"
+
+
+def predictions(flickr, split="test", caption="a dog ."):
+    records = json.loads((flickr / "dataset_flickr30k.json").read_text())["images"]
+    return [dict(image_id=r["filename"], caption=caption) for r in records if r["split"] == split]
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_a_checkpoint(captioner, flickr, tmp_path, capsys):
+    """Table, scores.json, predictions.json in COCO's results format and a page with every photo in it."""
+    scores = evaluate_captions.main([str(captioner), "--data", str(flickr), "--split", "val", "--beam", "3"])
+    folder = captioner / "evaluation_val"
+    assert json.loads((folder / "scores.json").read_text()) == scores
+    assert {"BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr", "METEOR", "shuffled"} <= scores.keys()
+    written = json.loads((folder / "predictions.json").read_text())
+    assert [entry["image_id"] for entry in written] == ["1008.jpg", "1009.jpg"]
+    page = (folder / "page.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 2
+    assert page.count(CAPTIONS[0]) == 2
+    assert "CIDEr" in capsys.readouterr().out
+    again = ["--predictions", str(folder / "predictions.json"), "--data", str(flickr), "--split", "val"]
+    rescored = evaluate_captions.main([*again, "--output", str(tmp_path / "again")])
+    assert {name: rescored[name] for name in ("BLEU-4", "CIDEr", "ROUGE-L")} == {
+        name: scores[name] for name in ("BLEU-4", "CIDEr", "ROUGE-L")
+    }
+
+
+def test_evaluation_reads_the_token_cache_of_training(captioner, flickr, tmp_path, monkeypatch):
+    """The captions are the same; a second evaluation does not run the encoder."""
+    arguments = [str(captioner), "--data", str(flickr), "--split", "val"]
+    plain = evaluate_captions.main(arguments)
+    cached = [*arguments, "--cache_dir", str(tmp_path / "cache")]
+    assert evaluate_captions.main(cached) == plain
+    monkeypatch.setattr("captioning.model.encoders.ViTEncoder.embed", lambda self, images: 1 / 0)
+    assert evaluate_captions.main(cached) == plain
+
+
+def test_perfect_captions_get_the_best_scores(flickr, tmp_path):
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(predictions(flickr, caption=CAPTIONS[0])))
+    scores = evaluate_captions.main(["--predictions", str(file), "--data", str(flickr)])
+    assert scores["BLEU-4"] == pytest.approx(1, abs=1e-6)
+    assert scores["ROUGE-L"] == pytest.approx(1)
+
+
+def test_missing_predictions_are_empty_and_counted(flickr, tmp_path, capsys):
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(predictions(flickr, caption=CAPTIONS[0])[:1]))
+    scores = evaluate_captions.main(["--predictions", str(file), "--data", str(flickr)])
+    assert scores["BLEU-4"] < 0.9
+    assert scores["missing candidates"] == 1
+    assert "missing candidates" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda entries: [*entries, dict(image_id="9.jpg", caption="a")],
+            "entry 2: the image '9.jpg' is not in this split",
+        ),
+        (lambda entries: [*entries, entries[0]], "entry 2: the image '1010.jpg' comes twice"),
+        (lambda entries: [dict(image_id=[1], caption="a")], "entry 0: image_id .* must be a name and a text"),
+        (lambda entries: [dict(image_id="1010.jpg", caption=None)], "entry 0: image_id .* must be a name and a text"),
+        (lambda entries: {"a": 1}, 'results.json: expected .*"image_id"'),
+        (lambda entries: [dict(id=1)], 'results.json: expected .*"image_id"'),
+    ],
+)
+def test_bad_predictions_are_named(flickr, tmp_path, change, message):
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(change(predictions(flickr))))
+    with pytest.raises(SystemExit, match=message):
+        evaluate_captions.main(["--predictions", str(file), "--data", str(flickr)])
+
+
+def test_an_empty_split_is_an_error(captioner, flickr):
+    for name in ("1010.jpg", "1011.jpg"):
+        (flickr / "flickr30k_images" / name).unlink()
+    with pytest.raises(SystemExit, match="the split test is empty; images there are: train 8, val 2"):
+        evaluate_captions.main([str(captioner), "--data", str(flickr)])
+
+
+def test_coco_numbers_its_images():
+    from pathlib import Path
+
+    assert evaluate_captions.image_id(Path("train2017/000000000139.jpg")) == 139
+    assert evaluate_captions.image_id(Path("val2014/COCO_val2014_000000391895.jpg")) == 391895
+    assert evaluate_captions.image_id(Path("1234.jpg")) == "1234.jpg"
+
+
+def test_questions_are_scored_by_exact_answers(captioner, flickr, tmp_path):
+    rows = [
+        dict(image=f"{1000 + i}.jpg", prompt="a red dog", caption="?", split="test" if i > 9 else "train")
+        for i in range(12)
+    ]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["--captions_file", str(tmp_path / "questions.jsonl"), "--data", str(flickr)]
+    assert evaluate_captions.main([str(captioner), *arguments]) == {"exact answers": 0.0}
+    written = json.loads((captioner / "evaluation_test" / "predictions.json").read_text())
+    assert [entry["question"] for entry in written] == ["a red dog"] * 2
+
+
+def test_questions_with_several_right_answers(captioner, flickr, tmp_path, monkeypatch):
+    rows = [
+        dict(image=f"{1000 + i}.jpg", prompt="q", answer=["a", "b"], split="test" if i > 9 else "train")
+        for i in range(12)
+    ]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(evaluate_captions, "predict", lambda m, t, images, prompts, **o: (["b"] * len(images), []))
+    arguments = ["--captions_file", str(tmp_path / "questions.jsonl"), "--data", str(flickr)]
+    assert evaluate_captions.main([str(captioner), *arguments]) == {"exact answers": 1.0}
+
+
+def test_a_long_question_is_cut_as_in_training(tiny_model, bpe, flickr):
+    photo = flickr / "flickr30k_images" / "1000.jpg"
+    from captioning.decoding.search import caption_images
+
+    assert isinstance(caption_images(tiny_model, bpe, [photo], prompt=["two young men stand " * 20])[0], str)
+
+
+# --- in Python and in training ----------------------------------------------------------------------------------------
+
+
+def test_evaluate_takes_a_dataloader(tiny_model, dls, bpe):
+    scores = evaluation.evaluate(tiny_model, dls[1], bpe, "cpu", num_beams=2)
+    assert {"BLEU-4", "CIDEr", "shuffled"} <= scores.keys()
+    captions, ended = evaluation.predict(tiny_model, bpe, list(dls[1].dataset.captions_of), max_tokens=3)
+    assert len(captions) == len(ended) == 2
+
+
+def test_training_scores_and_logs_samples(script, flickr, tmp_path):
+    """Every second epoch: in metrics.csv, in samples.md with the captions of the same images, in cider.png."""
+    out = tmp_path / "captioner"
+    script.main(["--data_dir", str(flickr), "--model_path", str(out), *TINY, "--epochs", "4", "--score_every", "2"])
+    table = pd.read_csv(out / "metrics.csv")
+    assert table["CIDEr"].notna().tolist() == [False, True, False, True]
+    samples = (out / "samples.md").read_text()
+    assert samples.count("## 100") == 2
+    assert samples.count(f"- true: {CAPTIONS[1]}") == 2
+    assert "| 2 | " in samples and "| 4 | " in samples and "| 3 | " not in samples
+    with Image.open(out / "cider.png") as image:
+        assert min(image.size) > 300
+
+
+def test_the_best_epoch_by_cider(script, tiny_config, tiny_train_config, dls, monkeypatch):
+    """Perplexity would keep the last epoch, CIDEr keeps the second."""
+    tiny_train_config.epochs, tiny_train_config.best_by = 3, "CIDEr"
+    trainer = script.Trainer(tiny_config, tiny_train_config, dls)
+    perplexities, ciders = iter([5.0, 4.0, 3.0]), iter([0.1, 0.5, 0.3])
+    monkeypatch.setattr(trainer, "train_one_epoch", lambda epoch: 1.0)
+    monkeypatch.setattr(trainer, "valid_one_epoch", lambda epoch: next(perplexities))
+    monkeypatch.setattr(trainer, "score_one_epoch", lambda epoch: {"CIDEr": next(ciders)})
+    assert trainer.run_training() == {"best_perplexity": 4.0, "best_epoch": 1}
+    tiny_train_config.best_by = "CIDEr"
+    dls[1].dataset.prompts[0] = "what ?"
+    with pytest.raises(
+        ValueError, match="best_by is 'CIDEr': it is perplexity, or for captions with score_every 1 CIDEr"
+    ):
+        script.Trainer(tiny_config, tiny_train_config, dls)
+    tiny_train_config.best_by = "BLEU"
+    with pytest.raises(
+        ValueError, match="best_by is 'BLEU': it is perplexity, or for captions with score_every 1 CIDEr"
+    ):
+        script.Trainer(tiny_config, tiny_train_config, dls)
+
+
+def test_samples_and_page_escape_what_captions_hold(tmp_path):
+    photo = Image.new("RGB", (8, 8))
+    caption = '<script>alert("a | b")</script>'
+    html_pages.write_samples(tmp_path / "samples.md", ["1.jpg"], [["a dog"]], {1: [caption]})
+    assert "a \\| b" in (tmp_path / "samples.md").read_text()
+    html_pages.write_evaluation_page(tmp_path / "page.html", "t", [("", "score", ""), ("CIDEr", "1", "")],
+                                {"Best": [(photo, caption, ["<b>"], "x")]})  # fmt: skip
+    assert "<script" not in (tmp_path / "page.html").read_text()
+
+
+def test_table_puts_shuffled_scores_beside(tmp_path):
+    scores = {"CIDEr": 0.5, "METEOR": "not available: needs Java", "missing candidates": 2}
+    scores["shuffled"] = {"CIDEr": 0.1}
+    assert evaluation.table_rows(scores) == [
+        ("", "score", "shuffled"), ("CIDEr", "0.5000", "0.1000"), ("METEOR", "not available: needs Java", ""),
+        ("missing candidates", "2", ""),
+    ]  # fmt: skip
+    assert evaluation.as_table(scores).splitlines()[1].split() == ["CIDEr", "0.5000", "0.1000"]

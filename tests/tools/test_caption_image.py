@@ -1,0 +1,336 @@
+"""caption_image.py: folders that go on, what cannot be read, URLs, attention, JSON. Plain use is in test_script.py."""
+
+import csv
+import http.server
+import json
+import shutil
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import caption_image
+from captioning.command_line import photo_arguments
+from captioning.command_line.caption_table import CaptionTable
+from captioning.decoding.search import generate_ids, log_probabilities
+from conftest import REPO_ROOT
+
+SHAPES = REPO_ROOT / "examples" / "shapes"
+CHECKPOINT = ["--checkpoint", str(SHAPES)]
+CAPTIONS = {
+    "scene_0.png": "a small blue triangle above a small white circle",
+    "scene_2.png": "above a large blue cross is a large red square",
+}
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch, example):
+    monkeypatch.setattr(caption_image, "load_captioner", lambda source: example)
+
+
+@pytest.fixture(scope="module")
+def example():
+    from MyLLM_Vit_gpt2_captioning import load_captioner
+
+    return load_captioner(SHAPES)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three scenes, one in a subfolder, and what has to be passed over."""
+    folder = tmp_path / "holiday"
+    for place in ("scene_0.png", "scene_2.png", "sub/scene_0.PNG", ".thumbnails/scene_1.png"):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(SHAPES / (place.rpartition("/")[2].lower()), folder / place)
+    (folder / "notes.txt").write_text("no photo")
+    return folder
+
+
+def read(path):
+    return list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_gets_a_table_and_goes_on(folder, capsys, monkeypatch):
+    """A line that was cut off and a photo that came later are captioned; nothing is captioned twice."""
+    caption_image.main([str(folder), *CHECKPOINT])
+    shown = capsys.readouterr()
+    assert shown.out == f"3 images with captions are in {folder / 'captions.csv'}\n"
+    assert "captions: 100%" in shown.err and "3/3" in shown.err
+    table = folder / "captions.csv"
+    header, *rows = read(table)
+    assert header == ["image", "caption", "model"]
+    assert rows == [
+        ["scene_0.png", CAPTIONS["scene_0.png"], str(SHAPES)],
+        ["scene_2.png", CAPTIONS["scene_2.png"], str(SHAPES)],
+        ["sub/scene_0.PNG", CAPTIONS["scene_0.png"], str(SHAPES)],
+    ]
+    whole = table.read_text()
+
+    captioned, caption = [], caption_image.Captioner.caption
+    monkeypatch.setattr(
+        caption_image.Captioner,
+        "caption",
+        lambda self, read: captioned.extend(p.name_in_folder for p in read) or caption(self, read),
+    )
+    caption_image.main([str(folder), *CHECKPOINT])
+    assert "3 of 3 images are captioned already" in capsys.readouterr().out
+    assert not captioned
+    table.write_text(whole[:-20])
+    shutil.copy(SHAPES / "scene_2.png", folder / "later.png")
+    caption_image.main([str(folder), *CHECKPOINT])
+    assert captioned == ["later.png", "sub/scene_0.PNG"]
+    assert sorted(read(table)) == sorted([header, *rows, ["later.png", CAPTIONS["scene_2.png"], str(SHAPES)]])
+
+
+def test_captions_are_written_as_they_are_made(folder, monkeypatch):
+    """Stopped in the second batch, the first is in the table."""
+    caption = caption_image.Captioner.caption
+
+    def stop(self, read):
+        if (folder / "captions.csv").read_text().count("\n") > 1:
+            raise KeyboardInterrupt
+        return caption(self, read)
+
+    monkeypatch.setattr(caption_image.Captioner, "caption", stop)
+    with pytest.raises(SystemExit, match=r"interrupted; .* the same command goes on"):
+        caption_image.main([str(folder), *CHECKPOINT, "--batch_size", "1"])
+    assert [row[0] for row in read(folder / "captions.csv")] == ["image", "scene_0.png"]
+
+
+def test_a_bad_image_is_reported_and_the_others_are_captioned(folder, capsys):
+    (folder / "bad.jpg").write_text("no photo")
+    with pytest.raises(SystemExit, match=r"^error: 2 of 5 images were left out$"):
+        caption_image.main([str(folder), str(folder / "gone.png"), *CHECKPOINT, "--beam", "2", "--num", "2"])
+    shown = capsys.readouterr()
+    assert f"error: {folder / 'bad.jpg'}: not a readable image" in shown.err
+    assert f"error: {folder / 'gone.png'}: no such image" in shown.err
+    assert "Traceback" not in shown.err
+    header, *rows = read(folder / "captions.csv")
+    assert header == ["image", "caption", "caption_2", "model"]
+    assert [row[0] for row in rows] == ["scene_0.png", "scene_2.png", "sub/scene_0.PNG"]
+    assert all(len({row[1], row[2]}) == 2 for row in rows)
+
+
+def test_all_captions_to_one_file(folder, tmp_path, capsys):
+    out, photo = tmp_path / "new" / "all.csv", str(SHAPES / "scene_2.png")
+    caption_image.main([str(folder / "sub"), photo, *CHECKPOINT, "--out", str(out)])
+    assert [row[:2] for row in read(out)[1:]] == [
+        [str(folder / "sub" / "scene_0.PNG"), CAPTIONS["scene_0.png"]], [photo, CAPTIONS["scene_2.png"]]
+    ]  # fmt: skip
+    assert not (folder / "sub" / "captions.csv").exists()
+    assert f"{photo}: {CAPTIONS['scene_2.png']}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("image,caption\nscene_0.png,what a person wrote\n", "its columns are image, caption, not image, caption, mo"),
+        ("image,caption,model\nscene_0.png,a cat,other\n", "it has captions by other, not by"),
+        ("image;caption;model\n", "its columns are image;caption;model, not"),
+    ],
+)
+def test_a_table_of_another_kind_is_left_alone(folder, content, said):
+    (folder / "captions.csv").write_text(content)
+    with pytest.raises(SystemExit, match=f"^error: .*captions.csv: {said}.*--out"):
+        caption_image.main([str(folder), *CHECKPOINT])
+    assert (folder / "captions.csv").read_text() == content
+
+
+def test_any_name_and_caption_comes_back(tmp_path):
+    names = ['a, "b".jpg', "caf\u00e9.jpg", "two\nlines.jpg", "not \udcff utf-8.jpg"]
+    for _ in range(2):
+        table = CaptionTable(tmp_path / "t.csv", 1, "m")
+        table.start()
+        if not table.done:
+            table.add([(name, [' "quoted",\n and broken ']) for name in names])
+        assert table.done == set(names)
+    assert b'"""quoted"", and broken",m\n' in table.path.read_bytes()
+
+
+def test_a_table_that_cannot_be_written_is_named(tmp_path):
+    table = CaptionTable(tmp_path / "t.csv", 1, "m")
+    table.start()
+    table.add([("a.jpg", ["a cat"])])
+    table.path = tmp_path / "gone" / "t.csv"
+    with pytest.raises(OSError, match=r"gone.t\.csv: could not be written \(No such file or directory\); what"):
+        table.add([("b.jpg", ["a dog"])])
+    assert table.done == {"a.jpg"}
+    with pytest.raises(SystemExit, match=r"error: .*photo\.txt.*: could not be written"):
+        (tmp_path / "photo.txt").write_text("a file, not a folder")
+        caption_image.main([str(SHAPES / "scene_0.png"), *CHECKPOINT, "--out", str(tmp_path / "photo.txt" / "t.csv")])
+
+
+def test_what_cannot_be_captioned(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for argv, said in (
+        ([str(tmp_path / "empty")], "empty: no image is in this folder"),
+        ([str(folder), "--batch_size", "0"], "--batch_size must be at least 1, not 0"),
+        (
+            [str(folder), "--attention", str(folder / "maps")],
+            "lies in .*holiday, where it would be captioned next time",
+        ),
+        ([str(SHAPES / "scene_0.png"), "--block", "1"], "--block and --head choose what --attention draws"),
+        ([str(SHAPES / "scene_0.png"), "--attention", "a.png", "--head", "4"], "head 4: the decoder has heads 0 to 3"),
+        ([str(SHAPES / "scene_0.png"), "--attention", "a.jpg"], "a.jpg: drawn as PNG"),
+    ):
+        with pytest.raises(SystemExit, match=f"^error: .*{said}"):
+            caption_image.main([*argv, *CHECKPOINT])
+    assert not (folder / "captions.csv").exists()
+
+
+# --- URLs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server():
+    """A web server on this machine: a photo, a page that is none, more bytes than are wanted."""
+    answers = {
+        "/photo.png": (SHAPES / "scene_2.png").read_bytes(),
+        "/page.png": b"<html>sorry</html>",
+        "/large.png": bytes(200_000),
+    }
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200 if self.path in answers else 404)
+            self.end_headers()
+            self.wfile.write(answers.get(self.path, b""))
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.asked = asked
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_urls_are_fetched_only_where_that_is_allowed(server, capsys, monkeypatch):
+    monkeypatch.setattr(photo_arguments, "MOST_BYTES", 100_000)
+    monkeypatch.setattr(photo_arguments.fetch_image, "__defaults__", (100_000, 5))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    root = f"http://127.0.0.1:{server.server_port}"
+    with pytest.raises(SystemExit, match=r"^error: http://127.*photo\.png: a URL; .*--allow_urls$"):
+        caption_image.main([str(SHAPES / "scene_0.png"), f"{root}/photo.png", *CHECKPOINT])
+    assert capsys.readouterr().out == ""
+    assert not server.asked
+    caption_image.main([f"{root}/photo.png", *CHECKPOINT, "--allow-urls"])
+    assert capsys.readouterr().out == f"{root}/photo.png: {CAPTIONS['scene_2.png']}\n"
+    assert server.asked == ["/photo.png"]
+    for name, said in (
+        ("page.png", "what lies there is not a readable image"),
+        ("large.png", "more than 100,000 bytes"),
+        ("gone.png", "could not be fetched .404 Client Error"),
+    ):
+        with pytest.raises(SystemExit, match=rf"^error: {root}/{name}: {said}"):
+            caption_image.main([f"{root}/{name}", *CHECKPOINT, "--allow_urls"])
+    with pytest.raises(SystemExit, match=r"x\.png: could not be fetched \(ConnectionError\)"):
+        caption_image.main(["http://127.0.0.1:1/x.png", *CHECKPOINT, "--allow_urls"])
+    with pytest.raises(SystemExit, match="only http:// and https:// can be fetched"):
+        caption_image.main(["file:///etc/hosts.png", *CHECKPOINT, "--allow_urls"])
+
+
+# --- JSON and log-probabilities ---------------------------------------------------------------------------------------
+
+
+def test_json_is_one_object_a_line(folder, capsys):
+    photo = str(SHAPES / "scene_0.png")
+    caption_image.main([photo, str(folder), *CHECKPOINT, "--json", "--beam", "3", "--num", "2"])
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [entry["image"] for entry in found[:2]] == [photo, str(folder / "scene_0.png")]
+    assert len(found) == 4
+    for entry in found:
+        assert set(entry) == {"image", "captions", "log_probabilities"}
+        assert len(entry["captions"]) == len(entry["log_probabilities"]) == 2
+        assert all(-5 < value < 0 for value in entry["log_probabilities"])
+
+
+@pytest.mark.parametrize("options", [dict(deterministic=True), dict(num_beams=3, num_return_sequences=3), dict(seed=1)])
+def test_log_probabilities_are_the_sums_over_a_caption(tiny_model, options):
+    """Token by token with `forward`, up to the first EOS."""
+    images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    eos = tiny_model.config.eos_token_id
+    with torch.no_grad():
+        tiny_model.gpt.tok_emb.weight[eos] *= 3
+    starts = torch.full((5, 2), eos)  # a prompt of one token, the EOS in it does not count
+    ids = generate_ids(tiny_model, images, starts, 8, **options)
+    found = log_probabilities(tiny_model, images, ids, 2)
+    K, lengths = len(ids) // 5, set()
+    assert found.shape == (5 * K,)
+    assert torch.allclose(found, log_probabilities(tiny_model, tiny_model.levels(images), ids, 2), atol=1e-4)
+    for row, ids_of_row in enumerate(ids):
+        total, length = 0.0, 2
+        while length < len(ids_of_row):
+            with torch.no_grad():
+                scores = tiny_model(images[row // K][None], ids_of_row[None, :length])[0, 0]
+            total += float(scores.log_softmax(-1)[ids_of_row[length]])
+            length += 1
+            if ids_of_row[length - 1] == eos:
+                break
+        lengths.add(length)
+        assert float(found[row]) == pytest.approx(total, abs=1e-3)
+    assert len(lengths) > 1 or options == dict(num_beams=3, num_return_sequences=3)
+
+
+def test_draws_go_on_from_batch_to_batch(folder, capsys):
+    """They do not begin again: the same photo twice, one a batch, has other captions."""
+    draws = []
+    photos = [str(folder / "scene_0.png"), str(folder / "sub" / "scene_0.PNG")]
+    for batch_size in ("2", "2", "1"):
+        argv = ["--temperature", "2", "--num", "4", "--json", "--seed", "1", "--batch-size", batch_size]
+        caption_image.main([*photos, *CHECKPOINT, *argv])
+        draws.append([json.loads(line)["captions"] for line in capsys.readouterr().out.splitlines()])
+    assert draws[0] == draws[1]
+    assert draws[2][0] != draws[2][1]
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def test_attention_is_drawn_for_one_and_several(folder, tmp_path, capsys):
+    photo = str(SHAPES / "scene_2.png")
+
+    def pixels(name):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.format == "PNG"
+            return np.asarray(picture.convert("RGB"))
+
+    caption_image.main([photo, *CHECKPOINT, "--attention", str(tmp_path / "mean.png")])
+    said = capsys.readouterr().out
+    assert said.endswith(f"where each word looked is drawn to {tmp_path / 'mean.png'}\n")
+    assert said.startswith(f"{photo}: {CAPTIONS['scene_2.png']}\n")
+    caption_image.main([photo, *CHECKPOINT, "--attention", str(tmp_path / "one.png"), "--block", "1", "--head", "2"])
+    assert pixels("mean.png").shape == pixels("one.png").shape
+    assert (pixels("mean.png") != pixels("one.png")).any()
+    caption_image.main([photo, str(SHAPES / "scene_0.png"), *CHECKPOINT, "--attention", str(tmp_path / "many.png")])
+    assert (pixels("many_1.png") == pixels("mean.png")).all()
+    assert pixels("many_2.png").shape == pixels("many_1.png").shape  # both on two rows
+    caption_image.main([str(folder), photo, *CHECKPOINT, "--attention", str(tmp_path / "maps")])
+    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == [
+        "scene_0.png", "scene_2.png", "scene_2_2.png", "sub_scene_0.png"
+    ]  # fmt: skip
+    assert (pixels("maps/scene_2.png") == pixels("mean.png")).all()
+
+
+# --- from Python ------------------------------------------------------------------------------------------------------
+
+
+def test_caption_image_of_the_script(script):
+    photo = SHAPES / "scene_2.png"
+    assert script.caption_image(photo, SHAPES, do_sample=False) == CAPTIONS["scene_2.png"]
+    torch.manual_seed(0)
+    drawn = {script.caption_image(str(photo), str(SHAPES), "cpu", temperature=3.0, top_k=20) for _ in range(3)}
+    assert len(drawn) > 1 and all(isinstance(text, str) for text in drawn)
+    assert len(script.caption_image(photo, SHAPES, max_length=3, do_sample=False).split()) <= 3
+    with pytest.raises(FileNotFoundError, match=r"gone\.png: no such image"):
+        script.caption_image("gone.png", SHAPES)

@@ -1,0 +1,53 @@
+"""What test_distributed.py starts with torchrun: a run of the script that writes the loss of every step, and may fail.
+
+    distributed_case.py LOSSES.json FAILURE STEP --recipe shapes ...
+
+FAILURE is none, kill (the last process kills itself in that step, the first time it is started) or stop (it is asked to
+stop behind that step).
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "MyLLM_Vit_gpt2_captioning"))
+
+import MyLLM_Vit_gpt2_captioning as script
+
+
+def main(losses_file, failure, when, *argv):
+    team = script.Team("cpu")
+    totals, build = [], script.build_trainer
+
+    def recorded(*args):
+        trainer = build(*args)
+        step, count = trainer.optimization.step, 0
+
+        def watched(losses):
+            nonlocal count
+            count += 1
+            totals.append((trainer.state.position["total"], trainer.state.position["count"]))
+            here = count == int(when) and team.rank == team.size - 1
+            if here and failure == "kill" and not team.restarted:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done = step(losses)
+            if here and failure == "stop":
+                signal.raise_signal(signal.SIGTERM)
+            return done
+
+        trainer.optimization.step = watched
+        return trainer
+
+    script.build_trainer = recorded
+    try:
+        script.main(argv)
+    except script.Stopped as reason:
+        print(reason)
+    if team.first:
+        Path(losses_file).write_text(json.dumps(totals))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,167 @@
+"""Several processes train as one would: on the CPU, started by torchrun as users start it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import distributed_case
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from captioning.data import shapes
+from captioning.data.batching import CaptionBatchSampler
+from captioning.training.run_state import NEWEST, read_state
+
+CASE = Path(distributed_case.__file__)
+OPTIONS = [
+    "--recipe", "shapes", "--shapes_scenes", "260", "--captions_per_image", "1", "--epochs", "2", "--batch_size", "5",
+    "--accumulate", "2",
+    "--emb_dropout", "0", "--attention_dropout", "0", "--mlp_dropout", "0", "--residual_dropout", "0",
+    "--score_images", "5", "--demo_images", "2", "--device", "cpu", "--precision", "float32",
+]  # fmt: skip
+
+
+def sampled(ranks, shares=None, groups=23, K=2, **options):
+    """The epoch's batches of each process."""
+    images = [image for image in range(groups) for _ in range(K)]
+    batches = []
+    for rank in range(ranks):
+        sampler = CaptionBatchSampler(images, 4, K, seed=3, lengths=[i % 7 for i in images], window=2, **options)
+        sampler.share(rank, ranks, shares)
+        sampler.set_epoch(1)
+        batches.append(list(sampler))
+        assert len(batches[-1]) == len(sampler)
+    return batches
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_processes_share_the_batches_of_one(ranks):
+    [whole] = sampled(1, shares=ranks)
+    for batch, *parts in zip(whole, *sampled(ranks), strict=True):
+        assert sorted(batch) == sorted(row for part in parts for row in part)
+        assert all(len(part) > 0 for part in parts)
+        sizes = {len(part) for part in parts}
+        assert max(sizes) - min(sizes) <= 2  # a group of two captions
+    assert sorted(row for batch in whole for row in batch) == list(range(46))
+
+
+def test_a_last_batch_too_small_for_all_joins_the_one_before():
+    parts = sampled(3, groups=13)  # 6 groups a batch: 6, 6 and 1
+    assert [len(part) for part in parts] == [2, 2, 2]
+    assert sum(len(batch) for part in parts for batch in part) == 26
+    with pytest.raises(ValueError, match="2 photos cannot be shared by 3 processes"):
+        sampled(3, groups=2)
+
+
+# --- torchrun ---------------------------------------------------------------------------------------------------------
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def torchrun(*options):
+    command = [sys.executable, "-m", "torch.distributed.run", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
+    )
+
+
+def finished(process, code=0):
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == code, out
+    return out
+
+
+def step_losses(path):
+    totals = [*json.loads(path.read_text())]
+    return [
+        (total - before) / (count - seen)
+        for (before, seen), (total, count) in pairwise(totals)
+        if count > seen  # else an epoch has begun
+    ]
+
+
+@pytest.fixture(scope="module")
+def two_hosts(tmp_path_factory):
+    """A run of 2 epochs by two torchrun agents with a process each -> (folder of the run, what both printed)."""
+    folder = tmp_path_factory.mktemp("two_hosts")
+    shapes.write_dataset(folder / "shapes", 260)
+    address = f"127.0.0.1:{free_port()}"
+    agents = []
+    for host in range(2):
+        place = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", address]
+        paths = ["--data_dir", folder / "shapes", "--model_path", folder / "run"]
+        agents.append(torchrun(*place, CASE, folder / f"losses{host}.json", "none", "0", *OPTIONS, *paths))
+    return folder, [finished(agent) for agent in agents]
+
+
+@pytest.fixture(scope="module")
+def one_process(two_hosts, tmp_path_factory):
+    """The same run by one process with batches of twice the size."""
+    folder = tmp_path_factory.mktemp("one_process")
+    argv = [*OPTIONS, "--batch_size", "10", "--data_dir", two_hosts[0] / "shapes", "--model_path", folder / "run"]
+    process = subprocess.run(
+        [sys.executable, CASE, folder / "losses.json", "none", "0", *argv], capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stdout + process.stderr
+    return folder
+
+
+def assert_same_run(ours, theirs):
+    """Metrics and weights of two runs are the same but for rounding."""
+    ours_metrics, theirs_metrics = (pd.read_csv(folder / "metrics.csv") for folder in (ours, theirs))
+    assert ours_metrics["epoch"].tolist() == theirs_metrics["epoch"].tolist() == [1, 2]
+    for column in ("train_loss", "valid_loss", "lr", "CIDEr"):
+        np.testing.assert_allclose(ours_metrics[column], theirs_metrics[column], atol=1e-4)
+    ours, theirs = (load_file(folder / "captioner.safetensors") for folder in (ours, theirs))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in ours)
+
+
+def test_two_hosts_train_as_one_process_with_twice_the_batch(two_hosts, one_process):
+    folder, printed = two_hosts
+    [losses] = [step_losses(path) for path in folder.glob("losses*.json")]  # only the first process writes
+    alone = step_losses(one_process / "losses.json")
+    assert len(losses) >= 50
+    np.testing.assert_allclose(losses[:50], alone[:50], atol=1e-5)
+    assert_same_run(folder / "run", one_process / "run")
+    # The captions in samples.md are the same, and one process has spoken for both.
+    assert (folder / "run" / "samples.md").read_text() == (one_process / "run" / "samples.md").read_text()
+    assert sorted("checkpoint and plots are in" in text for text in printed) == [False, True]
+    assert (folder / "run" / "demo.png").stat().st_size > 0
+
+
+def test_a_killed_process_is_started_again(two_hosts, tmp_path):
+    folder, _ = two_hosts
+    run = torchrun(
+        "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", CASE, tmp_path / "losses.json", "kill", "45",
+        *OPTIONS, "--data_dir", folder / "shapes", "--model_path", tmp_path / "run", "--save_minutes", "0",
+    )  # fmt: skip
+    out = finished(run)
+    assert f"going on from {tmp_path / 'run' / 'last' / NEWEST}: epoch 2, batch" in out, out
+    assert_same_run(tmp_path / "run", folder / "run")
+
+
+def test_a_run_goes_on_with_another_number_of_processes(two_hosts, tmp_path):
+    folder, _ = two_hosts
+    options = [*OPTIONS, "--data_dir", folder / "shapes", "--model_path", tmp_path / "run"]
+    case = [CASE, tmp_path / "losses.json", "stop", "35", *options]
+    out = finished(torchrun("--standalone", "--nproc-per-node", "2", *case))
+    assert "stopped by a signal to another process" in out
+    _, state = read_state(tmp_path / "run" / "last")
+    assert state["position"]["batches"] > 0
+    case = [CASE, tmp_path / "losses.json", "none", "0", *options, "--resume", "auto"]
+    out = finished(torchrun("--standalone", "--nproc-per-node", "3", *case))
+    assert "the run had 2 processes, now it has 3: a batch of them all stays 10 captions" in out
+    assert_same_run(tmp_path / "run", folder / "run")
