@@ -19,7 +19,7 @@ test: .venv/test-installed
 	.venv/bin/python -m pytest
 
 soak: .venv/test-installed
-	SOAK=1 KILLS=20 .venv/bin/python -m pytest -s -k "killed_at_random or memory_stays_flat" tests/test_resume.py
+	SOAK=1 KILLS=20 .venv/bin/python -m pytest -s -k "killed_at_random or memory_stays_flat" tests/training/test_resume.py
 
 bench: .venv/run-installed
 	.venv/bin/python benchmarks/run_all.py $(ARGS)

@@ -12,13 +12,15 @@ import torch
 from PIL import Image
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
-TEST_FOLDERS = [str(folder) for folder in (REPO_ROOT / "tests").glob("*/")]
-sys.path[:0] = [str(REPO_ROOT / "MyLLM_Vit_gpt2_captioning"), str(REPO_ROOT), *TEST_FOLDERS]
+sys.path[:0] = [str(REPO_ROOT / "MyLLM_Vit_gpt2_captioning"), str(REPO_ROOT)]
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub fails at once
 os.environ["MPLBACKEND"] = "agg"  # no window, also where there is a display
 
+pytest.register_assert_rewrite("helpers")
+
 import MyLLM_Vit_gpt2_captioning as script_module
 from captioning.model.tokenizer import CaptionTokenizer
+from helpers.annotation_files import NAMES
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
@@ -100,6 +102,21 @@ def make_flickr(folder, photos=12):
     (folder / "results.csv").write_text("\n".join(lines) + "\n")
     (folder / "dataset_flickr30k.json").write_text(json.dumps({"images": records}))
     return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Six photos in tmp_path/images."""
+    (tmp_path / "images").mkdir()
+    for i, name in enumerate(NAMES):
+        Image.fromarray(np.full((8, 8, 3), 40 * i, dtype=np.uint8)).save(tmp_path / "images" / name)
+    return tmp_path
+
+
+@pytest.fixture
+def photo():
+    """The pixels of one photo: noise."""
+    return np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ import struct
 import tarfile
 import tempfile
 import zipfile
-import zlib
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +38,10 @@ from captioning.model import checkpoint
 from captioning.training.run_log import RunLog
 from captioning.training.self_critical import SelfCritical
 from conftest import CAPTIONS
+from helpers.folders import read_only
+from helpers.image_files import png
+from helpers.runs import TINY
+from helpers.tar_files import make_shards, members, write_tar
 
 TABLE = Path(__file__).with_name("HOSTILE_INPUT.md")
 UPDATE = "UPDATE_TABLE" in os.environ
@@ -76,16 +79,6 @@ PIXELS = RNG.integers(0, 255, (24, 32, 3), dtype=np.uint8)
 def save(path, pixels=PIXELS, **options):
     Image.fromarray(pixels).save(path, **options)
     return path
-
-
-def png(width, height, depth, kind, data):
-    """The bytes of a PNG whose header says what it likes."""
-
-    def chunk(name, content):
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
 @case("Images", "truncated JPEG")
@@ -313,8 +306,6 @@ def test_an_unreadable_photo_teaches_no_reward(script, tiny_config, tiny_train_c
 
 @case("A run", "photos that break: 1 of 8 in training, 1 of 2 in validation")
 def _(script, flickr, tmp_path, capfd, monkeypatch):
-    from test_script import TINY
-
     monkeypatch.setattr(script, "DATA_DIR", tmp_path / "no_data")
     breaks(flickr, "1003.jpg", "1008.jpg")
     script.main(["--data_dir", str(flickr), "--model_path", str(tmp_path / "captioner"), *TINY, "--epochs", "1"])
@@ -645,21 +636,6 @@ def _(tiny_model, flickr, tmp_path, monkeypatch):
         assert all(map(torch.equal, kept.batch(photos), whole.batch(photos)))
 
 
-@contextlib.contextmanager
-def read_only(folder):
-    """`folder` may not be written, not even by a test that runs as root."""
-    folder.chmod(0o555)
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
-        folder.chmod(0o755)
-
-
 @case("Files", "output folder that may not be written")
 def _(tiny_model, bpe):
     with tempfile.TemporaryDirectory() as place:  # not in `tmp_path`, which only its owner may enter
@@ -694,8 +670,6 @@ def stream(script, folder, words, **changes):
 
 def two_shards(folder, **damage):
     """Shards 0 and 1 of 3 photos; `damage`: {name of a member of shard 0: its content, None for none}."""
-    from test_shards import make_shards, members, write_tar
-
     make_shards(folder, [[1] * 3] * 2)
     reading.training_shards(folder)
     (folder / "counts.json").rename(folder / "manifest.json")  # it is known how they were

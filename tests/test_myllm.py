@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
 from conftest import randomize
+from helpers.mistakes import drop_one_bias, exact_gelu, swap_norms, wrong_epsilon
 from MyLLM import MyLLM_nominal
 from MyLLM.ch3 import KeyValueCache, MultiHeadAttention
 from MyLLM.ch4 import GPTModel, LayerNorm
@@ -90,25 +90,6 @@ def test_equals_hf_gpt2(gpt, hf_gpt2, token_ids):
     with torch.no_grad():
         assert hf_gpt2(token_ids).logits.std() > 1
     assert difference(gpt, hf_gpt2, token_ids) < 1e-4
-
-
-def swap_norms(gpt):
-    for block in gpt.trf_blocks:
-        block.ln_1, block.ln_2 = block.ln_2, block.ln_1
-
-
-def exact_gelu(gpt):
-    for block in gpt.trf_blocks:
-        block.mlp.activation = nn.GELU()
-
-
-def wrong_epsilon(gpt):
-    for norm in (module for module in gpt.modules() if isinstance(module, LayerNorm)):
-        norm.eps = 1e-6
-
-
-def drop_one_bias(gpt):
-    nn.init.zeros_(gpt.trf_blocks[1].mlp.expand.bias)
 
 
 def untransposed_weight(gpt):

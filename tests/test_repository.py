@@ -69,6 +69,18 @@ def test_no_two_files_import_each_other():
     assert not waiting, f"a circle among {sorted(waiting)}"
 
 
+def test_no_test_module_imports_another():
+    """What several of them share is a fixture in conftest.py, or lies in helpers/."""
+    files = [*(REPO_ROOT / "tests").rglob("*.py")]
+    tests = [path.stem for path in files if path.stem.startswith("test_")]
+    assert len(tests) == len(set(tests)), "two test modules of one name"
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+                assert not names & set(tests), f"{path}, line {node.lineno}: imports a test module"
+
+
 def test_no_file_shadows_a_library():
     """The script's folder is the first on the search path."""
     installed = {"datasets", "evaluate", "tokenizers", "tokenizer", "transformers", "types", "random"}

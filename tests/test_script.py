@@ -11,15 +11,9 @@ import pytest
 from PIL import Image
 
 from conftest import REPO_ROOT, TINY_ENCODER
+from helpers.runs import TINY
 
 SCRIPT = REPO_ROOT / "MyLLM_Vit_gpt2_captioning" / "MyLLM_Vit_gpt2_captioning.py"
-TINY = [
-    "--embed_dim", "32", "--num_heads", "2", "--depth", "2", "--seq_len", "24", "--vocab_size", "300",
-    "--tokenizer", "bpe", "--decoder_weights", "scratch", "--encoder_weights", "scratch",
-    "--encoder", "vit_tiny_patch16_224", "--encoder_options", json.dumps(TINY_ENCODER),
-    "--epochs", "2", "--batch_size", "4", "--captions_per_image", "2", "--device", "cpu", "--num_workers", "0",
-    "--demo_images", "2",
-]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Annotation files, splits, transforms and batches."""
+"""Annotation files, splits and batches."""
 
 import json
 
@@ -6,13 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 
 from captioning.data import sources
 from captioning.data.batching import CaptionBatchSampler, exact_captions_per_image
 from captioning.data.splits import assign_splits
-from captioning.images.augmentation import may_mirror, random_crop_box
-from captioning.images.preprocessing import load_image, preprocess
+from captioning.images.preprocessing import load_image
 from conftest import CAPTIONS
 
 # --- readers ----------------------------------------------------------------------------------------------------------
@@ -118,169 +116,6 @@ def test_split_lists(tmp_path):
 def test_too_few_images(tmp_path):
     with pytest.raises(ValueError, match="2 image"):
         assign_splits(pd.Series(["1.jpg", "2.jpg", "2.jpg"]), tmp_path)
-
-
-# --- images -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def photo():
-    return np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-
-
-def test_validation_transform_is_the_plain_preprocessing(script, photo):
-    mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
-    valid_tfms = script.build_transforms(32, mean, std)[1]
-    expected = np.array(Image.fromarray(photo).resize((32, 32), Image.Resampling.BICUBIC)) / 255
-    expected = torch.tensor((expected - mean) / std).permute(2, 0, 1).float()
-    tensor = valid_tfms(image=photo)["image"]
-    assert torch.equal(tensor, preprocess(photo, 32, mean, std))
-    torch.testing.assert_close(tensor, expected, atol=1e-6, rtol=1e-5)
-
-
-def test_default_normalisation_is_one_half(script):
-    white = np.full((8, 8, 3), 255, dtype=np.uint8)
-    for tfms in script.build_transforms(8)[1:]:
-        torch.testing.assert_close(tfms(image=white)["image"], torch.ones(3, 8, 8))
-
-
-@pytest.mark.parametrize(
-    ("caption", "expected"),
-    [
-        ("a dog on the left", False), ("a RIGHT-handed player", False), ("the rightmost car", False),
-        ("a sign that reads stop", False), ("a bright light", True), ("a man in a copyright office", True),
-        ("the logo of a team", False), ("", True),
-    ],
-)  # fmt: skip
-def test_what_may_be_mirrored(caption, expected):
-    assert may_mirror(["a plain caption", caption]) is expected
-
-
-def test_training_transform_mirrors_only_when_true(script, photo):
-    """Over many seeds: a picture whose red half is on the left stays that way when a caption says left."""
-    picture = np.zeros((32, 32, 3), dtype=np.uint8)
-    picture[:, :16, 0] = 255
-    train_tfms = script.build_transforms(32)[0]
-
-    def mirrored(caption):
-        images = [train_tfms(image=picture, captions=[caption], seed=[seed])["image"] for seed in range(40)]
-        return sum(bool(image[0, :, :8].mean() < image[0, :, -8:].mean()) for image in images)
-
-    assert mirrored("red on the left") == 0
-    assert 8 < mirrored("something red") < 32
-
-
-@pytest.mark.parametrize("shape", [(40, 60), (20, 60), (60, 20), (48, 48)])
-def test_crops_keep_what_they_promise(shape):
-    height, width = shape
-    generator, areas, aspects = np.random.default_rng(0), [], []
-    for _ in range(300):
-        left, top, right, bottom = random_crop_box(generator, width, height, 0.8)
-        assert left >= 0 and top >= 0 and right <= width + 1e-9 and bottom <= height + 1e-9
-        areas.append((right - left) * (bottom - top) / (width * height))
-        aspects.append((right - left) / (bottom - top) / (width / height))
-    Image.new("RGB", (width, height)).resize((8, 8), box=random_crop_box(generator, width, height, 1.0))
-    assert min(areas) >= 0.8 - 1e-9
-    assert max(areas) > 0.97
-    assert 0.75 < min(aspects) < 0.9 and 1.1 < max(aspects) < 1.34
-
-
-@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
-def test_a_crop_of_everything_is_the_validation_image(script, photo, resample):
-    """Training resamples as validation does: without crop, mirror and light the pixels are the same, but for rounding
-    in another kernel. On photos, larger and smaller than the model's, at most one level of 255 nearly everywhere."""
-    for pixels in (photo, photo[:20, :20], np.asarray(Image.fromarray(photo).resize((300, 200)))):
-        train_tfms, valid_tfms = script.build_transforms(32, crop_scale=1.0, resample=resample)
-        train_tfms.mirrored = train_tfms.unmirrored
-        plain = valid_tfms(image=pixels)["image"]
-        differences = [train_tfms(image=pixels, seed=[seed])["image"] - plain for seed in range(10)]
-        levels = min(differences, key=lambda difference: difference.abs().sum()).abs() * 255 / 2  # pixels are -1..1
-        assert levels.mean() < 0.1
-        assert levels.max() < 3
-
-
-def test_training_transform_keeps_hue(script):
-    """Brightness and contrast may change; a pure red stays the only channel that is on."""
-    red = np.zeros((16, 16, 3), dtype=np.uint8)
-    red[..., 0] = 200
-    for seed in range(30):
-        image = script.build_transforms(16)[0](image=red, seed=[seed])["image"] * 0.5 + 0.5
-        assert image[0].min() > 0.5
-        assert image[1:].max() < 0.2
-
-
-def test_augmentation_depends_on_its_seed_only(script, photo):
-    first, second = (script.build_transforms(32)[0] for _ in range(2))
-    second(image=photo, seed=[9])
-    a, b = (tfms(image=photo, seed=[0, 1, 2])["image"] for tfms in (first, second))
-    assert torch.equal(a, b)
-    assert not torch.equal(a, first(image=photo, seed=[0, 2, 2])["image"])
-
-
-def test_load_image_turns_photos_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held upright: turn by 90 degrees
-    Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
-    assert load_image(tmp_path / "turned.jpg").size == (20, 40)
-
-
-@pytest.mark.parametrize("turn", [1, 3, 6, 8])
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_reduced_decoding_keeps_the_picture(tmp_path, mode, turn):
-    """A photo of 800 x 600 is decoded at a quarter for at least 150 pixels, and still upright, with its colours."""
-    smooth = np.random.default_rng(0).integers(0, 255, (4, 5, 3), dtype=np.uint8)
-    exif = Image.Exif()
-    exif[0x0112] = turn
-    picture = Image.fromarray(smooth).resize((800, 600), Image.Resampling.BICUBIC).convert(mode)
-    picture.save(tmp_path / "photo.jpg", quality=95, exif=exif)
-    full, reduced = load_image(tmp_path / "photo.jpg"), load_image(tmp_path / "photo.jpg", least_side=150)
-    assert full.mode == reduced.mode == "RGB"
-    assert full.size == ((800, 600) if turn in (1, 3) else (600, 800))
-    assert reduced.size == (full.width // 4, full.height // 4)
-    expected, pixels = (np.asarray(image.resize((50, 50)), dtype=float) for image in (full, reduced))
-    assert np.abs(expected - pixels).mean() < 2
-    assert load_image(tmp_path / "photo.jpg", least_side=301).size == full.size  # half of it would be too small
-
-
-def test_least_side_changes_no_other_format(tmp_path, photo):
-    Image.fromarray(photo).save(tmp_path / "photo.png")
-    for source in (tmp_path / "photo.png", Image.open(tmp_path / "photo.png"), photo):
-        assert np.array_equal(load_image(source, least_side=4), photo)
-
-
-def test_load_image_leaves_an_opened_photo_as_it_is(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
-    opened = Image.open(tmp_path / "turned.jpg")
-    assert load_image(opened).size == (20, 40)
-    assert opened.size == (40, 20)
-
-
-def test_only_training_decodes_reduced_photos(script, tmp_path, photo, bpe):
-    """A validation photo is pixel for pixel what `preprocess` makes of the file, whatever its size."""
-    Image.fromarray(photo).resize((600, 500), Image.Resampling.BICUBIC).save(tmp_path / "large.jpg", quality=95)
-    df = pd.DataFrame({"image": [tmp_path / "large.jpg"], "caption": ["a dog"]})
-    train_tfms, valid_tfms = script.build_transforms(32)
-    image = script.Dataset(df, valid_tfms, bpe)[0][0]
-    assert torch.equal(image, preprocess(tmp_path / "large.jpg", 32, (0.5,) * 3, (0.5,) * 3))
-    sizes = []
-
-    def watched(image, captions, seed):
-        sizes.append(image.shape[:2])
-        return train_tfms(image=image, captions=captions, seed=seed)
-
-    watched.least_side = train_tfms.least_side
-    assert script.Dataset(df, watched, bpe)[0][0].shape == (3, 32, 32)
-    assert sizes == [(125, 150)]  # a quarter; an eighth would have less than twice the 32 pixels
-
-
-def test_bad_images_are_named(tmp_path):
-    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 no photo")
-    with pytest.raises(ValueError, match=r"broken\.jpg: not a readable image"):
-        load_image(tmp_path / "broken.jpg")
-    with pytest.raises(FileNotFoundError, match=r"gone\.jpg: no such image"):
-        load_image(tmp_path / "gone.jpg")
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

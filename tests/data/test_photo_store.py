@@ -10,13 +10,13 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from test_sources import FORMATS, NAMES, coco, photos, saved_dataset  # noqa: F401  (a fixture)
 
 import prepare_data
 from captioning.data import photo_store, sources
 from captioning.data.photo_store import shrink, write_store
 from captioning.images.preprocessing import load_image
 from conftest import REPO_ROOT, make_flickr
+from helpers.annotation_files import FORMATS, NAMES, coco, saved_dataset
 
 
 def snapshot(folder):
@@ -47,7 +47,7 @@ def draw(path, size, **options):
 
 
 @pytest.mark.parametrize("write", [*FORMATS, saved_dataset])
-def test_every_format_reads_back_as_it_was(photos, tmp_path, write):  # noqa: F811
+def test_every_format_reads_back_as_it_was(photos, tmp_path, write):
     write(photos)
     store = tmp_path / "store"
     assert write_store(photos, store) == 0
@@ -58,7 +58,7 @@ def test_every_format_reads_back_as_it_was(photos, tmp_path, write):  # noqa: F8
     assert len(sources.drop_unusable(after, store)) == len(before)
 
 
-def test_splits_questions_and_odd_captions_come_along(photos, tmp_path):  # noqa: F811
+def test_splits_questions_and_odd_captions_come_along(photos, tmp_path):
     texts = ['"a" dog| says, \\n', "ein käfer \u2028 犬", "", "broken \ufffd bytes"]
     lines = [
         dict(image=name, question=f"what is {i} ?", answer=texts[i % 4], split=("train", "val", "test")[i % 3])
@@ -70,7 +70,7 @@ def test_splits_questions_and_odd_captions_come_along(photos, tmp_path):  # noqa
     assert set(sources.load(tmp_path / "store")["prompt"]) == {f"what is {i} ?" for i in range(6)}
 
 
-def test_photos_of_one_name_in_two_folders_stay_two(photos, tmp_path):  # noqa: F811
+def test_photos_of_one_name_in_two_folders_stay_two(photos, tmp_path):
     coco(photos)
     train = json.loads((photos / "annotations" / "captions_train2017.json").read_text())
     (photos / "val2017").mkdir()

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_resume import assert_same_run, files, stop_after
 
 import prepare_data
 from captioning.data import photo_store, sources
@@ -28,45 +27,10 @@ from captioning.images.preprocessing import load_image
 from captioning.model.tokenizer import CaptionTokenizer
 from captioning.training.run_state import Stopped
 from conftest import CAPTIONS, make_flickr
-from test_hostile_input import read_only
-from test_script import TINY
-
-COUNTS = [[5, 1, 3], [2], [1, 4, 4, 2, 1, 1], [3] * 5]  # captions of each photo, by training shard
-
-
-def jpeg(seed=0):
-    pixels = np.random.default_rng(seed).integers(0, 255, (20, 24, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def write_tar(path, content):
-    """A tar as any program may write it: {name: bytes}, or a `TarInfo` for a member without bytes."""
-    with tarfile.open(path, "w") as tar:
-        for name, value in content.items():
-            member = value if isinstance(value, tarfile.TarInfo) else tarfile.TarInfo(name)
-            member.name, member.size = name, len(value) if isinstance(value, bytes) else member.size
-            tar.addfile(member, io.BytesIO(value) if isinstance(value, bytes) else None)
-    return path
-
-
-def members(shard, photo, count):
-    captions = [f"shard {shard} photo {photo} caption {c}{' long' * c}" for c in range(count)]
-    record = dict(captions=captions, image="any.jpg")
-    return {f"{photo:06d}.jpg": jpeg(10 * shard + photo), f"{photo:06d}.json": json.dumps(record).encode()}
-
-
-def make_shards(folder, counts=COUNTS):
-    """Shards without a manifest, and one for validation."""
-    folder.mkdir()
-    for shard, photos in enumerate(counts):
-        content = {}
-        for photo, count in enumerate(photos):
-            content |= members(shard, photo, count)
-        write_tar(folder / f"train-{shard:06d}.tar", content)
-    write_tar(folder / "val-000000.tar", members(99, 0, 2) | members(99, 1, 2))
-    return folder
+from helpers.folders import read_only
+from helpers.image_files import jpeg
+from helpers.runs import TINY, assert_same_run, files, stop_after
+from helpers.tar_files import COUNTS, make_shards, members, write_tar
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,13 @@ def tokens_of(model, paths):
         )
 
 
+def assert_stored(stored, level):
+    """The cache holds these tokens but for rounding: half a unit in the last place of float16, and, as the encoder saw
+    the photos in batches of another size, a rounding of float32 in tokens of up to 5, which is the larger near zero."""
+    assert stored.dtype == torch.float16
+    torch.testing.assert_close(stored.float(), level, rtol=2**-11, atol=1e-5)
+
+
 def count_images(model, monkeypatch):
     """-> a list to which the encoder adds the size of each batch of photos that it sees (not the probe's)."""
     seen, levels = [], model.encoder.levels
@@ -59,12 +66,11 @@ def test_tokens_and_captions_are_those_of_the_encoder(script, tiny_config, name,
     expected, stored = tokens_of(model, photos), cache.batch(photos)
     assert len(stored) == len(expected) == len(model.bridges)
     for ours, level in zip(stored, expected, strict=True):
-        assert ours.dtype == torch.float16
-        assert torch.equal(ours, level.half())
+        assert_stored(ours, level)
     images = torch.stack([token_cache.preprocess(path, **model.preprocessing) for path in photos])
     ids = torch.randint(0, tiny_config.vocab_size, (PHOTOS, 7))
     torch.testing.assert_close(model(stored, ids, ids), model(images, ids, ids), atol=2e-3, rtol=2e-3)
-    assert torch.equal(model([level.half().float() for level in expected], ids), model(stored, ids))
+    assert torch.equal(model([level.float() for level in stored], ids), model(stored, ids))
 
 
 def test_nothing_is_computed_twice(tiny_model, photos, tmp_path, monkeypatch):
@@ -78,7 +84,7 @@ def test_nothing_is_computed_twice(tiny_model, photos, tmp_path, monkeypatch):
     assert sum(seen) == PHOTOS
     again.fill(tiny_model, photos)
     assert sum(seen) == PHOTOS
-    assert torch.equal(again.batch(photos)[0], tokens_of(tiny_model, photos)[0].half())
+    assert_stored(again.batch(photos)[0], tokens_of(tiny_model, photos)[0])
 
 
 @pytest.mark.parametrize("change", ["weights", "batch norm", "size", "mean", "view", "crop", "coupling"])
@@ -266,7 +272,7 @@ def test_views_are_augmented_as_in_training(tiny_model, photos, tmp_path):
     captions[str(photos[0])] = ["a dog on the left"]
     views = [TokenCache(tmp_path, tiny_model, view, 0.5).fill(tiny_model, photos, captions) for view in range(3)]
     plain, first, second = (cache.batch(photos)[0] for cache in views)
-    assert torch.equal(plain, tokens_of(tiny_model, photos)[0].half())
+    assert_stored(plain, tokens_of(tiny_model, photos)[0])
     for a, b in ((plain, first), (first, second)):
         assert all((x != y).any() for x, y in zip(a, b, strict=True))
     again = TokenCache(tmp_path / "again", tiny_model, 1, 0.5).fill(tiny_model, photos, captions)

@@ -8,7 +8,7 @@ from torch import nn
 from captioning.model.encoders import build_encoder
 from captioning.model.tokenizer import CaptionTokenizer
 from conftest import REDUCED_ENCODERS, TINY_ENCODER, randomize
-from test_myllm import drop_one_bias, exact_gelu, swap_norms, wrong_epsilon
+from helpers.mistakes import drop_one_bias, exact_gelu, swap_norms, wrong_epsilon
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import evaluate_captions
 from captioning.pages import html_pages
 from captioning.scoring import evaluation
 from conftest import CAPTIONS
-from test_script import TINY
+from helpers.runs import TINY
 
 
 @pytest.fixture(autouse=True)

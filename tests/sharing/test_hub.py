@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hub_stand_in import HubStandIn, Repo
 from huggingface_hub.utils import _http
 from PIL import Image
 
@@ -30,7 +29,8 @@ from captioning.common.hub_errors import explain
 from captioning.model import checkpoint
 from captioning.sharing import hub_folder, model_card, upload
 from conftest import REDUCED_ENCODERS, REPO_ROOT, randomize
-from test_script import TINY
+from helpers.hub_stand_in import HubStandIn, Repo
+from helpers.runs import TINY
 
 SHAPES = REPO_ROOT / "examples" / "shapes"
 SCENES = [str(SHAPES / f"scene_{i}.png") for i in range(2)]

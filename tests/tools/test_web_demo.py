@@ -18,7 +18,7 @@ import caption_image
 import web_demo
 from captioning.common.files import WEIGHTS_FILE
 from conftest import REPO_ROOT
-from test_hostile_input import png
+from helpers.image_files import png
 
 SHAPES = REPO_ROOT / "examples" / "shapes"
 SCENES = [str(SHAPES / f"scene_{i}.png") for i in range(10)]

@@ -8,7 +8,6 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-import distributed_case
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from captioning.data import shapes
 from captioning.data.batching import CaptionBatchSampler
 from captioning.training.run_state import NEWEST, read_state
+from helpers import distributed_case
 
 CASE = Path(distributed_case.__file__)
 OPTIONS = [

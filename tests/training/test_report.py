@@ -6,12 +6,11 @@ import re
 
 import pandas as pd
 import pytest
-from test_resume import stop_after
 
 from captioning.pages import html_pages, plots
 from captioning.training import report
 from conftest import CAPTIONS
-from test_script import TINY
+from helpers.runs import TINY, stop_after
 
 
 def sections(page):

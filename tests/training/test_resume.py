@@ -17,30 +17,9 @@ from safetensors.torch import load_file
 from captioning.training import run_state
 from captioning.training.run_state import NEWEST, Stopped, read_state, restore_rng, rng_state, write_state
 from conftest import REPO_ROOT
+from helpers.runs import assert_same_run, files, stop_after
 
 SCRIPT = REPO_ROOT / "MyLLM_Vit_gpt2_captioning" / "MyLLM_Vit_gpt2_captioning.py"
-
-
-def stop_after(trainer, steps, reason):
-    """The run is stopped in its so-manieth step from now: `reason` is a signal, or an exception of the step itself."""
-    step, count = trainer.optimization.step, 0
-
-    def counted(losses):
-        nonlocal count
-        count += 1
-        if count == steps and isinstance(reason, Exception):
-            torch.rand(3)  # as dropout would, before whatever fails
-            raise reason
-        done = step(losses)
-        if count == steps:
-            signal.raise_signal(reason)
-        return done
-
-    trainer.optimization.step = counted
-
-
-def files(folder):
-    return {name: (folder / name).read_bytes() for name in ("captioner.safetensors", "metrics.csv", "samples.md")}
 
 
 @pytest.fixture
@@ -49,13 +28,6 @@ def whole(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path / "whole")
     result = trainer.run_training()
     return result, files(tmp_path / "whole"), trainer.model.state_dict()
-
-
-def assert_same_run(trainer, result, folder, whole):
-    assert result == whole[0]
-    assert files(folder) == whole[1]
-    for name, tensor in whole[2].items():
-        assert torch.equal(trainer.model.state_dict()[name], tensor), name
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from PIL import Image
-from test_resume import stop_after
 
 from captioning.training import trackers
 from captioning.training.trackers import Tracker
 from conftest import CAPTIONS, REPO_ROOT
-from test_script import TINY
+from helpers.runs import TINY, stop_after
 
 SCRIPT = REPO_ROOT / "MyLLM_Vit_gpt2_captioning" / "MyLLM_Vit_gpt2_captioning.py"
 
