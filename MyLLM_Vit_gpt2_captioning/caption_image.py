@@ -28,13 +28,13 @@ from captioning.command_line.caption_table import FILE, CaptionTable
 from captioning.command_line.decoding_options import add_decoding_arguments, decoding_options
 from captioning.command_line.overrides import with_underscores
 from captioning.command_line.photo_arguments import find_photos
+from captioning.common.precision import mixed_precision
 from captioning.common.progress import progress_bar
 from captioning.decoding import attention_maps
 from captioning.decoding.search import Options, generate_ids, log_probabilities, trim
 from captioning.images.preprocessing import preprocess
 from captioning.model.tokenizer import encode_prompt
 from captioning.pages import plots
-from captioning.training.schedule import mixed_precision
 from MyLLM_Vit_gpt2_captioning import OUTPUT_DIR, load_captioner, train_config
 
 SHOWN_SIDE = 640  # pixels of a photo that is kept to be drawn

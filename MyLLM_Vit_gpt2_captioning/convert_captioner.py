@@ -10,7 +10,6 @@ recomputed. --verify lets transformers and this code caption the same random ima
 import argparse
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -31,7 +30,7 @@ def main(argv=None):
         model, tokenizer = load_captioner(folder)
         theirs = hugging_face.is_captioner(checkpoint.load_config(folder))
         if theirs:
-            kept = checkpoint.portable(SimpleNamespace(**config), REPO_ROOT)
+            kept = checkpoint.portable(config, REPO_ROOT)
             stored = {"model_config": kept, "preprocessing": model.preprocessing}
             checkpoint.save_checkpoint(args.target, model.state_dict(), stored, tokenizer)
         else:

@@ -20,12 +20,12 @@ import torch
 
 from captioning.command_line.decoding_options import add_decoding_arguments, decoding_options
 from captioning.common.files import write_atomically
+from captioning.common.precision import mixed_precision
 from captioning.data import sources
 from captioning.data.conventions import SPLITS
 from captioning.data.token_cache import TokenCache, fill_caches
 from captioning.pages import html_pages
 from captioning.scoring.evaluation import as_table, cider_of_each, exact_answers, predict, score, table_rows
-from captioning.training.schedule import mixed_precision
 from MyLLM_Vit_gpt2_captioning import DATA_DIR, OUTPUT_DIR, load_captioner, train_config
 
 SHOWN = 40  # best and worst photos on the page

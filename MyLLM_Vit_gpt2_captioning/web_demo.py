@@ -26,12 +26,12 @@ import MyLLM_Vit_gpt2_captioning as script  # before attention_maps: it puts MyL
 from captioning.command_line.decoding_options import decoding_options
 from captioning.command_line.overrides import with_underscores
 from captioning.common.files import CONFIG_FILE, WEIGHTS_FILE
+from captioning.common.precision import mixed_precision
 from captioning.decoding.attention_maps import group_words, overlay, word_maps
 from captioning.decoding.search import generate_ids, log_probabilities, trim
 from captioning.images.preprocessing import load_image, preprocess
 from captioning.model import checkpoint
 from captioning.model.tokenizer import encode_prompt
-from captioning.training.schedule import mixed_precision
 
 SCENES = script.REPO_ROOT / "examples" / "shapes"
 LARGEST_UPLOAD = "20mb"  # of bytes; how many pixels they may hold is load_image's affair

@@ -64,22 +64,21 @@ def make_trainer(folder, argv):
 
 def seconds_of_steps(trainer, least):
     """Train until so many seconds are measured -> seconds of each step, from the end of the one before to its own."""
-    times, step = [], trainer.optimization.step
+    times, step = [], trainer.train_step
 
-    def timed(losses):
-        done = step(losses)  # it asks for the loss, and so waits for a GPU
+    def timed(batches):
+        reported = step(batches)  # it asks for the loss, and so waits for a GPU
         times.append(time.perf_counter())
         if len(times) > WARMUP + 1 and times[-1] - times[WARMUP] >= least:
             raise Measured
-        return done
+        return reported
 
-    trainer.optimization.step = timed
+    trainer.train_step = timed
     epoch = 0
     try:
         while True:
             trainer.train_one_epoch(epoch)
             epoch += 1
-            trainer.state.finish(epoch)
     except Measured:
         return [after - before for before, after in zip(times[WARMUP:], times[WARMUP + 1 :], strict=False)]
 

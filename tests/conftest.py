@@ -131,7 +131,7 @@ def tiny_train_config(script, flickr, tmp_path):
 @pytest.fixture
 def dls(script, tiny_config, tiny_train_config, bpe):
     df = script._load_flickr_dataframe(tiny_train_config.data_dir, tiny_train_config.image_dir)
-    config = script.with_defaults(tiny_config, script.model_config)
+    config = script.complete(tiny_config, script.model_config)
     return script.build_dataloaders(df, bpe, config, tiny_train_config)
 
 
@@ -146,9 +146,9 @@ def make_trainer(script, tiny_config, tiny_train_config, bpe):
     """make_trainer(folder, **changes of the configs): dropout and averaged weights are on."""
 
     def make(folder, **changes):
-        config = script.with_defaults(tiny_config, script.model_config)
+        config = script.complete(tiny_config, script.model_config)
         config.mlp_dropout = config.attention_dropout = 0.2
-        train = script.with_defaults(tiny_train_config, script.train_config)
+        train = script.complete(tiny_train_config, script.train_config)
         train.model_path, train.epochs, train.ema_decay, train.score_images = folder, 3, 0.9, 2
         for key, value in changes.items():
             setattr(train if hasattr(train, key) else config, key, value)

@@ -10,7 +10,7 @@ import torch
 from captioning.data import sources
 from captioning.data.batching import CaptionBatchSampler, exact_captions_per_image
 from captioning.data.splits import assign_splits
-from captioning.images.preprocessing import load_image
+from captioning.images.preprocessing import load_image, normalize_pixels
 from conftest import CAPTIONS
 
 # --- readers ----------------------------------------------------------------------------------------------------------
@@ -234,7 +234,8 @@ def test_pixels_are_normalised_by_the_model(script, tiny_model, tiny_config, dls
     photo, path = tiny_model.preprocessing, dls[1].dataset.images[0]
     valid = script.build_transforms(photo["img_size"], photo["mean"], photo["std"])[1]
     first = valid(image=np.asarray(load_image(path)))["image"]
-    torch.testing.assert_close(tiny_model._normalized(images)[0], first, atol=0, rtol=0)
-    assert torch.equal(tiny_model._normalized(first), first)
-    assert torch.equal(tiny_model(images, ids, labels), tiny_model(tiny_model._normalized(images), ids, labels))
+    normalized = normalize_pixels(images, tiny_model.preprocessing)
+    torch.testing.assert_close(normalized[0], first, atol=0, rtol=0)
+    assert torch.equal(normalize_pixels(first, tiny_model.preprocessing), first)
+    assert torch.equal(tiny_model(images, ids, labels), tiny_model(normalized, ids, labels))
     assert torch.equal(tiny_model._encode_images(images)[:1], tiny_model._encode_images(first[None]))

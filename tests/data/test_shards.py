@@ -45,7 +45,7 @@ def make_loader(script, tiny_train_config, words):
     """make_loader(folder, rank=0, ranks=1, **changes of the train_config)"""
 
     def make(folder, rank=0, ranks=1, **changes):
-        config = script.with_defaults(tiny_train_config, script.train_config)
+        config = script.complete(tiny_train_config, script.train_config)
         config.data_dir, config.batch_size, config.shuffle_buffer, config.length_window = folder, 4, 6, 1
         vars(config).update(changes)
         build, K = streaming.build_stream_loader, config.captions_per_image
@@ -181,9 +181,9 @@ def test_training_goes_on_bit_for_bit_with_another_number_of_workers(
     script, tiny_config, tiny_train_config, words, tmp_path
 ):
     def make(folder, **changes):
-        config = script.with_defaults(tiny_config, script.model_config)
+        config = script.complete(tiny_config, script.model_config)
         config.vocab_size, config.mlp_dropout = len(words), 0.2
-        train = script.with_defaults(tiny_train_config, script.train_config)
+        train = script.complete(tiny_train_config, script.train_config)
         train.model_path, train.epochs, train.score_images, train.shuffle_buffer = folder, 2, 2, 5
         vars(train).update(changes)
         df = sources.load_usable(data, None, None, "flickr30k")

@@ -18,26 +18,26 @@ import MyLLM_Vit_gpt2_captioning as script
 
 
 def main(losses_file, failure, when, *argv):
-    team = script.Team("cpu")
+    processes = script.ProcessGroup("cpu")
     totals, build = [], script.build_trainer
 
     def recorded(*args):
         trainer = build(*args)
-        step, count = trainer.optimization.step, 0
+        step, count = trainer.train_step, 0
 
-        def watched(losses):
+        def watched(batches):
             nonlocal count
             count += 1
             totals.append((trainer.state.position["total"], trainer.state.position["count"]))
-            here = count == int(when) and team.rank == team.size - 1
-            if here and failure == "kill" and not team.restarted:
+            here = count == int(when) and processes.rank == processes.world_size - 1
+            if here and failure == "kill" and not processes.restarted:
                 os.kill(os.getpid(), signal.SIGKILL)
-            done = step(losses)
+            reported = step(batches)
             if here and failure == "stop":
                 signal.raise_signal(signal.SIGTERM)
-            return done
+            return reported
 
-        trainer.optimization.step = watched
+        trainer.train_step = watched
         return trainer
 
     script.build_trainer = recorded
@@ -45,7 +45,7 @@ def main(losses_file, failure, when, *argv):
         script.main(argv)
     except script.Stopped as reason:
         print(reason)
-    if team.first:
+    if processes.is_main:
         Path(losses_file).write_text(json.dumps(totals))
 
 

@@ -18,20 +18,31 @@ TINY = [
 
 def stop_after(trainer, steps, reason):
     """The run is stopped in its so-manieth step from now: `reason` is a signal, or an exception of the step itself."""
-    step, count = trainer.optimization.step, 0
+    step, count = trainer.train_step, 0
 
-    def counted(losses):
+    def counted(batches):
         nonlocal count
         count += 1
         if count == steps and isinstance(reason, Exception):
             torch.rand(3)  # as dropout would, before whatever fails
             raise reason
-        done = step(losses)
+        reported = step(batches)
         if count == steps:
             signal.raise_signal(reason)
-        return done
+        return reported
 
-    trainer.optimization.step = counted
+    trainer.train_step = counted
+
+
+def change_loss(trainer, monkeypatch, change):
+    """Training batches have the loss `change(loss)`, a tensor."""
+    real = trainer.objective.loss
+
+    def changed(batch):
+        loss = change(real(batch)[0])
+        return loss, loss.item()
+
+    monkeypatch.setattr(trainer.objective, "loss", changed)
 
 
 def files(folder):

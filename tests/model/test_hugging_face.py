@@ -24,8 +24,10 @@ from transformers import (
 import convert_captioner
 from captioning.decoding.search import generate_ids
 from captioning.model import hugging_face
+from captioning.model.loading import load_captioner_weights
 from captioning.model.tokenizer import CaptionTokenizer
 from conftest import TINY_ENCODER, randomize
+from MyLLM.MyLLM_nominal import hf_name
 
 EOS = 7
 VIT = dict(
@@ -263,7 +265,7 @@ def test_weights_that_do_not_fit_change_nothing(folder, ours, tmp_path):
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
     with pytest.raises(ValueError, match="does not fit the model") as error:
-        ours._load_captioner(tmp_path)
+        load_captioner_weights(ours, tmp_path, hf_name)
     text = str(error.value)
     assert str(tmp_path) in text
     assert "h.1.crossattention.q_attn.bias: missing" in text
@@ -279,7 +281,7 @@ def test_an_untied_head_is_refused(folder, ours, tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(ValueError, match=r"lm_head\.weight differs from .*wte"):
-        ours._load_captioner(tmp_path)
+        load_captioner_weights(ours, tmp_path, hf_name)
 
 
 def change(config, part, **values):

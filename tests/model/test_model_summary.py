@@ -51,7 +51,7 @@ def test_shares_are_what_the_trainer_trains(
         trainer.enter_stage(epoch)
         training = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
         assert trainer.stage == stage
-        assert stages.trainable_in(stage, trainer.model) == training
+        assert stages.trainable_names(stage, trainer.model) == training
         assert number(rows[-1][3 + epoch]) == sum(trainer.model.get_parameter(name).numel() for name in training)
     shares = {row[0]: row[3:] for row in rows}
     assert shares["encoder"][:2] == ("-", "-")

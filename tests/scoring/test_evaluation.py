@@ -181,14 +181,10 @@ def test_the_best_epoch_by_cider(script, tiny_config, tiny_train_config, dls, mo
     assert trainer.run_training() == {"best_perplexity": 4.0, "best_epoch": 1}
     tiny_train_config.best_by = "CIDEr"
     dls[1].dataset.prompts[0] = "what ?"
-    with pytest.raises(
-        ValueError, match="best_by is 'CIDEr': it is perplexity, or for captions with score_every 1 CIDEr"
-    ):
+    with pytest.raises(ValueError, match="best_by is 'CIDEr', but must be 'perplexity' for questions"):
         script.Trainer(tiny_config, tiny_train_config, dls)
     tiny_train_config.best_by = "BLEU"
-    with pytest.raises(
-        ValueError, match="best_by is 'BLEU': it is perplexity, or for captions with score_every 1 CIDEr"
-    ):
+    with pytest.raises(ValueError, match="best_by is 'BLEU', but must be one of 'perplexity', 'CIDEr'"):
         script.Trainer(tiny_config, tiny_train_config, dls)
 
 

@@ -149,7 +149,7 @@ def test_a_killed_process_is_started_again(two_hosts, tmp_path):
         *OPTIONS, "--data_dir", folder / "shapes", "--model_path", tmp_path / "run", "--save_minutes", "0",
     )  # fmt: skip
     out = finished(run)
-    assert f"going on from {tmp_path / 'run' / 'last' / NEWEST}: epoch 2, batch" in out, out
+    assert f"resuming {tmp_path / 'run' / 'last' / NEWEST}: epoch 2, batch" in out, out
     assert_same_run(tmp_path / "run", folder / "run")
 
 

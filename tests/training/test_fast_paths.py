@@ -140,7 +140,7 @@ def test_compiled(script, tiny_config, tiny_train_config, dls):
         tiny_train_config.compile = compiled
         torch.manual_seed(0)
         trainer = script.Trainer(tiny_config, tiny_train_config, dls)
-        assert (trainer.compiled is trainer.model) != compiled
+        assert (trainer.objective.model is trainer.model) != compiled
         losses.append((trainer.train_one_epoch(0), trainer.valid_one_epoch(0)))
         weights.append(trainer.model.state_dict())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -186,7 +186,7 @@ def test_accumulated_batches_are_one_large_batch(script, tiny_config, tiny_train
         )
         for epoch in range(2):
             losses.append(trainer.train_one_epoch(epoch))
-        rates.append((trainer.optimization.scheduler.last_epoch, trainer.optimization.scheduler.total_steps))
+        rates.append((trainer.scheduler.last_epoch, trainer.scheduler.total_steps))
         weights.append(trainer.model.state_dict())
     assert rates[0] == rates[1]
     assert losses[:2] == pytest.approx(losses[2:], abs=1e-5)

@@ -75,7 +75,7 @@ def test_best_and_worst_by_cider(make_trainer, tmp_path, monkeypatch):
     captions = ["a dog"] * 8
     captions[3], captions[5] = dataset.captions[dataset.images.index(list(dataset.captions_of)[3])], ""
     trainer.log.scored["captions"] = captions
-    trainer.log.write_report(trainer)
+    trainer.log.write_report(trainer.eval_model)
     shown = sections((tmp_path / "run" / "report.html").read_text())
     assert f"<b>{captions[3]}</b>" in shown["Best captions after epoch 1"]
     assert shown["Best captions after epoch 1"].count("<figure>") == 1
@@ -192,7 +192,7 @@ def test_long_runs_show_some_of_their_epochs(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path / "run", epochs=1)
     trainer.run_training()
     trainer.log.samples = {epoch: [f"after {epoch}", "b"] for epoch in range(1, 101)}
-    trainer.log.write_report(trainer)
+    trainer.log.write_report(trainer.eval_model)
     samples = sections((tmp_path / "run" / "report.html").read_text())["The same photos after every epoch"]
     shown = [int(epoch) for epoch in re.findall(r"<td>after (\d+)</td>", samples)]
     assert len(shown) == 8 and shown == sorted(shown) and (shown[0], shown[-1]) == (1, 100)

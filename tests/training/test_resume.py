@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from captioning.training import run_state
 from captioning.training.run_state import NEWEST, Stopped, read_state, restore_rng, rng_state, write_state
 from conftest import REPO_ROOT
-from helpers.runs import assert_same_run, files, stop_after
+from helpers.runs import assert_same_run, change_loss, files, stop_after
 
 SCRIPT = REPO_ROOT / "MyLLM_Vit_gpt2_captioning" / "MyLLM_Vit_gpt2_captioning.py"
 
@@ -44,10 +44,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(make_trainer, whole, tmp_path, reason
             trainer.run_training()
         torch.rand(7)  # a new process has drawn other random numbers by now
     trainer = make_trainer(folder, resume="auto")
-    assert f"going on from {folder / 'last' / NEWEST}: epoch " in capsys.readouterr().out
+    assert f"resuming {folder / 'last' / NEWEST}: epoch " in capsys.readouterr().out
     assert_same_run(trainer, trainer.run_training(), folder, whole)
     for number in run_state.SIGNALS:
-        assert signal.getsignal(number) != trainer.state._asked_to_stop
+        assert signal.getsignal(number) != trainer.state._on_signal
 
 
 def test_resume_in_self_critical_training(make_trainer, tmp_path):
@@ -64,7 +64,7 @@ def test_resume_in_self_critical_training(make_trainer, tmp_path):
                 stop_after(trainer, stop, signal.SIGTERM)
 
             trainer.start_self_critical = then_stop
-            if trainer.stage == "self-critical":
+            if trainer.objective is trainer.self_critical:
                 stop_after(trainer, stop, signal.SIGTERM)
             with pytest.raises(Stopped):
                 trainer.run_training()
@@ -139,7 +139,7 @@ def test_changes(make_trainer, tmp_path, capsys):
     other = make_trainer(tmp_path)
     other.train_dl.dataset.captions = [*captions[:-1], "another"]
     with pytest.raises(ValueError, match="training captions: they were 16, and not the same as now"):
-        other.state.resume("auto")
+        other.state.resume("auto", other.state_dict(), [])
     capsys.readouterr()
     changed = make_trainer(tmp_path, resume="auto", lr=5e-4, epochs=4)
     out = capsys.readouterr().out
@@ -147,9 +147,9 @@ def test_changes(make_trainer, tmp_path, capsys):
     assert "epochs was 3, now it is 4" in out
     fresh = make_trainer(tmp_path / "fresh", lr=5e-4, epochs=4)
     for _ in range(2):
-        fresh.optimization.optimizer.step()
-        fresh.optimization.scheduler.step()
-    assert changed.optimization.scheduler.get_last_lr() == pytest.approx(fresh.optimization.scheduler.get_last_lr())
+        fresh.optimizer.step()
+        fresh.scheduler.step()
+    assert changed.scheduler.get_last_lr() == pytest.approx(fresh.scheduler.get_last_lr())
     changed.run_training()
     assert len(pd.read_csv(tmp_path / "metrics.csv")) == 4
 
@@ -161,7 +161,7 @@ def test_states_are_saved_in_time(make_trainer, tmp_path, monkeypatch):
     for minutes in (1e9, 2 / 60):
         trainer = make_trainer(tmp_path / str(minutes), save_minutes=minutes)
         save = trainer.state.save
-        monkeypatch.setattr(trainer.state, "save", lambda save=save: saved.append(1) or save())
+        monkeypatch.setattr(trainer.state, "save", lambda content, save=save: saved.append(1) or save(content))
         trainer.run_training()
         saved.append(0)
     assert saved.index(0) == 3
@@ -204,14 +204,11 @@ def test_random_numbers(tmp_path):
 def test_non_finite_losses_leave_a_state(make_trainer, tmp_path, monkeypatch):
     """The last good one: going on with a lower rate starts at the step that failed."""
     trainer = make_trainer(tmp_path, max_bad_steps=2)
-    real = trainer._loss
-    monkeypatch.setattr(
-        trainer, "_loss", lambda batch: real(batch) * (math.nan if trainer.optimization.scheduler.last_epoch else 1)
-    )
+    change_loss(trainer, monkeypatch, lambda loss: loss * (math.nan if trainer.scheduler.last_epoch else 1))
     with pytest.raises(FloatingPointError):
         trainer.run_training()
     trainer = make_trainer(tmp_path, resume="auto", lr=1e-4)
-    assert trainer.optimization.scheduler.last_epoch == 1
+    assert trainer.scheduler.last_epoch == 1
     assert trainer.run_training()["best_epoch"] is not None
 
 
@@ -269,7 +266,7 @@ def test_killed_at_random_moments(tmp_path):
     run = train(killed, data, "--resume", "auto")
     out, _ = run.communicate(timeout=600)
     assert run.returncode == 0, out
-    assert "going on from" in out
+    assert "resuming" in out
     assert (killed / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
     ours, theirs = load_file(killed / "captioner.safetensors"), load_file(whole / "captioner.safetensors")
     assert ours.keys() == theirs.keys()
@@ -286,7 +283,7 @@ def test_sigterm_ends_a_process_cleanly(tmp_path):
     run.terminate()
     out, _ = run.communicate(timeout=60)
     assert run.returncode == 0, out
-    assert "stopped by SIGTERM; the same command with --resume auto goes on from here" in out
+    assert "stopped by SIGTERM; the same command with --resume auto resumes the run" in out
     assert read_state(tmp_path / "run" / "last")[1] is not None
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from conftest import TINY_ENCODER
+from helpers.runs import change_loss
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_parameter_groups(script, tiny_config, tiny_train_config, dls, pretend_p
     tiny_config.encoder_weights = tiny_config.decoder_weights = "pretrained"
     tiny_train_config.pretrained_lr_scale, tiny_train_config.weight_decay = 0.1, 0.05
     trainer = script.Trainer(tiny_config, tiny_train_config, dls)
-    of = {id(p): group for group in trainer.optimization.optimizer.param_groups for p in group["params"]}
+    of = {id(p): group for group in trainer.optimizer.param_groups for p in group["params"]}
     assert len(of) == len(list(trainer.model.parameters()))
 
     def group(name):
@@ -109,19 +110,19 @@ def test_schedule_can_be_rebuilt_at_the_current_step(script, tiny_config, tiny_t
 
     def advance(trainer, steps):
         for _ in range(steps):
-            trainer.optimization.optimizer.step()
-            trainer.optimization.scheduler.step()
+            trainer.optimizer.step()
+            trainer.scheduler.step()
 
     short, long = trainer(2), trainer(4)
     steps = len(dls[0])
     advance(short, steps)
     advance(long, steps)
-    assert short.optimization.scheduler.get_last_lr() != long.optimization.scheduler.get_last_lr()
+    assert short.scheduler.get_last_lr() != long.scheduler.get_last_lr()
     short.rebuild_schedule(epochs=4)
-    assert short.optimization.scheduler.get_last_lr() == pytest.approx(long.optimization.scheduler.get_last_lr())
+    assert short.scheduler.get_last_lr() == pytest.approx(long.scheduler.get_last_lr())
     advance(short, 3 * steps)
     advance(long, 3 * steps)
-    assert short.optimization.scheduler.get_last_lr() == pytest.approx(long.optimization.scheduler.get_last_lr())
+    assert short.scheduler.get_last_lr() == pytest.approx(long.scheduler.get_last_lr())
 
 
 def test_validation_perplexity_is_over_all_tokens_at_once(trainer, dls):
@@ -138,12 +139,13 @@ def test_losses_are_weighted_by_tokens(script, trainer, monkeypatch):
     """The first batch has loss 1 (30 tokens), the others 2 (10 tokens each): not the mean of the batches' means."""
     calls = []
 
-    def loss(batch):
+    def loss(objective, batch):
         calls.append(batch)
-        return trainer.model.gpt.tok_emb.weight.sum() * 0 + (1.0 if batch is calls[0] else 2.0)
+        value = 1.0 if batch is calls[0] else 2.0
+        return trainer.model.gpt.tok_emb.weight.sum() * 0 + value, value
 
-    monkeypatch.setattr(trainer, "_loss", loss)
-    monkeypatch.setattr(script, "_labels", lambda batch: 30 if not calls or batch is calls[0] else 10)
+    monkeypatch.setattr(script.CrossEntropy, "loss", loss)
+    monkeypatch.setattr(script.CrossEntropy, "count", lambda _, batch: 30 if not calls or batch is calls[0] else 10)
     n = len(trainer.train_dl)
     assert trainer.train_one_epoch(0) == pytest.approx((30 + 20 * (n - 1)) / (30 + 10 * (n - 1)))
     assert n > 1
@@ -158,27 +160,27 @@ def test_averaged_weights(script, tiny_config, tiny_train_config, dls):
     tiny_train_config.ema_decay, tiny_train_config.epochs = 0.3, 2
     torch.manual_seed(0)
     trainer = script.Trainer(tiny_config, tiny_train_config, dls)
-    expected, step, decays = None, trainer.optimization.step, []
+    expected, step, decays = None, trainer.train_step, []
 
-    def stepped(losses):
+    def stepped(batches):
         nonlocal expected
-        done, n = step(losses), len(decays)
+        reported, n = step(batches), len(decays)
         decays.append(0 if n == 0 else min(0.3, n / (9 + n)))
         weights = trainer.model.gpt.tok_emb.weight.detach()
         expected = weights.clone() if n == 0 else expected.lerp(weights, 1 - decays[-1])
-        return done
+        return reported
 
-    trainer.optimization.step = stepped
+    trainer.train_step = stepped
     for epoch in range(2):
         trainer.train_one_epoch(epoch)
     assert decays[0] == 0 < decays[1] < 0.3 == decays[-1]
-    torch.testing.assert_close(trainer.averaged.gpt.tok_emb.weight, expected)
+    torch.testing.assert_close(trainer.eval_model.gpt.tok_emb.weight, expected)
     assert (trainer.model.gpt.tok_emb.weight - expected).abs().max() > 1e-5
     by_average = trainer.valid_one_epoch(0)
     trainer.save_model()
     trainer.load_best_model()
-    assert torch.equal(trainer.model.gpt.tok_emb.weight, trainer.averaged.gpt.tok_emb.weight)
-    trainer.optimization.average = None
+    assert torch.equal(trainer.model.gpt.tok_emb.weight, trainer.eval_model.gpt.tok_emb.weight)
+    trainer.average = None
     assert trainer.valid_one_epoch(0) == by_average
 
 
@@ -203,7 +205,9 @@ def test_precision(script, tiny_config, tiny_train_config, dls, monkeypatch):
     torch.manual_seed(0)
     trainer = script.Trainer(tiny_config, tiny_train_config, dls)
     batch = next(iter(dls[0]))
-    loss, exact = trainer._loss(batch), plain._loss(batch)
+    with trainer.autocast():
+        loss, _ = trainer.objective.loss(batch)
+    exact, _ = plain.objective.loss(batch)
     assert loss.dtype == torch.float32
     assert loss != exact
     assert loss.item() == pytest.approx(exact.item(), rel=2e-2)
@@ -211,7 +215,7 @@ def test_precision(script, tiny_config, tiny_train_config, dls, monkeypatch):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
     assert trainer.train_one_epoch(0) == pytest.approx(plain.train_one_epoch(0), rel=2e-2)
     tiny_train_config.precision = "half"
-    with pytest.raises(ValueError, match="precision 'half' is not one of auto, float32, bf16"):
+    with pytest.raises(ValueError, match="precision is 'half', but must be one of 'auto', 'float32', 'bf16'"):
         script.Trainer(tiny_config, tiny_train_config, dls)
 
 
@@ -229,14 +233,8 @@ def test_run_keeps_the_best_epoch(trainer, tiny_train_config, monkeypatch):
 
 
 def test_one_bad_loss_is_skipped(trainer, monkeypatch):
-    real_loss, calls = trainer._loss, []
-
-    def loss(batch):
-        value = real_loss(batch)
-        calls.append(value)
-        return value * math.nan if len(calls) == 2 else value
-
-    monkeypatch.setattr(trainer, "_loss", loss)
+    calls = []
+    change_loss(trainer, monkeypatch, lambda loss: loss * (math.nan if calls.append(loss) or len(calls) == 2 else 1))
     assert math.isfinite(trainer.train_one_epoch(0))
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
@@ -245,7 +243,7 @@ def test_one_bad_loss_is_skipped(trainer, monkeypatch):
 def test_bad_gradients_change_nothing_and_end_the_run(trainer, scaled):
     """Clipping would turn an infinite gradient into NaN weights. `scaled` is the fp16 path, its scaler on the CPU."""
     if scaled:
-        trainer.scaler = trainer.optimization.scaler = torch.amp.GradScaler("cpu")
+        trainer.scaler = torch.amp.GradScaler("cpu")
     before, scale = snapshot(trainer.model), trainer.scaler.get_scale()
     calls = []
     trainer.model.gpt.tok_emb.weight.register_hook(lambda grad: calls.append(1) or (grad * math.inf))
@@ -254,7 +252,7 @@ def test_bad_gradients_change_nothing_and_end_the_run(trainer, scaled):
         trainer.train_one_epoch(0)
     assert len(calls) == 3
     assert not changed(trainer.model, before)
-    assert trainer.optimization.scheduler.last_epoch == 0
+    assert trainer.scheduler.last_epoch == 0
     assert (trainer.scaler.get_scale() < scale) == scaled  # an overflow makes the scaler take a smaller scale
 
 
@@ -265,7 +263,7 @@ def test_scaled_gradients_give_the_same_steps(script, tiny_config, tiny_train_co
         torch.manual_seed(0)
         trainer = script.Trainer(tiny_config, tiny_train_config, dls)
         if scaled:
-            trainer.scaler = trainer.optimization.scaler = torch.amp.GradScaler("cpu")
+            trainer.scaler = torch.amp.GradScaler("cpu")
         trainer.train_one_epoch(0)
         weights.append(snapshot(trainer.model))
     for name, tensor in weights[0].items():
@@ -276,12 +274,11 @@ def test_more_epochs_than_planned(trainer):
     """The learning rate stays at the end of the schedule."""
     for epoch in range(2):
         trainer.train_one_epoch(epoch)
-    assert trainer.optimization.scheduler.last_epoch == trainer.optimization.scheduler.total_steps
+    assert trainer.scheduler.last_epoch == trainer.scheduler.total_steps
 
 
 def test_an_epoch_without_a_good_step_has_no_loss(trainer, monkeypatch):
-    real_loss = trainer._loss
-    monkeypatch.setattr(trainer, "_loss", lambda batch: real_loss(batch) * math.nan)
+    change_loss(trainer, monkeypatch, lambda loss: loss * math.nan)
     assert math.isnan(trainer.train_one_epoch(0))
 
 
@@ -341,16 +338,10 @@ def test_losses_that_stay_bad_end_the_run(trainer, monkeypatch, capsys):
     """The best epoch so far is kept; without one the error is raised."""
     trainer.train_config.max_bad_steps = 3
     trainer.rebuild_schedule(epochs=3)
-    real_loss = trainer._loss
-
-    def loss(batch):
-        value = real_loss(batch)
-        return value * math.nan if trainer.metrics and trainer.model.training else value
-
-    monkeypatch.setattr(trainer, "_loss", loss)
+    change_loss(trainer, monkeypatch, lambda loss: loss * (math.nan if trainer.metrics else 1))
     assert trainer.run_training()["best_epoch"] == 0
     assert "3 steps in a row were not finite: try a lower --lr" in capsys.readouterr().out
-    trainer.best["best_epoch"], trainer.optimization.bad_steps = None, 0
+    trainer.best["best_epoch"], trainer.bad_steps = None, 0
     with pytest.raises(FloatingPointError):
         trainer.run_training()
 

@@ -1,10 +1,11 @@
 """Recipes: TOML files with the constants that differ for one experiment."""
 
-import difflib
+import dataclasses
 import json
 import tomllib
 from pathlib import Path
 
+from captioning.common.config import as_type, nearest
 from captioning.common.files import RECIPE_FILE, write_atomically
 
 
@@ -24,29 +25,43 @@ def read_recipe(recipe, folder, **sections):
         raise ValueError(f"{path}: not a TOML file ({error})") from error
     found = {name: {} for name in sections}
     for key, value in values.items():
-        section = next((name for name in sections if key in vars(sections[name])), None)
+        section = next((name for name, config in sections.items() if key in vars(config)), None)
         if section is None:
-            near = difflib.get_close_matches(key, [key for s in sections.values() for key in vars(s)], n=1)
-            raise ValueError(f"{path}: unknown constant {key}" + (f"; did you mean {near[0]}?" if near else ""))
-        default = vars(sections[section])[key]
-        if isinstance(default, Path) and isinstance(value, str):
-            value = Path(value)
-        elif isinstance(default, float) and type(value) is int:
-            value = float(value)
-        if not isinstance(value, type(default)) or (isinstance(value, bool) and not isinstance(default, bool)):
-            raise ValueError(f"{path}: {key} is {value!r}, but must be of type {type(default).__name__}")
-        found[section][key] = value
+            near = nearest(key, [key for config in sections.values() for key in vars(config)])
+            raise ValueError(f"{path}: unknown constant {key}" + (f"; did you mean {near}?" if near else ""))
+        kind = next(field.type for field in dataclasses.fields(sections[section]) if field.name == key)
+        try:
+            found[section][key] = as_type(key, value, kind)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     return found
 
 
-def merge(given, recipe, folder, root, **sections):
-    """The constants of a run: the defaults in `sections`, on top of them those of the recipe (or None), then `given`.
+def recipe_constants(recipe, given, folder, root, model_config, train_config):
+    """The constants of a run: those `given` on the command line, on top of those of a recipe (or None), on top of the
+    defaults in `model_config` and `train_config` -> {"model_config": {key: value}, "train_config": {key: value}}.
 
-    -> ({section: what the recipe says}, then for each section a dict of all its values). A recipe's paths are seen from
-    `root`; its encoder's options and weights do not count where another encoder is given.
+    With a captioner to start from (`start_from`), only what was chosen on top of it stays in "model_config": it brings
+    the rest. A recipe's constants are chosen on top of the captioner that the recipe itself names.
     """
-    said = read_recipe(recipe, folder, **sections) if recipe else {name: {} for name in sections}
-    for name, values in said.items():
+    sections = dict(model_config=model_config, train_config=train_config)
+    from_recipe = {name: {} for name in sections}
+    if recipe:
+        from_recipe = _resolved(read_recipe(recipe, folder, **sections), given, root)
+    train = from_recipe["train_config"] | given["train_config"]
+    model = from_recipe["model_config"] | given["model_config"]
+    start_from = model.get("start_from", model_config.start_from)
+    if not start_from:
+        model = vars(model_config) | model
+    elif "start_from" in given["model_config"] or "start_from" not in model:
+        model = given["model_config"] | {"start_from": start_from}
+    return {"model_config": model, "train_config": train}
+
+
+def _resolved(constants, given, root):
+    """Constants of a recipe, with paths relative to `root`; without options and weights of an encoder that the command
+    line replaces."""
+    for name, values in constants.items():
         for key, value in values.items():
             own_run = key == "start_from" and value.startswith("captioner/")  # else a hub id or an absolute path
             if isinstance(value, Path) or (value and (key == "captions_file" or own_run)):
@@ -54,11 +69,11 @@ def merge(given, recipe, folder, root, **sections):
         if "encoder" in given[name]:
             for key in ("encoder_options", "encoder_weights", "preprocessing"):
                 values.pop(key, None)
-    return said, *({**vars(sections[name]), **said[name], **given[name]} for name in sections)
+    return constants
 
 
 def as_toml(**sections):
-    """Configs (SimpleNamespaces) as the text of a recipe that gives them again."""
+    """Configs, or other objects with attributes, as the text of a recipe that gives them again."""
 
     def plain(value):
         if isinstance(value, dict):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from captioning.common.distributed import rank_and_size
+from captioning.common.distributed import rank_and_world_size
 from captioning.data.unreadable_photos import CheckedLoader
 
 
@@ -88,7 +88,7 @@ class CaptionBatchSampler(Sampler):
 def build_loader(dataset, batch_sampler, collate_fn, config):
     """A DataLoader of a caption dataset with what `config`, the train_config, says about workers and the device. Of
     several processes each loads its part."""
-    batch_sampler.share(*rank_and_size())
+    batch_sampler.share(*rank_and_world_size())
     return CheckedLoader(
         dataset,
         batch_sampler=batch_sampler,

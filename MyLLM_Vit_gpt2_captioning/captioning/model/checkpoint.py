@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from captioning.common.config import as_type
 from captioning.common.files import (
     CONFIG_FILE,
     EPOCHS_FOLDER,
@@ -106,11 +107,12 @@ def _check_types(values, known, place):
     if not isinstance(values, dict):
         raise ValueError(f"{place} is {repr(values)[:60]}, but must be an object; {OTHER_COPY}")
     for key in values.keys() & known.keys():
-        value, kind = values[key], type(known[key])
-        right = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
-        if not right or (key in SIZES and value < 1):
-            expected = "a positive int" if key in SIZES else f"of type {kind.__name__}"
-            raise ValueError(f"{place}: {key} is {repr(value)[:60]}, but must be {expected}; {OTHER_COPY}")
+        try:
+            value = as_type(key, values[key], type(known[key]))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}; {OTHER_COPY}") from None
+        if key in SIZES and value < 1:
+            raise ValueError(f"{place}: {key} is {value}, but must be a positive int; {OTHER_COPY}")
 
 
 def load_weights(path):

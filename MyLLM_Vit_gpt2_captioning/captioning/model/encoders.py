@@ -48,25 +48,26 @@ def input_config(name, options=None):
 
 
 def resolve_encoder(config):
-    """Put a captioner's `config` into timm's words, in place.
+    """The constants of a model_config that change when its encoder is put into timm's words -> dict.
 
     A transformers vision model (ViT or CLIP, folder or hub id) as `encoder` becomes the timm architecture that is its
     equal: its sizes go to `encoder_options`, its weights to `encoder_weights`, mean and std to `preprocessing`. A timm
     name stays. Raises FileNotFoundError, or ValueError that names an architecture that is neither ViT nor CLIP.
     """
-    source = str(config.encoder).removeprefix("timm/")  # timm's models on the hub are called by their names
-    config.encoder = source
+    source = config.encoder.removeprefix("timm/")  # timm's models on the hub are called by their names
     if not (Path(source).is_dir() or "/" in source):
-        return
+        return {"encoder": source}
     import timm
 
     if timm.is_model(source.split(".")[0]):
-        return
-    config.encoder, options, preprocessing, _ = hugging_face.read_tower(source)
-    config.encoder_options = options | config.encoder_options
-    config.preprocessing = preprocessing | config.preprocessing
-    if config.encoder_weights == "pretrained":
-        config.encoder_weights = source
+        return {"encoder": source}
+    name, options, preprocessing, _ = hugging_face.read_tower(source)
+    return {
+        "encoder": name,
+        "encoder_options": options | config.encoder_options,
+        "encoder_weights": source if config.encoder_weights == "pretrained" else config.encoder_weights,
+        "preprocessing": preprocessing | config.preprocessing,
+    }
 
 
 def preprocessing_of(config):

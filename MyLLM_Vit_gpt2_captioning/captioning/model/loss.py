@@ -8,6 +8,7 @@ nothing is computed twice. The idea is that of Liger Kernel's fused linear cross
 import torch
 import torch.nn.functional as F
 
+IGNORED_LABEL = -100  # the target that `F.cross_entropy` ignores by default
 CHUNK = 2**25  # scores at a time: 134 MB in float32
 
 

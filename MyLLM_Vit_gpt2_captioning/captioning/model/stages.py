@@ -1,34 +1,36 @@
-"""Which parameters train in which epoch: first new layers, then the GPT-2 blocks, then everything; and how what is
-frozen behaves."""
+"""Staged unfreezing: which parameters train in which epoch, and how frozen ones behave.
+
+A run goes through the stages "new layers", "GPT-2 blocks" and "everything", as far as its weights are pretrained:
+parameters that start from random weights are never frozen.
+"""
 
 
 def stage_of(epoch, model, config):
-    """What trains in an epoch (counted from 0): "new layers", "GPT-2 blocks" or "everything"; `config`: the
-    train_config."""
-    stage = "GPT-2 blocks" if epoch >= config.freeze_epochs_gpt else "new layers"
+    """The stage of an epoch, which counts from 0; `config`: the train_config."""
+    pretrained = set(model.pretrained_parameters())
+    unfreezes = pretrained - always_frozen(model)
+    if (unfreezes and epoch >= config.freeze_epochs_all) or not pretrained:
+        return "everything"
     if model.config.decoder_weights == "scratch":
-        stage = "new layers"  # the whole decoder is new: nothing of it waits
-    thaws = set(model.pretrained_parameters()) - model.always_frozen()
-    if (thaws and epoch >= config.freeze_epochs_all) or not model.pretrained_parameters():
-        stage = "everything"
-    return stage
-
-
-def trainable_in(stage, model):
-    """The names of the parameters that train in a stage of `stage_of`."""
-    names = {name for name, _ in model.named_parameters()}
-    if stage == "everything":
-        return names - model.always_frozen()
-    trainable = names - set(model.pretrained_parameters())
-    if stage == "GPT-2 blocks":
-        trainable |= {name for name in names if name.startswith("gpt.trf_blocks.")}
-    return trainable
+        return "new layers"  # the whole decoder is new: none of its blocks is frozen at first
+    return "GPT-2 blocks" if epoch >= config.freeze_epochs_gpt else "new layers"
 
 
 def stages_of_run(model, config):
     """The stages that a run goes through, in their order."""
     epochs = range(max(1, config.epochs + config.scst_epochs))
     return list(dict.fromkeys(stage_of(epoch, model, config) for epoch in epochs))
+
+
+def trainable_names(stage, model):
+    """The names of the parameters that train in a stage."""
+    names = {name for name, _ in model.named_parameters()}
+    if stage == "everything":
+        return names - always_frozen(model)
+    trainable = names - set(model.pretrained_parameters())
+    if stage == "GPT-2 blocks":
+        trainable |= {name for name in names if name.startswith("gpt.trf_blocks.")}
+    return trainable
 
 
 def pretrained_names(model, new_layers):
@@ -46,8 +48,24 @@ def pretrained_names(model, new_layers):
     ]
 
 
+def always_frozen(model):
+    """Names of pretrained parameters that no stage trains: those of the encoder before its `trainable_stages`."""
+    if model.config.trainable_stages < 0:
+        return set()
+    before = {f"encoder.{name}" for name in model.encoder.parameters_before(model.config.trainable_stages)}
+    return before & set(model.pretrained_parameters())
+
+
+def train_only(model, names):
+    """Train the parameters `names`, freeze all others, and print how many parameters are frozen."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name in names
+    model.train(model.training)  # frozen modules go to eval mode
+    print(f"frozen parameters: {sum(p.numel() for p in model.parameters() if not p.requires_grad):,}")
+
+
 def keep_frozen_in_eval(model):
-    """Put what is frozen back into eval mode: no dropout, and BatchNorm keeps its buffers."""
+    """Put frozen modules back into eval mode: no dropout, and BatchNorm keeps its buffers."""
     for module in model.modules():
         parameters = list(module.parameters())
         if parameters and not any(p.requires_grad for p in parameters):

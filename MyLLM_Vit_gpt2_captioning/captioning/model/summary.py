@@ -2,7 +2,7 @@
 
 import torch
 
-from captioning.model.stages import stages_of_run, trainable_in
+from captioning.model.stages import stages_of_run, trainable_names
 
 BLOCK_PARTS = {  # of the decoder, and what is in their parameters' names
     "self-attention": (".self_attn.",),
@@ -19,7 +19,7 @@ def summarize(model, config):
     share of them trains. The last row is the total. Runs the encoder once on an empty photo.
     """
     stages = stages_of_run(model, config)
-    trainable = {stage: trainable_in(stage, model) for stage in stages}
+    trainable = {stage: trainable_names(stage, model) for stage in stages}
     shapes = shapes_of(model)
     counts = {part: dict.fromkeys(["all", *stages], 0) for part in shapes}
     counts["total"] = dict.fromkeys(["all", *stages], 0)

@@ -166,16 +166,3 @@ def check_eos(tokenizer, config):
             f"{tokenizer.source}: the tokenizer ends captions with id {tokenizer.eos_token_id}, the captioner with "
             f"{config.eos_token_id}: they do not belong together"
         )
-
-
-def fit_config(config, tokenizer):
-    """Write what decoding needs of the tokenizer into a model_config.
-
-    Raises ValueError when the model has too few rows for its tokens, or comes from a captioner with another tokenizer.
-    """
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, vocab_size is {config.vocab_size}")
-    if config.start_from:
-        check_eos(tokenizer, config)
-    config.eos_token_id = tokenizer.eos_token_id
-    config.unk_token_id = getattr(tokenizer, "unk_token_id", -1)

@@ -56,19 +56,19 @@ def evaluate(model, dataloader, tokenizer, device=None, java=False, **options):
     return score(dict(zip(images, captions, strict=True)), dataset.captions_of, ended, java)
 
 
-def score_subset(model, tokenizer, dataset, count, team, look=None):
-    """Caption, together with the other processes of `team`, the first `count` images of a `Dataset` (without
+def score_subset(model, tokenizer, dataset, count, processes, look=None):
+    """Caption, together with the other `processes` (a `ProcessGroup`), the first `count` images of a `Dataset` (without
     `bad_images`), or answer its first `count` questions -> ({(image, question or ""): true captions}, captions,
     {"CIDEr", "BLEU-4"} or {"exact_answers"})."""
     truth, flags = {}, dataset.bad_images.flags
-    flags.copy_(team.any(flags))  # each process has seen other photos
+    flags.copy_(processes.any(flags))  # each process has seen other photos
     for image, prompt, caption in zip(dataset.images, dataset.prompts, dataset.captions, strict=True):
         if image not in dataset.bad_images and ((image, prompt) in truth or len(truth) < count):
             truth.setdefault((image, prompt), []).append(caption)
     images, prompts = (list(column) for column in zip(*truth, strict=True))
-    mine = slice(team.rank, None, team.size)
+    mine = slice(processes.rank, None, processes.world_size)
     captions, _ = predict(model, tokenizer, images[mine], prompts[mine], title="scoring", look=look)
-    captions = team.interleave(captions)
+    captions = processes.gather(captions)
     if any(prompts):
         scores = {"exact_answers": exact_answers(captions, truth.values())}
     else:

@@ -9,13 +9,15 @@ import importlib.metadata
 import math
 import platform
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.utils.data
 
 from captioning.common.files import CURVES
-from captioning.model.checkpoint import portable
-from captioning.model.tokenizer import encode_caption
+from captioning.model.tokenizer import CaptionTokenizer, encode_caption
 from captioning.pages import html_pages
 
 SHOWN = 8  # best and worst captions
@@ -57,60 +59,74 @@ figcaption td:first-child { color: #59636e; }
 """
 
 
-def write_report(path, trainer):
-    """The page of a Trainer's run so far. Raises OSError that names `path` where it cannot be written."""
-    log, config = trainer.log, trainer.train_config
+@dataclass
+class Run:
+    """What the report shows of a run, beside its log."""
+
+    tokenizer: CaptionTokenizer
+    dataset: torch.utils.data.Dataset  # the validation captions, a `Dataset` of the script
+    configs: dict  # {"model": dict, "train": dict}, as `checkpoint.portable` gives them
+    summary: tuple  # (head, rows) of `summary.summarize`
+    autocast: Callable  # of `mixed_precision`
+
+
+def write_report(path, log, run, model):
+    """The page of a run so far, from its `RunLog`, its `Run` and the `VisionGPT2Model` with the weights to look at.
+
+    Raises OSError that names `path` where it cannot be written.
+    """
     if not log.rows:
         return
-    total, done = config.epochs + config.scst_epochs, log.rows[-1]["epoch"]
-    model = trainer.model.config
-    decoder = f"{model.depth} decoder blocks of {model.embed_dim} channels"
-    written = time.strftime("%Y-%m-%d %H:%M")
-    title = f"Training report: {trainer.model_path.resolve().name}"
+    config, device = model.config, model.gpt.tok_emb.weight.device
+    decoder = f"{config.depth} decoder blocks of {config.embed_dim} channels"
+    epochs = run.configs["train"]["epochs"] + run.configs["train"]["scst_epochs"]
+    done, written = log.rows[-1]["epoch"], time.strftime("%Y-%m-%d %H:%M")
+    title = f"Training report: {log.folder.resolve().name}"
+    head, rows = run.summary
     sections = {
         "Curves": _curves(log),
         "Epochs": _epochs(log),
-        "The same photos after every epoch": _samples(log, trainer.valid_dl.dataset),
-        **_best_and_worst(log, trainer.valid_dl.dataset),
-        "Where it looks for each word": _attention(trainer),
-        "Model": _table(*log.summary, numbers=2, classes={len(log.summary[1]) - 1: "total"})
+        "The same photos after every epoch": _samples(log, run.dataset),
+        **_best_and_worst(log, run.dataset),
+        "Where it looks for each word": _attention(log, run, model),
+        "Model": _table(head, rows, numbers=2, classes={len(rows) - 1: "total"})
         + "<p class=note>Behind the number of a part's parameters: how many of them train in which stage.</p>",
-        "Constants": _constants(trainer),
-        "Environment": _pairs(environment(trainer)),
+        "Constants": _constants(run.configs),
+        "Environment": _pairs(environment(device, run.autocast)),
     }
     parts = [
-        f"<header><h1>{html.escape(title)}</h1><p>{html.escape(f'{model.encoder}, {decoder}')}; "
-        f"after epoch {done} of {total}, written {written}</p></header>",
-        _tiles(trainer),
+        f"<header><h1>{html.escape(title)}</h1><p>{html.escape(f'{config.encoder}, {decoder}')}; "
+        f"after epoch {done} of {epochs}, written {written}</p></header>",
+        _tiles(log, model),
     ]
     parts += [f"<section><h2>{html.escape(name)}</h2>{body}</section>" for name, body in sections.items() if body]
     html_pages.write_page(path, title, parts, STYLE)
 
 
-def rows_of(asked, dataset):
-    """(image, question) of a caption dataset -> for each the first of its rows, which a resumed run has, too."""
+def first_rows(keys, dataset):
+    """(image, question) pairs of a caption dataset -> the first row of each, which is the same in a resumed run."""
     first = {}
     for row, key in enumerate(zip(dataset.images, dataset.prompts, strict=True)):
         first.setdefault(key, row)
-    return [first[key] for key in asked]
+    return [first[key] for key in keys]
 
 
-def environment(trainer):
-    """What the run runs on -> {name: text}. Nothing in it names the machine or its user."""
+def environment(device, autocast):
+    """Device, precision and versions of libraries -> {name: text}. Nothing in it names the machine or its user."""
     versions = {}
     for name in LIBRARIES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    device = _processor() if trainer.device.type == "cpu" else str(trainer.device)
-    if trainer.device.type == "cuda":
-        device = f"{torch.cuda.get_device_name(trainer.device)}, CUDA {torch.version.cuda}"
-    with trainer.autocast():
-        mixed = torch.is_autocast_enabled(trainer.device.type)
-        dtype = torch.get_autocast_dtype(trainer.device.type) if mixed else torch.float32
+    name = _processor() if device.type == "cpu" else str(device)
+    if device.type == "cuda":
+        name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    with autocast():
+        mixed = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if mixed else torch.float32
     return {
-        "device": device,
+        "device": name,
         "precision": str(dtype).removeprefix("torch."),
         "threads": str(torch.get_num_threads()),
         "system": f"{platform.system()} {platform.machine()}",
@@ -130,12 +146,11 @@ def _processor():
 # --- the parts of the page: each gives HTML, "" where there is nothing to show ----------------------------------------
 
 
-def _tiles(trainer):
-    log = trainer.log
+def _tiles(log, model):
     best = log.best_row() or log.rows[-1]
     tiles = {f"best epoch, by {log.best_by}": str(best["epoch"])}
     tiles |= {NAMES.get(key, key): _number(key, best[key]) for key in best if key in SCORES}
-    tiles["parameters"] = _short(sum(parameter.numel() for parameter in trainer.model.parameters()))
+    tiles["parameters"] = _short(sum(parameter.numel() for parameter in model.parameters()))
     speeds = [speed for row in log.timings if (speed := captions_per_second(row))]
     if speeds:
         tiles["captions a second"] = f"{sorted(speeds)[len(speeds) // 2]:,.1f}"
@@ -235,17 +250,17 @@ def _best_and_worst(log, dataset):
     }
 
 
-def _attention(trainer):
+def _attention(log, run, model):
     """Cross-attention's maps for the caption of the first scored photo."""
-    newest, dataset = trainer.log.newest, trainer.valid_dl.dataset
+    newest, dataset = log.newest, run.dataset
     if not newest:
         return ""
     from captioning.decoding.attention_maps import overlay, word_maps
 
-    row, caption, model = newest["rows"][0], newest["captions"][0], trainer.averaged.eval()
-    ids = encode_caption(trainer.tokenizer, caption, model.config.seq_len, dataset.prompts[row])
-    with trainer.autocast():
-        words, maps = word_maps(model, trainer.tokenizer, dataset.images[row], ids)
+    row, caption, model = newest["rows"][0], newest["captions"][0], model.eval()
+    ids = encode_caption(run.tokenizer, caption, model.config.seq_len, dataset.prompts[row])
+    with run.autocast():
+        words, maps = word_maps(model, run.tokenizer, dataset.images[row], ids)
     pictures = [("", html_pages.photo(dataset.images[row]))]
     pictures += [
         (word, html_pages.thumbnail(overlay(dataset.images[row], at))) for word, at in zip(words, maps, strict=True)
@@ -258,11 +273,10 @@ def _attention(trainer):
     return f"<div class=words>{''.join(figures)}</div><p class=note>{note}</p>"
 
 
-def _constants(trainer):
-    configs = {"Model": trainer.model.config, "Training": trainer.train_config}
+def _constants(configs):
     parts = []
-    for name, config in configs.items():
-        values = {key: _plain(value) for key, value in portable(config, trainer.state.root).items()}
+    for name, config in (("Model", configs["model"]), ("Training", configs["train"])):
+        values = {key: _plain(value) for key, value in config.items()}
         parts.append(f"<h3>{name}</h3>{_pairs(values)}")
     return "".join(parts) + "<p class=note>recipe.toml, beside this page, gives the run again.</p>"
 

@@ -1,8 +1,8 @@
-"""Everything that a run needs to go on as if it had never stopped: `captioner/last/`.
+"""Everything that a run needs to be resumed as if it had never stopped: `captioner/last/`.
 
 A state is written every few minutes, after every epoch, when the run is asked to stop, and before an exception ends it.
-The last two are kept: if the newest is damaged, the one before serves. Batches, augmentation and dropout of a step
-depend on nothing but the state, so a resumed run on a CPU is bit for bit the run that was never stopped.
+The last two are kept: if the newest is damaged, the one before it serves. Batches, augmentation and dropout of a step
+depend on nothing but the state, so on a CPU a resumed run is bit for bit the run that was never stopped.
 """
 
 import hashlib
@@ -20,20 +20,41 @@ import numpy as np
 import torch
 
 from captioning.common.files import write_atomically
-from captioning.model.checkpoint import portable
 
 FOLDER = "last"
 NEWEST, BEFORE = "state.pt", "state_before.pt"
+FORMAT = 1  # of a state; another one is refused by name
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-# Train constants that may change when a run goes on, because no weight depends on the order they would change. The
-# others decide what is in a batch, how it is trained on or what is kept.
+# Train constants that may change when a run is resumed, because no weight depends on the order they would change. The
+# others decide what is in a batch, how it is trained on or which epoch is kept.
 MAY_CHANGE = {
-    "epochs", "lr", "scst_epochs", "scst_lr", "max_bad_steps", "num_workers", "device", "precision", "compile",
-    "gradient_checkpointing", "data_dir", "image_dir", "captions_file", "dataset", "model_path", "cache_dir",
-    "keep_epoch_checkpoints", "save_minutes", "resume", "demo_images", "deterministic", "max_bad_images",
-    "tracker", "log_steps", "push_every_epoch",
-}  # fmt: skip
-ANNOUNCED = ("epochs", "lr", "scst_epochs", "scst_lr", "device", "precision")
+    "epochs",
+    "lr",
+    "scst_epochs",
+    "scst_lr",
+    "max_bad_steps",
+    "max_bad_images",
+    "num_workers",
+    "device",
+    "precision",
+    "compile",
+    "gradient_checkpointing",
+    "deterministic",
+    "data_dir",
+    "image_dir",
+    "captions_file",
+    "dataset",
+    "model_path",
+    "cache_dir",
+    "keep_epoch_checkpoints",
+    "save_minutes",
+    "resume",
+    "demo_images",
+    "tracker",
+    "log_steps",
+    "push_every_epoch",
+}
+ANNOUNCED = ("epochs", "lr", "scst_epochs", "scst_lr", "device", "precision")  # of those that may change
 
 
 class Stopped(KeyboardInterrupt):
@@ -41,17 +62,23 @@ class Stopped(KeyboardInterrupt):
 
 
 class RunState:
-    """`position` is where the run is: {"epoch", "batches" done of it, "total" and "count" of what it reports}."""
+    """Where a run is, and the files that hold its state.
 
-    def __init__(self, trainer, first_epoch, root):
-        """`root`: what paths in configs are compared relative to."""
-        self.trainer, self.root = trainer, root
-        self.folder = trainer.model_path / FOLDER
+    `position`: {"epoch", "batches" done of it, "total" and "count" of what the epoch reports}; `resumed`: whether the
+    run was read from a state; `batch_shares`: how many batches of `batch_size` captions all processes train on
+    together, which stays what it was when a run is resumed with another number of processes.
+    """
+
+    def __init__(self, folder, processes, train_config, first_epoch):
+        """`folder`: of the run; `processes`: its `ProcessGroup`."""
+        self.folder, self.processes, self.config = Path(folder) / FOLDER, processes, train_config
         self.position = dict(epoch=first_epoch, batches=0, total=0.0, count=0)
         self.resumed = False
-        self.rng, self._due = None, None  # of the position; to be restored at its first step
-        self.shares = trainer.team.size  # batches of batch_size captions that make one of all processes
-        self._saved, self._in_step, self._signal = time.monotonic(), False, None
+        self.batch_shares = processes.world_size
+        self.rng = None  # random number generators behind the last whole step
+        self._rng_to_restore = None
+        self._saved_at, self._in_step, self._signal = time.monotonic(), False, None
+        self._seed_rank()
 
     # --- while the run goes on ----------------------------------------------------------------------------------------
 
@@ -63,166 +90,182 @@ class RunState:
 
     @contextmanager
     def step(self):
-        """Around a step: what ends the run waits until it is whole. Saves when it is time. Raises Stopped."""
-        if self._due is not None:
-            restore_rng(self._due)
-            self.trainer.team.own_random_numbers(self.trainer.train_config.seed, self.position)
-            self._due = None
+        """Around a training step: a signal waits until the step is whole. Before the first step of a resumed run the
+        random number generators are restored."""
+        if self._rng_to_restore is not None:
+            restore_rng(self._rng_to_restore)
+            self._seed_rank()
+            self._rng_to_restore = None
         self._in_step = True
         try:
             yield
             self.rng = rng_state()
         finally:
             self._in_step = False
-        self._stop_if_asked()
-        if time.monotonic() - self._saved > 60 * self.trainer.train_config.save_minutes:
-            self.save()
 
-    def finish(self, epoch):
-        """The epoch is trained, validated and recorded."""
+    def _seed_rank(self):
+        """Let each rank but 0 draw random numbers of its own, which depend on the position only."""
+        self.processes.seed_rank(self.config.seed, self.position["epoch"], self.position["batches"])
+
+    def stop_or_save(self, state_dict):
+        """Between two steps: raise Stopped if a signal has come; save if the last state is older than `save_minutes`.
+
+        `state_dict`: a function, here and below, that gives what `save` adds position and random numbers to.
+        """
+        self.stop_if_asked()
+        if time.monotonic() - self._saved_at > 60 * self.config.save_minutes:
+            self.save(state_dict())
+
+    def finish_epoch(self, epoch, state_dict):
+        """The epoch is trained, validated and recorded: the position is the start of the next one. Saves."""
         self.position, self.rng = dict(epoch=epoch + 1, batches=0, total=0.0, count=0), rng_state()
-        self.save()
-        self._stop_if_asked()
+        self.save(state_dict())
+        self.stop_if_asked()
+
+    @contextmanager
+    def saved_on_failure(self, state_dict):
+        """Around the run: whatever ends it, its state is saved."""
+        try:
+            yield
+        except BaseException:
+            self.save(state_dict())
+            raise
+
+    # --- signals ------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def signals(self):
-        """Inside, SIGTERM, SIGINT and SIGUSR1 end the run with its state saved; a second one ends it at once."""
+        """Inside, SIGTERM, SIGINT and SIGUSR1 raise `Stopped` between two steps; a second one ends the process."""
         if threading.current_thread() is not threading.main_thread():
-            yield  # Python lets only the main thread listen
+            yield  # Python lets only the main thread set handlers
             return
-        before = {number: signal.signal(number, self._asked_to_stop) for number in SIGNALS}
+        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _asked_to_stop(self, number, frame):
+    def _on_signal(self, number, frame):
         self._signal = signal.Signals(number).name
-        if self.trainer.team.size > 1:
+        if self.processes.world_size > 1:
             return  # all stop behind the same step; torchrun itself ends those that take too long
         for known in SIGNALS:
             signal.signal(known, signal.SIG_DFL)
         if not self._in_step:
-            self._stop_if_asked()
+            self.stop_if_asked()
 
-    def _stop_if_asked(self):
-        [asked] = self.trainer.team.sum(self._signal is not None)
+    def stop_if_asked(self):
+        """Raise Stopped when a signal has come to this or another process."""
+        [asked] = self.processes.sum(self._signal is not None)
         if asked:
             name, self._signal = self._signal or "a signal to another process", None
             raise Stopped(f"stopped by {name}")
 
     # --- files --------------------------------------------------------------------------------------------------------
 
-    def save(self):
-        """Write the state; where that fails the run is told, not ended: the states before are as they were."""
+    def save(self, content):
+        """Write position, random number generators and `content`, a dict, as the newest state.
+
+        Where that fails the run is warned, not ended: the states before are as they were.
+        """
+        own = {"format": FORMAT, "position": self.position, "shares": self.batch_shares, "rng": self.rng}
         try:
-            if self.trainer.team.first:
-                write_state(self.folder, self._content())
+            if self.processes.is_main:
+                write_state(self.folder, own | content)
         except OSError as error:
             print(f"WARNING: {self.folder}: the state of the run cannot be written ({error})")
-        self._saved = time.monotonic()
+        self._saved_at = time.monotonic()
 
-    def _content(self):
-        trainer = self.trainer
-        return {
-            "format": 1,
-            "position": self.position,
-            "shares": self.shares,
-            "stage": trainer.stage,
-            "model": trainer.model.state_dict(),
-            "optimization": trainer.optimization.state_dict(),
-            "rng": self.rng,
-            "best": trainer.best,
-            "metrics": trainer.log.rows,
-            "samples": trainer.log.samples,
-            "timings": trainer.log.timings,
-            "log": trainer.log.state_dict(),
-            "config": self._config(),
-            "dataset": [fingerprint(loader.dataset) for loader in (trainer.train_dl, trainer.valid_dl)],
-        }
+    def read(self, source):
+        """`source`: "auto" (this run's folder), another run's folder, its last/ or a file in it -> (path, state).
 
-    def _config(self):
-        configs = {"model": self.trainer.model.config, "train": self.trainer.train_config}
-        return {name: portable(config, self.root) for name, config in configs.items()}
-
-    def resume(self, source):
-        """Go on from `source`: "auto", a run's folder, its last/ or a file in it. Without one there the run starts
-        afresh, with a warning. Raises ValueError that lists what has changed where the run would be another one."""
+        The state is None, and a warning printed, when there is none: the run starts from the beginning. Raises
+        ValueError for damaged files, for a state of an unknown format, and where only some hosts see it.
+        """
         path = self.folder if source == "auto" else Path(source)
         path = path / FOLDER if (path / FOLDER).is_dir() else path
-        found, state = read_state(path)
-        if self.trainer.team.sum(state is not None)[0] not in (0, self.trainer.team.size):
+        path, state = read_state(path)
+        if self.processes.sum(state is not None)[0] not in (0, self.processes.world_size):
             raise ValueError(f"{path}: not every host sees the state of the run: give a --model_path that all share")
         if state is None:
-            print(f"WARNING: {path}: no state of a run is there to go on from. TRAINING STARTS FROM THE BEGINNING.")
-            return
-        self._compare(found, state)
-        trainer, self.position = self.trainer, state["position"]
-        if state["shares"] != self.shares:
-            self._keep_batches(state["shares"])
-        trainer.best = state["best"]
-        trainer.log.rows[:], trainer.log.samples, trainer.log.timings = (
-            state["metrics"], state["samples"], state["timings"],
-        )  # fmt: skip
-        trainer.log.load_state_dict(state.get("log", {}))
-        if state["stage"] == "self-critical":
-            trainer.start_self_critical()
-        trainer.stage = state["stage"]  # what was entered before is not entered again
-        if self.position["batches"]:
-            trainer.enter_stage(self.position["epoch"])
-        trainer.model.load_state_dict(state["model"])
-        trainer.optimization.load_state_dict(state["optimization"])
-        self.rng = self._due = state["rng"]
-        self.resumed = True
-        batches = f", batch {self.position['batches'] + 1}" if self.position["batches"] else ""
-        print(f"going on from {found}: epoch {self.position['epoch'] + 1}{batches}")
-
-    def _keep_batches(self, shares):
-        """The run had another number of processes: a step keeps its captions, and each process gets more or fewer."""
-        trainer, team, self.shares = self.trainer, self.trainer.team, shares
-        for loader in (trainer.train_dl, trainer.valid_dl, trainer.self_critical and trainer.self_critical.loader):
-            if loader:
-                loader.batch_sampler.share(team.rank, team.size, shares)
-        trainer.rebuild_schedule(trainer.train_config.epochs)
-        captions = shares * trainer.train_config.batch_size
-        print(f"the run had {shares} processes, now it has {team.size}: a batch of them all stays {captions} captions")
-
-    def _compare(self, path, state):
-        now, then = self._config(), state["config"]
-        changed = {
-            f"{name}.{key}": (then[name].get(key), now[name].get(key))
-            for name in now
-            for key in sorted(now[name].keys() | then[name].keys())
-            if plain(then[name].get(key)) != plain(now[name].get(key))
-        }
-        refused = [
-            f"{key}: it was {old!r}, now it is {new!r}"
-            for key, (old, new) in changed.items()
-            if key.partition(".")[2] not in MAY_CHANGE or key.startswith("model.")
-        ]
-        loaders = (self.trainer.train_dl, self.trainer.valid_dl)
-        for split, loader, before in zip(("training", "validation"), loaders, state["dataset"], strict=True):
-            if fingerprint(loader.dataset) != before:
-                refused.append(f"{split} captions: they were {before[0]:,}, and not the same as now")
-        if refused:
+            print(f"WARNING: {path}: there is no state of a run to resume. TRAINING STARTS FROM THE BEGINNING.")
+        elif not isinstance(state, dict) or "position" not in state:
+            raise ValueError(f"{path}: not the state of a run; --resume takes the folder of a run, or auto")
+        elif state["format"] != FORMAT:
             raise ValueError(
-                f"{path} cannot be gone on from, because the run would be another one:\n  "
-                + "\n  ".join(refused)
-                + "\nGive the constants it had, or leave out --resume to start afresh"
+                f"{path}: the state has format {state['format']}, this version reads format {FORMAT}: resume the run "
+                "with the version that wrote it, or leave out --resume to start afresh"
             )
-        for key, (old, new) in changed.items():
-            if key.partition(".")[2] in ANNOUNCED:
-                print(f"changed since the run stopped: {key.partition('.')[2]} was {old}, now it is {new}")
+        return path, state
+
+    def resume(self, source, current, loaders):
+        """Take position and random number generators from the state in `source`, as in `read` -> the state, whose other
+        parts belong to the Trainer; None where there is none, and the run starts afresh.
+
+        `current`: the state of the run as it is now, for `check_same_run`, whose ValueError is raised. Where the run
+        had another number of processes, a step keeps its captions: each process takes more or fewer of them from its
+        `loaders`.
+        """
+        path, state = self.read(source)
+        if state is None:
+            return None
+        check_same_run(path, state, current)
+        self.position, self.rng = state["position"], state["rng"]
+        self._rng_to_restore, self.resumed = self.rng, True
+        if state["shares"] != self.batch_shares:
+            self.batch_shares, world_size = state["shares"], self.processes.world_size
+            for loader in loaders:
+                loader.batch_sampler.share(self.processes.rank, world_size, self.batch_shares)
+            captions = self.batch_shares * self.config.batch_size
+            print(
+                f"the run had {self.batch_shares} processes, now it has {world_size}: a batch of them all stays "
+                f"{captions} captions"
+            )
+        batch = f", batch {self.position['batches'] + 1}" if self.position["batches"] else ""
+        print(f"resuming {path}: epoch {self.position['epoch'] + 1}{batch}")
+        return state
 
 
-def plain(value):
-    """Tuples and lists alike, as JSON has them."""
-    return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
+def check_same_run(path, saved, current):
+    """Compare the state `saved` in `path` with the `current` run; both have "config", {"model": dict, "train": dict},
+    and "dataset", `dataset_digest` of training and validation captions. Prints constants that have changed and may.
+
+    Raises ValueError that lists what has changed where the resumed run would be another one.
+    """
+    then, now = saved["config"], current["config"]
+    changed = {
+        (name, key): (then[name].get(key), now[name].get(key))
+        for name in now
+        for key in sorted(now[name].keys() | then[name].keys())
+        if without_tuples(then[name].get(key)) != without_tuples(now[name].get(key))
+    }
+    refused = [
+        f"{name}.{key}: it was {old!r}, now it is {new!r}"
+        for (name, key), (old, new) in changed.items()
+        if name == "model" or key not in MAY_CHANGE
+    ]
+    for split, before, digest in zip(("training", "validation"), saved["dataset"], current["dataset"], strict=True):
+        if digest != before:
+            refused.append(f"{split} captions: they were {before[0]:,}, and not the same as now")
+    if refused:
+        raise ValueError(
+            f"{path} cannot be resumed, because the run would be another one:\n  "
+            + "\n  ".join(refused)
+            + "\nGive the constants it had, or leave out --resume to start afresh"
+        )
+    for (_, key), (old, new) in changed.items():
+        if key in ANNOUNCED:
+            print(f"changed since the run stopped: {key} was {old}, now it is {new}")
 
 
-def fingerprint(dataset):
-    """A caption dataset -> [number of captions, hash of images' names, captions and prompts in their order]."""
+def without_tuples(value):
+    """Tuples as lists, as JSON has them."""
+    return [without_tuples(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def dataset_digest(dataset):
+    """A caption dataset -> [number of captions, SHA-256 of images' names, captions and prompts in their order]."""
     digest = hashlib.sha256()
     prompts = getattr(dataset, "prompts", [""] * len(dataset))
     for image, caption, prompt in zip(dataset.images, dataset.captions, prompts, strict=True):

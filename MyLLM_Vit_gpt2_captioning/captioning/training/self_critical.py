@@ -14,42 +14,38 @@ import torch
 import torch.nn.functional as F
 import torch.utils.data
 
-from captioning.data.batching import CaptionBatchSampler, build_loader, stack
+from captioning.data.batching import CaptionBatchSampler, build_loader, stack, to_device
 from captioning.decoding.cached_decoder import next_token_scores
 from captioning.decoding.search import generate_ids
 from captioning.model.tokenizer import encode_caption
 
-BASELINES = ("mean", "greedy")
-DRAWS = ("sample", "beam")
 # Rewarded as a word of its own, in draws that ended and in all references: without it a caption that breaks off ("a man
 # in a") loses nothing, and the model learns to break off.
 END_WORD = "<end>"
 
 
 class SelfCritical:
-    """Draws and rewards captions for the photos of a training `Dataset`; `loader` yields batches for `loss`."""
+    """The objective of self-critical training, with the interface of the script's `CrossEntropy`: draws and rewards
+    captions for the photos of a training `Dataset`. What it reports is the mean reward of a batch's photos."""
 
-    def __init__(self, dataset, config):
+    name, stage = "reward", "self-critical"
+    dropout = False  # the draws are made without dropout, and so is the step that learns from them
+
+    def __init__(self, model, dataset, config):
         """`config`: the train_config; its batch_size counts the captions that a step draws.
 
-        Raises ValueError for questions (their answers are no captions), an unknown baseline and too few samples.
+        Raises ValueError for questions: their answers are no captions.
         """
         # Here, so that captioning a photo does not wait for it: the tokenizer's rules are large when they are compiled.
         from captioning.scoring.metrics import CiderD
         from captioning.scoring.ptb_tokenization import tokenize
 
-        samples, baseline, self.draws = config.scst_samples, config.scst_baseline, config.scst_draws
+        self.model, self.tokenizer = model, dataset.tokenizer
+        self.samples, self.baseline, self.draws = config.scst_samples, config.scst_baseline, config.scst_draws
         if any(dataset.prompts):
             raise ValueError(
                 "self-critical training rewards captions; this dataset asks questions: set --scst_epochs 0"
             )
-        if baseline not in BASELINES:
-            raise ValueError(f"scst_baseline {baseline!r} is not one of {', '.join(BASELINES)}")
-        if self.draws not in DRAWS:
-            raise ValueError(f"scst_draws {self.draws!r} is not one of {', '.join(DRAWS)}")
-        if samples < 2 and (baseline == "mean" or self.draws == "beam"):
-            raise ValueError(f"scst_samples {samples}: a beam, and the mean of a photo's other draws, need at least 2")
-        self.tokenizer, self.samples, self.baseline = dataset.tokenizer, samples, baseline
         self.photos = list(dataset.captions_of)
         texts = [caption for photo in self.photos for caption in dataset.captions_of[photo]]
         words = iter(tokenize(texts))
@@ -58,56 +54,59 @@ class SelfCritical:
         # A draw that goes on for ever would hold up its batch: nearly all true captions are at most this long.
         lengths = [len(encode_caption(self.tokenizer, text, dataset.max_length)) for text in texts]
         self.max_tokens = int(np.quantile(lengths, 0.99))
-        per_step = max(1, config.batch_size // samples)
+        self.captions_per_image, self.images = self.samples, len(self.photos)
+        per_step = max(1, config.batch_size // self.samples)
         self.bad_images = dataset.bad_images
         sampler = CaptionBatchSampler(self.photos, per_step, seed=dataset.seed)
-        self.loader = build_loader(_PhotoDataset(dataset, self.photos), sampler, _collate, config)
+        self.loader = build_loader(_PhotosOnce(dataset, self.photos), sampler, _collate, config)
 
-    def loss(self, model, images, places, autocast):
-        """A batch of `loader` -> (loss, a scalar whose gradient is the policy's; mean reward of the draws).
+    def count(self, batch):
+        """How many photos a batch of `loader` has."""
+        return len(batch[1])
 
-        images: what the model takes, B of them; places (B,): which of `photos` they are.
-        """
-        with autocast():
-            levels = images if isinstance(images, list) else model.levels(images)  # once for draws and loss
-        bos = torch.full((len(places), 1), self.tokenizer.bos_token_id, device=levels[0].device)
-        draw = partial(generate_ids, model, levels, bos, max_tokens=self.max_tokens)
-        with autocast():
-            beams = self.samples if self.draws == "beam" else 1
-            ids = draw(
-                num_return_sequences=self.samples, num_beams=beams
-            ).clone()  # (B * samples, T); out of inference mode
-        rewards = self.rewards(ids, places.repeat_interleave(self.samples)).view(-1, self.samples)  # (B, samples)
+    def captions_in(self, batch):
+        """How many captions are drawn for a batch of `loader`."""
+        return self.samples * len(batch[1])
+
+    def loss(self, batch):
+        """A batch of `loader`, (images, indices (B,) of their `photos`) -> (loss, a scalar whose gradient is the
+        policy gradient; mean reward of the draws). Called under autocast."""
+        model, (images, indices) = self.model, batch
+        images = to_device(images, model.gpt.tok_emb.weight.device)
+        levels = images if isinstance(images, list) else model.levels(images)  # once for draws and loss
+        bos = torch.full((len(indices), 1), self.tokenizer.bos_token_id, device=levels[0].device)  # (B, 1)
+        generate = partial(generate_ids, model, levels, bos, max_tokens=self.max_tokens)
+        beams = self.samples if self.draws == "beam" else 1
+        ids = generate(num_return_sequences=self.samples, num_beams=beams)  # (B * samples, T)
+        ids = ids.clone()  # out of inference mode
+        rewards = self.rewards(ids, indices.repeat_interleave(self.samples)).view(-1, self.samples)  # (B, samples)
         if self.baseline == "mean":
             baselines = (rewards.sum(1, keepdim=True) - rewards) / (self.samples - 1)
         else:
-            with autocast():
-                greedy = draw(deterministic=True)  # (B, T)
-            baselines = self.rewards(greedy, places)[:, None]
-        readable = torch.tensor([self.photos[place] not in self.bad_images for place in places.tolist()])
+            baselines = self.rewards(generate(deterministic=True), indices)[:, None]  # (B, 1)
+        readable = torch.tensor([self.photos[i] not in self.bad_images for i in indices.tolist()])  # (B,)
         advantages = ((rewards - baselines) * readable[:, None]).to(ids.device).flatten()  # (B * samples,)
         targets = ids[:, 1:]
         ends = targets == self.tokenizer.eos_token_id
         real = ends.cumsum(1) - ends.long() == 0  # (B * samples, T - 1): up to the first EOS, which counts
-        with autocast():
-            hidden = model.decode(ids[:, :-1], model.encoder_states(levels))
-            surprise = F.cross_entropy(next_token_scores(model, hidden[real]), targets[real], reduction="none")
+        hidden = model.decode(ids[:, :-1], model.encoder_states(levels))
+        nll = F.cross_entropy(next_token_scores(model, hidden[real]), targets[real], reduction="none")
         # Minimising reward-weighted -log p raises the probability of what was better than its baseline.
-        return (surprise * advantages[:, None].expand_as(real)[real]).mean(), float(rewards.mean())
+        return (nll * advantages[:, None].expand_as(real)[real]).mean(), float(rewards.mean())
 
-    def rewards(self, ids, places):
-        """Captions ids (rows, T) that begin with BOS, places (rows,) of their photos -> CIDEr, float32 (rows,)."""
+    def rewards(self, ids, indices):
+        """Ids of captions (rows, T) that begin with BOS, indices (rows,) of their photos -> CIDEr, float32 (rows,)."""
         from captioning.scoring.ptb_tokenization import tokenize
 
         texts = tokenize([self.tokenizer.decode(row[1:]) for row in ids.tolist()])
         ended = (ids[:, 1:] == self.tokenizer.eos_token_id).any(1).tolist()
         texts = [f"{text} {END_WORD}" if end else text for text, end in zip(texts, ended, strict=True)]
-        scores = self.cider.scores(texts, [self.references[place] for place in places.tolist()])
+        scores = self.cider.scores(texts, [self.references[i] for i in indices.tolist()])
         return torch.tensor(scores, dtype=torch.float32)
 
 
-class _PhotoDataset(torch.utils.data.Dataset):
-    """Each photo of a caption dataset once: (what the model takes, its place)."""
+class _PhotosOnce(torch.utils.data.Dataset):
+    """Each photo of a caption dataset once: (the model's input, index of the photo)."""
 
     def __init__(self, dataset, photos):
         self.dataset, self.photos, self.bad_images = dataset, photos, dataset.bad_images
@@ -118,10 +117,10 @@ class _PhotoDataset(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.photos)
 
-    def __getitem__(self, place):
-        return self.dataset.look(self.photos[place], place), place
+    def __getitem__(self, i):
+        return self.dataset.load_input(self.photos[i], i), i
 
 
 def _collate(batch):
-    images, places = zip(*batch, strict=True)
-    return stack(images), torch.tensor(places)
+    images, indices = zip(*batch, strict=True)
+    return stack(images), torch.tensor(indices)

@@ -1,0 +1,88 @@
+"""From the constants of a model that a user gives to its complete configuration and its weights.
+
+Nothing behind this file changes a configuration: each function returns a new one.
+"""
+
+import dataclasses
+
+from captioning.common.config import complete
+from captioning.common.files import CONFIG_FILE, WEIGHTS_FILE
+from captioning.model import checkpoint, hugging_face
+from captioning.model.tokenizer import check_eos
+
+
+def stored_config(source, defaults, read_decoder):
+    """A trained captioner (folder or hub id, ours or Hugging Face's) -> (its folder, its complete model_config).
+
+    `defaults`: the script's model_config; `read_decoder` as in `hugging_face.read_config`. Raises FileNotFoundError, or
+    ValueError that names the file, for what is no captioner or has constants that do not exist here.
+    """
+    folder, values = hugging_face.read_config(source, read_decoder, defaults)
+    try:
+        return folder, complete(values, defaults)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / CONFIG_FILE}: {error}. The captioner is damaged or comes from another version"
+        ) from error
+
+
+def complete_model_config(given, defaults, read_decoder):
+    """An object with some or all of the constants of a model -> the complete model_config.
+
+    Constants that are not given are those of the captioner to start from (`start_from`), where there is one, else
+    `defaults`. Raises ValueError that names an unknown constant, and what `stored_config` raises.
+    """
+    values = dict(given if isinstance(given, dict) else vars(given) if given is not None else {})
+    if values.get("start_from") and not vars(defaults).keys() <= values.keys():
+        _, defaults = stored_config(values["start_from"], defaults, read_decoder)
+        values["preprocessing"] = defaults.preprocessing | values.get("preprocessing", {})
+    return complete(values, defaults)
+
+
+def with_tokenizer(config, tokenizer):
+    """A model_config with what decoding has to know of the tokenizer: the ids of [EOS] and of unknown words.
+
+    Raises ValueError when the model has too few rows for its tokens, or comes from a captioner with another tokenizer.
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, vocab_size is {config.vocab_size}")
+    if config.start_from:
+        check_eos(tokenizer, config)
+    unknown = getattr(tokenizer, "unk_token_id", -1)  # tokenizers of transformers may lack it
+    return dataclasses.replace(config, eos_token_id=tokenizer.eos_token_id, unk_token_id=unknown)
+
+
+def load_captioner_weights(model, folder, gpt2_name):
+    """Load all weights of the captioner in `folder`, ours or Hugging Face's, strictly into `model`.
+
+    `gpt2_name` as in `hugging_face.read_captioner_weights`. On ValueError the model is unchanged.
+    """
+    if hugging_face.is_captioner(checkpoint.load_config(folder)):
+        checkpoint.fill(model, hugging_face.read_captioner_weights(folder, model.state_dict(), gpt2_name))
+    else:
+        checkpoint.load_strictly(model, folder / WEIGHTS_FILE)
+
+
+def offline_help(model_config, gpt2_repo):
+    """For a run whose files cannot be downloaded: which ones it needs, and how to give local copies -> text."""
+    if model_config.start_from:
+        return f"The captioner to start from, {model_config.start_from}, could not be read: give --start_from FOLDER"
+    needs = []
+    if model_config.tokenizer == "gpt2" or model_config.decoder_weights == "pretrained":
+        needs.append(
+            f"    GPT-2's tokenizer and weights ({gpt2_repo}): set the environment variable HF_GPT2_REPO=FOLDER,\n"
+            "        a folder with vocab.json, merges.txt and, unless --decoder_weights scratch, config.json and\n"
+            "        model.safetensors"
+        )
+    if "/" in model_config.encoder:
+        needs.append(
+            f"    the vision model {model_config.encoder}: --encoder FOLDER, its folder as transformers saves it"
+        )
+    elif model_config.encoder_weights == "pretrained":
+        needs.append(
+            f"    the weights of {model_config.encoder}: --encoder_weights FILE, a .safetensors or .pth file with\n"
+            "        timm's key names"
+        )
+    needs.append("or train from random weights, which takes far longer to get good:")
+    needs.append("    --tokenizer bpe --decoder_weights scratch --encoder_weights scratch")
+    return "\n".join(["This run needs, from the network or from local copies:", *needs])
