@@ -49,7 +49,7 @@ from captioning.decoding.search import caption_images, generate_ids, trim
 from captioning.images.augmentation import TrainingTransforms, ValidationTransforms
 from captioning.images.preprocessing import normalize
 from captioning.model import checkpoint, hugging_face
-from captioning.model.encoders import build_encoder, frame_of, preprocessing_of, resolve_encoder, run_block
+from captioning.model.encoders import build_encoder, meta_device_for, preprocessing_of, resolve_encoder, run_block
 from captioning.model.loss import chunked_cross_entropy
 from captioning.model.positions import SinusoidalPositions
 from captioning.model.stages import keep_frozen_in_eval, pretrained_names, stage_of
@@ -419,11 +419,11 @@ class GPT2Block(TransformerBlock):
                 cache.cross_attn = self.cross_attn.project(encoder_states, encoder_states)
             keys, values = cache.cross_attn
         x = hidden_states
-        x = self._add(x, self.ln_1, lambda x: self.self_attn(x, cache.self_attn if cache else None))
-        x = self._add(x, self.ln_cross, lambda x: self.cross_attn.attend(x, keys, values))
-        return self._add(x, self.ln_2, self.mlp)
+        x = self.residual(x, self.ln_1, lambda x: self.self_attn(x, cache.self_attn if cache else None))
+        x = self.residual(x, self.ln_cross, lambda x: self.cross_attn.attend(x, keys, values))
+        return self.residual(x, self.ln_2, self.mlp)
 
-    def _add(self, x, norm, layer):
+    def residual(self, x, norm, layer):
         return norm(x + layer(x)) if self.post_norm else x + layer(norm(x))
 
 
@@ -509,7 +509,7 @@ class VisionGPT2Model(nn.Module):
         caches = caches or [None] * self.config.depth
         x = self._build_text_embeddings(input_ids, start=caches[0].self_attn.length if caches[0] else 0)
         for block, tokens, cache in zip(self.gpt.trf_blocks, encoder_states, caches, strict=True):
-            x = run_block(block, x, tokens, cache, again=self.gradient_checkpointing)
+            x = run_block(block, x, tokens, cache, recompute=self.gradient_checkpointing)
         return x
 
     def new_caches(self, max_length):
@@ -596,7 +596,7 @@ class VisionGPT2Model(nn.Module):
         """
         if isinstance(source, (str, Path)):
             folder, stored = read_config(source)
-            with frame_of(stored):
+            with meta_device_for(stored):
                 model = cls(SimpleNamespace(**stored), encoder_weights="stored")
             model._load_captioner(folder)
             return model.eval()
@@ -616,7 +616,7 @@ class VisionGPT2Model(nn.Module):
 
     def _load_captioner(self, folder):
         """Load all weights of a captioner, strictly; on ValueError nothing has changed."""
-        if hugging_face.is_captioner(checkpoint.load_config(folder)):
+        if hugging_face.is_vision_encoder_decoder(checkpoint.load_config(folder)):
             checkpoint.fill(self, hugging_face.read_captioner_weights(folder, self.state_dict(), hf_name))
         else:
             checkpoint.load_strictly(self, folder / WEIGHTS_FILE)
@@ -713,7 +713,9 @@ class Trainer:
         self.self_critical = SelfCritical(self.train_dl.dataset, config) if config.scst_epochs else None
         self.best = {"best_perplexity": math.inf, "best_epoch": None}
         self.trains = self.stage = None  # what is not frozen; what the epoch is called in metrics.csv
-        self.uploads = upload.uploads(config.push_every_epoch and self.team.first, HF_REPO_ID, self.model_path)
+        self.uploads = upload.background_uploads(
+            config.push_every_epoch and self.team.first, HF_REPO_ID, self.model_path
+        )
         self.enter_stage(epoch=0)
         self.state = RunState(self, first_epoch=-1 if config.epochs == 0 else 0, root=REPO_ROOT)
         self.team.own_random_numbers(config.seed, self.state.position)

@@ -29,7 +29,7 @@ def main(argv=None):
             raise FileExistsError(f"{args.target} is there already: give another folder")
         folder, config = read_config(args.source)
         model, tokenizer = load_captioner(folder)
-        theirs = hugging_face.is_captioner(checkpoint.load_config(folder))
+        theirs = hugging_face.is_vision_encoder_decoder(checkpoint.load_config(folder))
         if theirs:
             kept = checkpoint.portable(SimpleNamespace(**config), REPO_ROOT)
             stored = {"model_config": kept, "preprocessing": model.preprocessing}

@@ -70,7 +70,7 @@ def evaluate_split(args):
         if args.cache_dir:
             cache = TokenCache(args.cache_dir, model)
             fill_caches(model, [(cache, images, None)])
-            options["look"] = cache.batch
+            options["load_batch"] = cache.batch
         if "prompt" in rows:
             right = rows.groupby(["image", "prompt"], sort=False)["caption"].agg(list).to_dict()
             asked = list(zip(*right, strict=True))  # images, questions

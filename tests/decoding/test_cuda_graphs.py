@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from captioning.decoding import cached_decoder, cuda_graphs, packed_weights
-from captioning.decoding.cached_decoder import GraphedDecoder, decoder_for, without_graphs
+from captioning.decoding.cached_decoder import GraphedDecoder, cuda_graphs_disabled, decoder_for
 from captioning.decoding.cuda_graphs import CudaGraphs
 from captioning.decoding.search import generate_ids
 from conftest import REDUCED_ENCODERS, randomize
@@ -111,7 +111,7 @@ def starts(model, images, tokens=1):
 
 def plainly(*args, **options):
     """What `generate_ids` gives without graphs, with every image in its batch to the end as with them."""
-    with pytest.MonkeyPatch.context() as patch, without_graphs():
+    with pytest.MonkeyPatch.context() as patch, cuda_graphs_disabled():
         patch.setattr("captioning.decoding.search.LEAVE_BELOW", 0)
         return generate_ids(*args, **options)
 
@@ -319,7 +319,7 @@ def test_other_arithmetic_is_another_decoder(tiny_model, graphs_on_cpu, monkeypa
 
 def test_without_graphs_where_there_are_none_or_they_are_not_wanted(tiny_model, graphs_on_cpu, monkeypatch):
     images = photos(0)
-    with pytest.raises(KeyError), without_graphs():
+    with pytest.raises(KeyError), cuda_graphs_disabled():
         generate_ids(tiny_model, images, starts(tiny_model, images), 4)
         raise KeyError
     assert cached_decoder.CUDA_GRAPHS

@@ -63,9 +63,9 @@ def eager_decode(model, input_ids, encoder_states):
             weights.append(looked)
             return output
 
-        x = block._add(x, block.ln_1, block.self_attn)
-        x = block._add(x, block.ln_cross, look)
-        x = block._add(x, block.ln_2, block.mlp)
+        x = block.residual(x, block.ln_1, block.self_attn)
+        x = block.residual(x, block.ln_cross, look)
+        x = block.residual(x, block.ln_2, block.mlp)
     return x, weights
 
 

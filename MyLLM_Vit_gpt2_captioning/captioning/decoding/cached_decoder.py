@@ -45,7 +45,7 @@ class BlockCache:
             self.cross_attn = tuple(part[images] for part in self.cross_attn)
 
 
-def next_token_scores(model, hidden):
+def next_token_logits(model, hidden):
     """hidden states (..., embed_dim) -> float32 scores (..., vocab_size) of the next token; one that stands for unknown
     words is ruled out, because it would leave a hole in the caption."""
     scores = model.gpt.logits(hidden).float()
@@ -82,7 +82,7 @@ class CachedDecoder:
 
     def _decode(self, newest):
         hidden = self.model.decode(newest, self.encoder_states, self.caches)[:, -1]  # (rows, embed_dim), last token
-        self.scores = next_token_scores(self.model, hidden)  # (rows, vocab_size)
+        self.scores = next_token_logits(self.model, hidden)  # (rows, vocab_size)
 
     def filtered(self, scores):
         """scores (rows, vocab_size) after all filters."""
@@ -151,7 +151,7 @@ class GraphedDecoder(CachedDecoder):
     def _decode(self, newest, caches):
         """What the image says is in the caches already. -> scores (rows, vocab_size)"""
         hidden = self.model.decode(newest, [None] * len(caches), caches)[:, -1]  # (rows, embed_dim), last token
-        return next_token_scores(self.model, hidden)
+        return next_token_logits(self.model, hidden)
 
     def _read_prompts(self, length):
         fresh = self.model.new_caches(length)
@@ -236,7 +236,7 @@ def decoder_for(model, encoder_states, rows_per_image, room, weights):
 
 
 @contextmanager
-def without_graphs():
+def cuda_graphs_disabled():
     """Inside, decoding does without CUDA graphs: for few batches, and where memory is short."""
     global CUDA_GRAPHS
     before, CUDA_GRAPHS = CUDA_GRAPHS, False

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from captioning.data.batching import to_device
-from captioning.decoding.cached_decoder import decoder_for, next_token_scores
+from captioning.decoding.cached_decoder import decoder_for, next_token_logits
 from captioning.decoding.packed_weights import packed_linears
 from captioning.images.preprocessing import preprocess
 from captioning.model.tokenizer import encode_prompt
@@ -167,7 +167,7 @@ def log_probabilities(model, images, ids, prompt_length):
             ends = targets == eos
             real = ends.cumsum(1) - ends.long() == 0  # (K, new): up to the first EOS, which counts
             hidden = model.decode(rows[:, :-1], [tokens[i : i + 1] for tokens in states])[:, prompt_length - 1 :]
-            likely = next_token_scores(model, hidden).log_softmax(-1).gather(2, targets[..., None])[..., 0]  # (K, new)
+            likely = next_token_logits(model, hidden).log_softmax(-1).gather(2, targets[..., None])[..., 0]  # (K, new)
             sums.append((likely * real).sum(1))
     return torch.cat(sums)
 
@@ -272,31 +272,33 @@ def caption_images(
     deterministic=True,
     batch_size=64,
     prompt="",
-    look=None,
+    load_batch=None,
     **options,
 ):
     """Paths, PIL images or arrays -> a list of captions; with `num_return_sequences` above 1 a list of lists.
 
     Each caption begins with `prompt`; when it is a list, one prompt for each image, the captions are what follows the
-    prompts: answers to questions. `look` as in `caption_batches`. `options`: see `Options`; with `num_beams` it is beam
+    prompts: answers to questions. `load_batch` as in `caption_batches`. `options`: see `Options`; with `num_beams` it is beam
     search.
     """
     options = Options(max_tokens, temperature, deterministic, **options)
     captions = [None] * len(images)
-    for place, texts, _ in caption_batches(model, tokenizer, images, options, batch_size, prompt, look):
+    for place, texts, _ in caption_batches(model, tokenizer, images, options, batch_size, prompt, load_batch):
         captions[place] = texts[0] if options.num_return_sequences == 1 else texts
     return captions
 
 
-def caption_batches(model, tokenizer, images, options, batch_size=64, prompt="", look=None):
+def caption_batches(model, tokenizer, images, options, batch_size=64, prompt="", load_batch=None):
     """Yields (place in `images`, its captions, for each whether it came to its end), a batch at a time in any order.
 
-    `options`: an `Options`. `look` makes of a list of images what the model takes, for example `TokenCache.batch`; by
+    `options`: an `Options`. `load_batch` makes of a list of images what the model takes, for example `TokenCache.batch`; by
     default it preprocesses them. The rest as in `caption_images`. Raises ValueError when there are not as many prompts
     as images.
     """
     device, asked = next(model.parameters()).device, not isinstance(prompt, str)
-    look = look or (lambda images: torch.stack([preprocess(image, **model.preprocessing) for image in images]))
+    load_batch = load_batch or (
+        lambda images: torch.stack([preprocess(image, **model.preprocessing) for image in images])
+    )
     longest = model.config.seq_len - 2  # as training cuts them
     prompts = [encode_prompt(tokenizer, text)[:longest] for text in (prompt if asked else [prompt] * len(images))]
     if len(prompts) != len(images):
@@ -309,7 +311,7 @@ def caption_batches(model, tokenizer, images, options, batch_size=64, prompt="",
     for length, places in by_length.items():
         for start in range(0, len(places), batch_size):
             batch = places[start : start + batch_size]
-            photos = to_device(look([images[i] for i in batch]), device)
+            photos = to_device(load_batch([images[i] for i in batch]), device)
             sequences = torch.tensor([prompts[i] for i in batch], device=device)  # (B, T)
             rows = generate_ids(model, photos, sequences, **vars(options)).tolist()
             texts = [tokenizer.decode(row[length if asked else 1 :]).strip() for row in rows]

@@ -95,10 +95,10 @@ def preprocessing_of(config):
     return chosen
 
 
-def run_block(block, *inputs, again=False, **options):
-    """block(*inputs, **options); `again`: its activations are not kept but computed again in the backward pass, with
+def run_block(block, *inputs, recompute=False, **options):
+    """block(*inputs, **options); `recompute`: its activations are not kept but computed again in the backward pass, with
     the same dropout (Chen et al. 2016)."""
-    if again and torch.is_grad_enabled():
+    if recompute and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False, **options)
     return block(*inputs, **options)
 
@@ -197,7 +197,7 @@ class ViTEncoder(Encoder):
             options = {}
             if self.rotary is not None:
                 options["rope"] = self.rotary[i] if self.vit.rope_mixed else self.rotary
-            tokens = run_block(self.vit.blocks[i], tokens, again=self.gradient_checkpointing, **options)
+            tokens = run_block(self.vit.blocks[i], tokens, recompute=self.gradient_checkpointing, **options)
         if end == len(self.vit.blocks):
             self.rotary = None  # done with these images
         return tokens
@@ -372,7 +372,7 @@ class _SkipInit(TorchFunctionMode):
 
 
 @contextmanager
-def frame_of(stored):
+def meta_device_for(stored):
     """The context in which to build the frame of a trained captioner, with the model_config `stored` (a dict).
 
     Around a plain ViT it is the meta device, on which tensors have a shape and no numbers: to draw random ones, only to

@@ -317,7 +317,7 @@ def read_tower(source):
     return name, options, read_preprocessing(folder), read
 
 
-def is_captioner(config):
+def is_vision_encoder_decoder(config):
     """True for the config.json (a dict) of a VisionEncoderDecoderModel."""
     return config.get("model_type") == CAPTIONER
 
@@ -330,7 +330,7 @@ def read_config(source, read_decoder, constants=None):
     """
     folder = find_folder(source)
     stored = load_config(folder, constants)
-    if is_captioner(stored):
+    if is_vision_encoder_decoder(stored):
         folder = fetch(source)
         config, preprocessing = read_captioner_config(folder, read_decoder)
     elif "model_config" in stored:

@@ -56,14 +56,14 @@ def photo_grid(photos):
     for image, caption, truth, shown in photos:
         true = "".join(f"<li>{html.escape(text)}</li>" for text in truth)
         parts.append(
-            f'<figure><img src="{photo(image)}" alt="{html.escape(caption, quote=True)}"><figcaption>'
+            f'<figure><img src="{photo_url(image)}" alt="{html.escape(caption, quote=True)}"><figcaption>'
             f"<b>{html.escape(caption) or '(empty)'}</b><ul>{true}</ul>"
             f"<span class=score>{html.escape(shown)}</span></figcaption></figure>"
         )
     return "\n".join([*parts, "</div>"])
 
 
-def photo(image):
+def photo_url(image):
     """Any image that `load_image` takes -> a data URL of its thumbnail, or of a grey one where it cannot be read."""
     try:
         return _thumbnail_of_file(image) if isinstance(image, (str, Path)) else thumbnail(image)

@@ -6,13 +6,13 @@ from captioning.scoring import metrics
 from captioning.scoring.ptb_tokenization import tokenize
 
 
-def predict(model, tokenizer, images, prompts="", batch_size=64, title="captions", look=None, **options):
+def predict(model, tokenizer, images, prompts="", batch_size=64, title="captions", load_batch=None, **options):
     """Caption photos (greedily unless `options`, those of `decoding.Options`, say otherwise) with a progress bar ->
-    (captions, for each whether it came to its end by itself). `look` as in `decoding.caption_batches`."""
+    (captions, for each whether it came to its end by itself). `load_batch` as in `decoding.caption_batches`."""
     options = Options(**dict(deterministic=options.get("num_beams", 1) == 1) | options)
     captions, ended = [""] * len(images), [False] * len(images)
     bar = progress_bar(len(images), title)
-    for place, texts, ends in caption_batches(model, tokenizer, images, options, batch_size, prompts, look):
+    for place, texts, ends in caption_batches(model, tokenizer, images, options, batch_size, prompts, load_batch):
         captions[place], ended[place] = texts[0], ends[0]
         bar.update(1)
     bar.close()
@@ -56,7 +56,7 @@ def evaluate(model, dataloader, tokenizer, device=None, java=False, **options):
     return score(dict(zip(images, captions, strict=True)), dataset.captions_of, ended, java)
 
 
-def score_subset(model, tokenizer, dataset, count, team, look=None):
+def score_subset(model, tokenizer, dataset, count, team, load_batch=None):
     """Caption, together with the other processes of `team`, the first `count` images of a `Dataset` (without
     `bad_images`), or answer its first `count` questions -> ({(image, question or ""): true captions}, captions,
     {"CIDEr", "BLEU-4"} or {"exact_answers"})."""
@@ -67,7 +67,7 @@ def score_subset(model, tokenizer, dataset, count, team, look=None):
             truth.setdefault((image, prompt), []).append(caption)
     images, prompts = (list(column) for column in zip(*truth, strict=True))
     mine = slice(team.rank, None, team.size)
-    captions, _ = predict(model, tokenizer, images[mine], prompts[mine], title="scoring", look=look)
+    captions, _ = predict(model, tokenizer, images[mine], prompts[mine], title="scoring", load_batch=load_batch)
     captions = team.interleave(captions)
     if any(prompts):
         scores = {"exact_answers": exact_answers(captions, truth.values())}

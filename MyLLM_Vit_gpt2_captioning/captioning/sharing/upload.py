@@ -116,7 +116,7 @@ def offer_upload(repo_id, checkpoint_folder, shared=False):
         print(f"not shared: {error}\n{LATER.format(checkpoint_folder)}")
 
 
-def uploads(wanted, repo_id, folder):
+def background_uploads(wanted, repo_id, folder):
     """-> `BackgroundUploads` of a run, or what uploads nothing."""
     return BackgroundUploads(repo_id, folder) if wanted else NoUploads()
 

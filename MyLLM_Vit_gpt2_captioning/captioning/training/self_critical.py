@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import torch.utils.data
 
 from captioning.data.batching import CaptionBatchSampler, build_loader, stack
-from captioning.decoding.cached_decoder import next_token_scores
+from captioning.decoding.cached_decoder import next_token_logits
 from captioning.decoding.search import generate_ids
 from captioning.model.tokenizer import encode_caption
 
@@ -91,7 +91,7 @@ class SelfCritical:
         real = ends.cumsum(1) - ends.long() == 0  # (B * samples, T - 1): up to the first EOS, which counts
         with autocast():
             hidden = model.decode(ids[:, :-1], model.encoder_states(levels))
-            surprise = F.cross_entropy(next_token_scores(model, hidden[real]), targets[real], reduction="none")
+            surprise = F.cross_entropy(next_token_logits(model, hidden[real]), targets[real], reduction="none")
         # Minimising reward-weighted -log p raises the probability of what was better than its baseline.
         return (surprise * advantages[:, None].expand_as(real)[real]).mean(), float(rewards.mean())
 
