@@ -22,7 +22,7 @@ DEFAULTS = dict(mlp_ratio=4.0, qkv_bias=True, norm_eps=1e-6)
 
 
 def options_of(name, options=None):
-    """The arguments of `VisionTransformer` for the timm model `name` with `options`; None where timm has to build it."""
+    """Arguments of `VisionTransformer` for the timm model `name` with `options`; None where timm has to build it."""
     match = NAME.fullmatch(name)
     if not match:
         return None

@@ -16,7 +16,7 @@ import torch.utils.data
 
 from captioning.data.batching import CaptionBatchSampler, build_loader, stack
 from captioning.decoding.cached_decoder import next_token_logits
-from captioning.decoding.search import generate_ids
+from captioning.decoding.search import generate_ids, until_first_eos
 from captioning.model.tokenizer import encode_caption
 
 BASELINES = ("mean", "greedy")
@@ -87,8 +87,7 @@ class SelfCritical:
         readable = torch.tensor([self.photos[place] not in self.bad_images for place in places.tolist()])
         advantages = ((rewards - baselines) * readable[:, None]).to(ids.device).flatten()  # (B * samples,)
         targets = ids[:, 1:]
-        ends = targets == self.tokenizer.eos_token_id
-        real = ends.cumsum(1) - ends.long() == 0  # (B * samples, T - 1): up to the first EOS, which counts
+        real = until_first_eos(targets, self.tokenizer.eos_token_id)  # (B * samples, T - 1)
         with autocast():
             hidden = model.decode(ids[:, :-1], model.encoder_states(levels))
             surprise = F.cross_entropy(next_token_logits(model, hidden[real]), targets[real], reduction="none")
