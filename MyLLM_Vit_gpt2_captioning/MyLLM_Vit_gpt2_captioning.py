@@ -43,7 +43,7 @@ from captioning.decoding.search import caption_images, generate_ids, trim
 from captioning.images.augmentation import TrainingTransforms, ValidationTransforms
 from captioning.images.preprocessing import normalize_pixels
 from captioning.model import checkpoint, hugging_face, loading
-from captioning.model.encoders import build_encoder, frame_of, preprocessing_of, resolve_encoder, run_block
+from captioning.model.encoders import build_encoder, meta_device_for, preprocessing_of, resolve_encoder, run_block
 from captioning.model.loss import IGNORED_LABEL, chunked_cross_entropy
 from captioning.model.positions import SinusoidalPositions
 from captioning.model.stages import keep_frozen_in_eval, pretrained_names, stage_of, train_only, trainable_names
@@ -491,7 +491,7 @@ class VisionGPT2Model(nn.Module):
         caches = caches or [None] * self.config.depth
         x = self._build_text_embeddings(input_ids, start=caches[0].self_attn.length if caches[0] else 0)
         for block, tokens, cache in zip(self.gpt.trf_blocks, encoder_states, caches, strict=True):
-            x = run_block(block, x, tokens, cache, again=self.gradient_checkpointing)
+            x = run_block(block, x, tokens, cache, recompute=self.gradient_checkpointing)
         return x
 
     def new_caches(self, max_length):
@@ -561,7 +561,7 @@ class VisionGPT2Model(nn.Module):
         mode. Raises FileNotFoundError or ValueError that says what is missing or does not fit."""
         if isinstance(source, (str, Path)):
             folder, config = read_config(source)
-            with frame_of(vars(config)):
+            with meta_device_for(vars(config)):
                 model = cls(config, encoder_weights="stored")
             loading.load_captioner_weights(model, folder, hf_name)
             return model.eval()
@@ -662,7 +662,8 @@ class Trainer:
         self.log = RunLog(self.model_path, config, self.processes, any(self.valid_dl.dataset.prompts), tracker)
         self.metrics = self.log.rows  # a dict an epoch, the rows of metrics.csv
         self.best = {"best_perplexity": math.inf, "best_epoch": None}
-        self.uploads = upload.uploads(config.push_every_epoch and self.processes.is_main, HF_REPO_ID, self.model_path)
+        push = config.push_every_epoch and self.processes.is_main
+        self.uploads = upload.background_uploads(push, HF_REPO_ID, self.model_path)
         self.stage = self.ddp = None
         self.enter_stage(epoch=0)
         self.state = RunState(self.model_path, self.processes, config, first_epoch=-1 if config.epochs == 0 else 0)

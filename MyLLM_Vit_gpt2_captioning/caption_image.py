@@ -5,16 +5,15 @@
     python MyLLM_Vit_gpt2_captioning/caption_image.py photo.jpg --beam 4 --num 3           the three best of 4 beams
     python MyLLM_Vit_gpt2_captioning/caption_image.py photo.jpg --sample --top_p 0.9 --num 5
     python MyLLM_Vit_gpt2_captioning/caption_image.py *.jpg --grid captions.png            also draw them
-    python MyLLM_Vit_gpt2_captioning/caption_image.py photo.jpg --attention attention.png  where each word looked
+    python MyLLM_Vit_gpt2_captioning/caption_image.py photo.jpg --attention attention.png  the words' attention maps
     python MyLLM_Vit_gpt2_captioning/caption_image.py holiday/                             to holiday/captions.csv
     python MyLLM_Vit_gpt2_captioning/caption_image.py photo.jpg --json                     for other programs
 
-Captions are greedy unless beams or sampling are asked for. The captions of a folder are written to its captions.csv as
-they are made; the same command goes on where it stopped. A photo that cannot be read is named and left out, and the
-exit status is 1 at the end.
+Captions are greedy unless options of beam search or sampling are given. The captions of a folder are written to its
+captions.csv batch by batch; after an interruption the same command resumes. Photos that cannot be read are reported and
+left out, and the exit status is then 1.
 """
 
-import argparse
 import itertools
 import json
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from captioning.command_line.arguments import ToolParser, integer
 from captioning.command_line.caption_table import FILE, CaptionTable
 from captioning.command_line.decoding_options import add_decoding_arguments, decoding_options
 from captioning.command_line.overrides import with_underscores
@@ -37,11 +37,11 @@ from captioning.model.tokenizer import encode_prompt
 from captioning.pages import plots
 from MyLLM_Vit_gpt2_captioning import OUTPUT_DIR, load_captioner, train_config
 
-SHOWN_SIDE = 640  # pixels of a photo that is kept to be drawn
+THUMBNAIL_SIDE = 640  # pixels of the longer side of a photo that is drawn
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder, or with --allow_urls a URL")
     parser.add_argument(
         "--checkpoint",
@@ -49,22 +49,28 @@ def main(argv=None):
         help='folder or hub id "user/repo", ours or a Hugging Face ViT + GPT-2 (default: captioner)',
     )
     add_decoding_arguments(parser)
-    parser.add_argument("--max_tokens", type=int, default=50, help="longest caption, in tokens (default: 50)")
-    parser.add_argument("--num", type=int, default=1, help="captions an image (default: 1)")
-    parser.add_argument("--prompt", default="", help="how the caption begins")
-    parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
+    parser.add_argument(
+        "--max_tokens", type=integer(0), default=50, metavar="N", help="longest caption, in tokens (default: 50)"
+    )
+    parser.add_argument("--num", type=integer(1), default=1, metavar="N", help="captions an image (default: 1)")
+    parser.add_argument("--prompt", default="", help="text that the caption begins with")
+    parser.add_argument("--batch_size", type=integer(1), default=64, metavar="N", help="images at a time (default: 64)")
     parser.add_argument("--grid", type=Path, metavar="PNG", help="also draw the photos with their captions")
     parser.add_argument(
         "--attention",
         type=Path,
         metavar="PNG",
-        help="also draw where each word of an image's first caption looked; with several images to numbered files, or "
-        "give a folder",
+        help="also draw the attention map of each word of an image's first caption; several images go to numbered "
+        "files, or give a folder",
     )
-    parser.add_argument("--block", type=int, help="attention of this decoder block, from 0 (default: mean of all)")
-    parser.add_argument("--head", type=int, help="attention of this head, from 0 (default: mean of all)")
     parser.add_argument(
-        "--out", type=Path, metavar="CSV", help="all captions to this file (default: FOLDER/captions.csv)"
+        "--block", type=integer(0), metavar="N", help="attention of this decoder block, from 0 (default: mean of all)"
+    )
+    parser.add_argument(
+        "--head", type=integer(0), metavar="N", help="attention of this head, from 0 (default: mean of all)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="CSV", help="write all captions to this file (default: FOLDER/captions.csv)"
     )
     parser.add_argument("--json", action="store_true", help="a JSON object a line: image, captions, log_probabilities")
     parser.add_argument("--allow_urls", action="store_true", help="fetch images that are URLs")
@@ -74,79 +80,101 @@ def main(argv=None):
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; what is in a table of captions stays, and the same command goes on")
+        sys.exit("interrupted; captions already in a table stay there, and the same command resumes")
 
 
 def caption_all(args):
-    """What the parsed command line asks for. Raises OSError or ValueError where it cannot go on, and where it left out
-    photos in the end."""
+    """Caption images as the parsed command line says.
+
+    Raises OSError or ValueError when it cannot go on, and in the end when photos were left out.
+    """
     options = Options(max_tokens=args.max_tokens, num_return_sequences=args.num, **decoding_options(args))
-    if args.batch_size < 1:
-        raise ValueError(f"--batch_size must be at least 1, not {args.batch_size}")
     if not args.attention and (args.block is not None or args.head is not None):
         raise ValueError("--block and --head choose what --attention draws: give it a file")
-    everything = find_photos(args.images, args.allow_urls)
-    for path in filter(None, (args.grid, args.attention)):
-        for folder in {photo.folder for photo in everything if photo.folder}:
-            if path.resolve().is_relative_to(folder.resolve()):
-                raise ValueError(f"{path} lies in {folder}, where it would be captioned next time: name another place")
-    tables = read_tables(args, everything)
-    say = print_to_stderr if args.json else print
-    photos = [photo for photo in everything if _key(args, photo) not in tables.get(_table(args, photo), ())]
-    if len(photos) < len(everything):
-        say(f"{len(everything) - len(photos)} of {len(everything)} images are captioned already in "
-            f"{', '.join(map(str, tables))}; move it away to caption them anew")  # fmt: skip
+    all_photos = find_photos(args.images, args.allow_urls)
+    check_picture_paths(args, all_photos)
+    tables = read_tables(args, all_photos)
+    report = print_to_stderr if args.json else print
+    photos = [photo for photo in all_photos if _name_in_table(args, photo) not in tables.get(_table(args, photo), ())]
+    if len(photos) < len(all_photos):
+        report(
+            f"{len(all_photos) - len(photos)} of {len(all_photos)} images are captioned already in "
+            f"{', '.join(map(str, tables))}; move it away to caption them anew"
+        )
     if not photos:
         return
     model, tokenizer = load_captioner(args.checkpoint)
     attention_maps.check_choice(model, args.block, args.head)
     for table in tables.values():
         table.start()
-    pictures = name_pictures(args.attention, photos) if args.attention else {}
+    outputs = Outputs(args, tables, photos)
 
     captioner = Captioner(model.to(train_config.device), tokenizer, options, args)
     bar = progress_bar(len(photos), "captions") if any(photo.folder for photo in photos) else None
-    failed, drawn, pictured = [], [], []
+    errors = []
     for start in range(0, len(photos), args.batch_size):
         batch = photos[start : start + args.batch_size]
-        read, errors = captioner.read(batch)
-        failed += errors
-        for message in errors:
+        loaded, batch_errors = captioner.load(batch)
+        errors += batch_errors
+        for message in batch_errors:
             if len(photos) > 1:
                 print_to_stderr(f"error: {message}")
-        rows = list(captioner.caption(read)) if read else []
-        for photo, _, _, ids in rows if args.attention else ():  # before the table says that they are done
-            pixels, shown = read[photo]
-            words, maps = attention_maps.word_maps(model, tokenizer, pixels, ids, args.block, args.head)
-            attention_maps.draw_attention(shown, words, maps, pictures[photo])
-            pictured.append(pictures[photo])
-        for table, of_table in itertools.groupby(rows, key=lambda row: _table(args, row[0])):
-            if table:
-                tables[table].add([(_key(args, photo), captions) for photo, captions, *_ in of_table])
-        for photo, captions, likely, _ in rows:
-            if args.json:
-                print(json.dumps({"image": photo.name, "captions": captions, "log_probabilities": likely}), flush=True)
-            elif not photo.folder:
-                for caption in captions:
-                    print(f"{photo.name}: {caption}")
-            if args.grid:
-                drawn.append((read[photo][1], captions[0]))
+        if loaded:
+            outputs.write(captioner, loaded, list(captioner.caption(loaded)))
         if bar:
             bar.update(len(batch))
     if bar:
         bar.close()
-    for path, table in tables.items():
-        say(f"{len(table.done)} images with captions are in {path}")
-    if pictured:
-        more = f" and {len(pictured) - 1} more" if len(pictured) > 1 else ""
-        say(f"where each word looked is drawn to {pictured[0]}{more}")
-    if drawn:
-        args.grid.parent.mkdir(parents=True, exist_ok=True)
-        shown, captions = zip(*drawn, strict=True)
-        plots.plot_captions(shown, captions, [""] * len(shown), args.grid)
-        say(f"drawn to {args.grid}")
-    if failed:
-        raise ValueError(failed[0] if len(photos) == 1 else f"{len(failed)} of {len(photos)} images were left out")
+    outputs.finish(report)
+    if errors:
+        raise ValueError(errors[0] if len(photos) == 1 else f"{len(errors)} of {len(photos)} images were left out")
+
+
+class Outputs:
+    """Everything that a command writes: lines on the terminal, tables, attention maps and a grid of photos."""
+
+    def __init__(self, args, tables, photos):
+        self.args, self.tables = args, tables
+        self.attention_paths = name_pictures(args.attention, photos) if args.attention else {}
+        self.written_maps = []  # paths
+        self.grid = []  # (photo, caption) of each image
+
+    def write(self, captioner, loaded, results):
+        """Write the `results` of `Captioner.caption` for the photos of a batch, `loaded` by `Captioner.load`."""
+        args = self.args
+        if args.attention:  # before the tables, which say that a photo is done
+            for photo, _, _, ids in results:
+                pixels, thumbnail = loaded[photo]
+                words, maps = attention_maps.word_maps(
+                    captioner.model, captioner.tokenizer, pixels, ids, args.block, args.head
+                )
+                attention_maps.draw_attention(thumbnail, words, maps, self.attention_paths[photo])
+                self.written_maps.append(self.attention_paths[photo])
+        for table, rows in itertools.groupby(results, key=lambda result: _table(args, result[0])):
+            if table:
+                self.tables[table].add([(_name_in_table(args, photo), captions) for photo, captions, *_ in rows])
+        for photo, captions, log_probs, _ in results:
+            if args.json:
+                line = {"image": photo.name, "captions": captions, "log_probabilities": log_probs}
+                print(json.dumps(line), flush=True)
+            elif not photo.folder:
+                for caption in captions:
+                    print(f"{photo.name}: {caption}")
+            if args.grid:
+                self.grid.append((loaded[photo][1], captions[0]))
+
+    def finish(self, report):
+        """Draw the grid, and report which files were written."""
+        for path, table in self.tables.items():
+            report(f"{len(table.done)} images with captions are in {path}")
+        if self.written_maps:
+            more = f" and {len(self.written_maps) - 1} more" if len(self.written_maps) > 1 else ""
+            report(f"attention maps are drawn to {self.written_maps[0]}{more}")
+        if self.grid:
+            self.args.grid.parent.mkdir(parents=True, exist_ok=True)
+            thumbnails, captions = zip(*self.grid, strict=True)
+            plots.plot_captions(thumbnails, captions, [""] * len(thumbnails), self.args.grid)
+            report(f"drawn to {self.args.grid}")
 
 
 def print_to_stderr(text):
@@ -154,17 +182,25 @@ def print_to_stderr(text):
 
 
 def _table(args, photo):
-    """The path of the table that a photo's captions go to; None for a photo by itself."""
+    """Path of the table for a photo's captions; None for a photo that was not given by its folder, without --out."""
     return args.out or (photo.folder / FILE if photo.folder else None)
 
 
-def _key(args, photo):
-    """What a photo is called there: in its folder's own table by its place in the folder."""
+def _name_in_table(args, photo):
+    """A photo's name in its table: in its folder's own table the path relative to the folder."""
     return photo.name if args.out else photo.name_in_folder
 
 
+def check_picture_paths(args, photos):
+    """Raise ValueError when --grid or --attention would write into a folder whose photos are captioned."""
+    for path in filter(None, (args.grid, args.attention)):
+        for folder in {photo.folder for photo in photos if photo.folder}:
+            if path.resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f"{path} lies in {folder}, where it would be captioned next time: name another place")
+
+
 def read_tables(args, photos):
-    """-> {path: `CaptionTable`} of all tables that the photos' captions go to, with what is in them already."""
+    """-> {path: `CaptionTable`} of all tables for the captions of these photos, with the lines they have already."""
     local = Path(args.checkpoint).is_dir()
     model = Path(args.checkpoint).resolve() if local else args.checkpoint
     paths = dict.fromkeys(path for path in (_table(args, photo) for photo in photos) if path)
@@ -172,8 +208,11 @@ def read_tables(args, photos):
 
 
 def name_pictures(path, photos):
-    """-> {photo: path of its attention picture}: `path`, numbered where there are several photos; in a folder each is
-    called like its photo. Makes the folder. Raises ValueError for another format than PNG."""
+    """-> {photo: path of the picture with its attention maps}; makes the folder for it.
+
+    `path` is a PNG, numbered when there are two or more photos, or a folder, in which each picture has the name of its
+    photo. Raises ValueError for another image format.
+    """
     if path.suffix.lower() in (".jpg", ".jpeg", ".pdf", ".svg", ".webp", ".gif"):
         raise ValueError(f"--attention {path}: drawn as PNG; give a name that ends with .png, or a folder")
     is_file = path.suffix.lower() == ".png" and not path.is_dir()
@@ -182,58 +221,57 @@ def name_pictures(path, photos):
         return {photos[0]: path}
     if is_file:
         return {photo: path.with_stem(f"{path.stem}_{number}") for number, photo in enumerate(photos, 1)}
-    named = {}
+    pictures = {}
     for photo in photos:
         stem = Path(photo.name_in_folder).with_suffix("") if photo.folder else Path(photo.name.rstrip("/")).stem
         name, number = str(stem).replace("/", "_").replace("\\", "_"), 1
-        while (picture := path / (f"{name}_{number}.png" if number > 1 else f"{name}.png")) in named.values():
+        while (picture := path / (f"{name}_{number}.png" if number > 1 else f"{name}.png")) in pictures.values():
             number += 1
-        named[photo] = picture
-    return named
+        pictures[photo] = picture
+    return pictures
 
 
 class Captioner:
-    """Model, tokenizer and options of a command."""
+    """The model, tokenizer and options of a command."""
 
     def __init__(self, model, tokenizer, options, args):
         self.model, self.tokenizer, self.args = model, tokenizer, args
         self.device = next(model.parameters()).device
-        generator = torch.Generator(self.device).manual_seed(args.seed)  # one stream of draws for all batches
+        generator = torch.Generator(self.device).manual_seed(args.seed)  # one generator for all batches
         self.options = replace(options, seed=generator)
         self.prompt = encode_prompt(tokenizer, args.prompt)[: model.config.seq_len - 2]
         self.autocast, _ = mixed_precision(torch.device(train_config.device), args.precision)
 
-    def read(self, photos):
-        """-> {photo: (what the model takes of it (3, H, W), a small copy to be drawn or None)}, and one line for each
-        photo that cannot be read."""
-        read, errors = {}, []
+    def load(self, photos):
+        """-> ({photo: (pixels (3, H, W), thumbnail to draw or None)}, an error message for each unreadable photo)."""
+        loaded, errors = {}, []
         for photo in photos:
             try:
-                image, shown = photo.load(), None
+                image, thumbnail = photo.load(), None
                 if self.args.grid or self.args.attention:
-                    shown = image.copy()
-                    shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-                read[photo] = preprocess(image, **self.model.preprocessing), shown
+                    thumbnail = image.copy()
+                    thumbnail.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+                loaded[photo] = preprocess(image, **self.model.preprocessing), thumbnail
             except (OSError, ValueError) as error:
                 errors.append(str(error))
-        return read, errors
+        return loaded, errors
 
     @torch.inference_mode()
-    def caption(self, read):
-        """What `read` gives -> yields for each photo (photo, captions, their log-probabilities or None without --json,
-        ids of the first, 1-D)."""
-        pixels = torch.stack([pixels for pixels, _ in read.values()]).to(self.device)  # (B, 3, H, W)
-        sequences = torch.tensor([self.prompt] * len(read), device=self.device)  # (B, T)
-        given, likely = len(self.prompt), None
+    def caption(self, loaded):
+        """The photos of `load` -> yields (photo, captions, log-probabilities, ids of the first caption, 1-D) for each;
+        the log-probabilities are None without --json."""
+        pixels = torch.stack([pixels for pixels, _ in loaded.values()]).to(self.device)  # (B, 3, H, W)
+        sequences = torch.tensor([self.prompt] * len(loaded), device=self.device)  # (B, T)
+        prompt_length, log_probs = len(self.prompt), None
         with self.autocast():
             levels = self.model.levels(pixels)  # encoded once for captions and log-probabilities
             ids = generate_ids(self.model, levels, sequences, **vars(self.options))  # (B * num, T + new)
             if self.args.json:
-                likely = log_probabilities(self.model, levels, ids, given).view(len(read), -1).tolist()
-        for i, (photo, rows) in enumerate(zip(read, ids.cpu().view(len(read), -1, ids.size(1)), strict=True)):
+                log_probs = log_probabilities(self.model, levels, ids, prompt_length).view(len(loaded), -1).tolist()
+        for i, (photo, rows) in enumerate(zip(loaded, ids.cpu().view(len(loaded), -1, ids.size(1)), strict=True)):
             captions = [self.tokenizer.decode(row[1:]).strip() for row in rows.tolist()]
-            first = trim(rows[0], given, self.model.config.eos_token_id)
-            yield photo, captions, likely and [round(value, 4) for value in likely[i]], first
+            first = trim(rows[0], prompt_length, self.model.config.eos_token_id)
+            yield photo, captions, log_probs and [round(value, 4) for value in log_probs[i]], first
 
 
 if __name__ == "__main__":

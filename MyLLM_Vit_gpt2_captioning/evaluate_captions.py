@@ -1,4 +1,4 @@
-"""Caption every image of a split and score the captions as the field does: BLEU, ROUGE-L, CIDEr, METEOR, SPICE.
+"""Caption every image of a split and score the captions with the usual metrics: BLEU, ROUGE-L, CIDEr, METEOR, SPICE.
 
     python MyLLM_Vit_gpt2_captioning/evaluate_captions.py captioner --data data/flickr8k --split test --beam 4
     python MyLLM_Vit_gpt2_captioning/evaluate_captions.py --predictions results.json --data data/coco2017 --split val
@@ -7,10 +7,9 @@ Prints a table and writes to --output:
     scores.json        the table
     predictions.json   [{"image_id": ..., "caption": ...}], COCO's results format, which other tools score too
     page.html          photos with their captions, best and worst first
---predictions scores somebody else's file of that format. METEOR and SPICE need Java.
+--predictions scores the captions of another model, in a file of that format. METEOR and SPICE need Java.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from captioning.command_line.arguments import ToolParser, integer
 from captioning.command_line.decoding_options import add_decoding_arguments, decoding_options
 from captioning.common.files import write_atomically
 from captioning.common.precision import mixed_precision
@@ -32,17 +32,17 @@ SHOWN = 40  # best and worst photos on the page
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("checkpoint", nargs="?", default=OUTPUT_DIR, help="folder or hub id (default: captioner)")
     parser.add_argument("--data", type=Path, default=DATA_DIR, metavar="FOLDER", help="dataset (default: data)")
-    parser.add_argument("--captions_file", type=Path, help="the annotation file, when it is not found")
-    parser.add_argument("--image_dir", type=Path, help="the folder of photos, when they lie elsewhere")
-    parser.add_argument("--split", choices=SPLITS, default="test")
-    parser.add_argument("--max_images", type=int, help="only the first so many images of the split")
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--captions_file", type=Path, help="the annotation file, if it is not found in the folder")
+    parser.add_argument("--image_dir", type=Path, help="the folder with the photos, if they are elsewhere")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="(default: test)")
+    parser.add_argument("--max_images", type=integer(1), metavar="N", help="only the first N images of the split")
+    parser.add_argument("--batch_size", type=integer(1), default=64, metavar="N", help="images at a time (default: 64)")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="score these captions instead of a model's")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="(default: CHECKPOINT/evaluation_SPLIT)")
-    parser.add_argument("--cache_dir", type=Path, metavar="FOLDER", help="token cache of training, to be used here too")
+    parser.add_argument("--cache_dir", type=Path, metavar="FOLDER", help="use the token cache in this folder")
     add_decoding_arguments(parser)
     args = parser.parse_args(argv)
     try:
@@ -52,37 +52,27 @@ def main(argv=None):
 
 
 def evaluate_split(args):
-    """What the parsed command line asks for -> scores. Raises OSError or ValueError that names file and remedy."""
+    """Caption and score as the parsed command line says -> scores.
+
+    Raises OSError or ValueError that names the file or the option and a remedy.
+    """
+    options = decoding_options(args)
     rows = read_split(args)
-    beside = args.predictions.parent if args.predictions else Path(args.checkpoint)
-    output = args.output or (beside if beside.is_dir() else Path(beside.name)) / f"evaluation_{args.split}"
+    parent = args.predictions.parent if args.predictions else Path(args.checkpoint)
+    output = args.output or (parent if parent.is_dir() else Path(parent.name)) / f"evaluation_{args.split}"
     references = rows.groupby("image", sort=False)["caption"].agg(list).to_dict()
-    images, ended = list(references), None
+    images, finished = list(references), None
     if args.predictions and "prompt" in rows:
         raise ValueError(f"{args.data} asks questions; --predictions scores captions")
     if args.predictions:
         candidates = read_predictions(args.predictions, images)
     else:
-        model, tokenizer = load_captioner(args.checkpoint)
-        model.to(train_config.device)
-        autocast, _ = mixed_precision(torch.device(train_config.device), args.precision)
-        options = dict(batch_size=args.batch_size, **decoding_options(args))
-        if args.cache_dir:
-            cache = TokenCache(args.cache_dir, model)
-            fill_caches(model, [(cache, images, None)])
-            options["look"] = cache.batch
+        caption = load_predictor(args, images, options)
         if "prompt" in rows:
-            right = rows.groupby(["image", "prompt"], sort=False)["caption"].agg(list).to_dict()
-            asked = list(zip(*right, strict=True))  # images, questions
-            with autocast():
-                answers, _ = predict(model, tokenizer, *map(list, asked), **options)
-            entries = zip(*asked, answers, strict=True)
-            predictions = [dict(image_id=image_id(i), question=q, caption=a) for i, q, a in entries]
-            return _write(output, {"exact answers": exact_answers(answers, right.values())}, predictions)
-        with autocast():
-            captions, ended = predict(model, tokenizer, images, **options)
+            return score_answers(rows, caption, output)
+        captions, finished = caption(images)
         candidates = dict(zip(images, captions, strict=True))
-    scores = score(candidates, references, ended)
+    scores = score(candidates, references, finished)
     _write(output, scores, [dict(image_id=image_id(image), caption=caption) for image, caption in candidates.items()])
     title = f"{args.predictions or args.checkpoint}: {args.split}"
     write_page(output / "page.html", title, scores, candidates, references)
@@ -90,29 +80,64 @@ def evaluate_split(args):
     return scores
 
 
+def load_predictor(args, images, options):
+    """Load the captioner -> a function (images, prompts="") -> (captions, for each whether it ended with EOS).
+
+    With --cache_dir the encoder's tokens of `images` are computed once and then read from the token cache.
+    """
+    model, tokenizer = load_captioner(args.checkpoint)
+    model.to(train_config.device)
+    autocast, _ = mixed_precision(torch.device(train_config.device), args.precision)
+    load_batch = None
+    if args.cache_dir:
+        cache = TokenCache(args.cache_dir, model)
+        fill_caches(model, [(cache, images, None)])
+        load_batch = cache.batch
+
+    def caption(images, prompts=""):
+        with autocast():
+            return predict(
+                model, tokenizer, images, prompts, batch_size=args.batch_size, load_batch=load_batch, **options
+            )
+
+    return caption
+
+
+def score_answers(rows, caption, output):
+    """Answer the questions in `rows`, write scores and predictions to `output` -> {"exact answers": share}."""
+    references = rows.groupby(["image", "prompt"], sort=False)["caption"].agg(list).to_dict()
+    images, questions = map(list, zip(*references, strict=True))
+    answers, _ = caption(images, questions)
+    entries = zip(images, questions, answers, strict=True)
+    predictions = [dict(image_id=image_id(i), question=q, caption=a) for i, q, a in entries]
+    return _write(output, {"exact answers": exact_answers(answers, references.values())}, predictions)
+
+
 def read_split(args):
-    """The usable rows of the split. Raises ValueError when there is none."""
+    """DataFrame of the usable rows of the split. Raises ValueError when there is none."""
     source = args.captions_file or sources.find_captions(args.data)
     df = sources.drop_unusable(sources.load(args.data, args.captions_file, args.image_dir, [args.split]), source)
     rows = df[df["split"] == args.split]
     if rows.empty:
         counts = ", ".join(f"{split} {n:,}" for split, n in df.groupby("split")["image"].nunique().items())
-        raise ValueError(f"{args.data}: the split {args.split} is empty; images there are: {counts}")
+        raise ValueError(f"{args.data}: the split {args.split} is empty; images of the other splits: {counts}")
     if args.max_images:
         rows = rows[rows["image"].isin(rows["image"].unique()[: args.max_images])]
     return rows
 
 
 def image_id(path):
-    """COCO's number of an image where its name holds one (000000000139.jpg, COCO_val2014_000000000139.jpg -> 139), else
-    its name."""
+    """The id of an image in a results file: COCO's number if the file's name contains one (000000000139.jpg and
+    COCO_val2014_000000000139.jpg -> 139), else the name."""
     number = re.fullmatch(r"(?:COCO_\w+_)?(\d{12})", path.stem)
     return int(number[1]) if number else path.name
 
 
 def read_predictions(path, images):
-    """A results file -> {image: caption}. Raises ValueError that names the file and the entry for a wrong format, an
-    unknown image or one that comes twice; images without a caption are left to the score, which counts them."""
+    """A results file -> {image: caption}; images without a caption are left out.
+
+    Raises ValueError that names the file and the entry for a wrong format, an unknown image or a repeated one.
+    """
     known = {image_id(image): image for image in images} | {image.name: image for image in images}
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
@@ -134,7 +159,7 @@ def read_predictions(path, images):
 
 
 def _write(folder, scores, predictions):
-    """Print and save scores and predictions -> scores."""
+    """Print the scores, write scores and predictions to `folder` -> scores."""
     print(as_table(scores))
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (("scores.json", scores), ("predictions.json", predictions)):
@@ -144,7 +169,7 @@ def _write(folder, scores, predictions):
 
 
 def write_page(path, title, scores, candidates, references):
-    """Photos with their captions, best and worst by CIDEr first."""
+    """Write a page with the scores and the photos whose captions are best and worst by CIDEr."""
     each = cider_of_each(candidates, references)
     order = sorted(candidates, key=lambda image: -each[image])
 

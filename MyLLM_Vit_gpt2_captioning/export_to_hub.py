@@ -4,26 +4,26 @@
     python MyLLM_Vit_gpt2_captioning/export_to_hub.py user/repo --checkpoint examples/shapes --dry-run shared
     python MyLLM_Vit_gpt2_captioning/export_to_hub.py user/repo --private --license cc-by-nc-4.0
 
---dry-run writes the folder to look at and uploads nothing. The token comes from the environment variable HF_TOKEN or
-from `hf auth login`. `caption_image.py photo.jpg --checkpoint user/repo` uses what was shared.
+--dry-run writes the folder for you to look at and uploads nothing. The token comes from the environment variable
+HF_TOKEN or from `hf auth login`. `caption_image.py photo.jpg --checkpoint user/repo` uses a shared captioner.
 """
 
-import argparse
 import re
 import sys
 import tempfile
 from pathlib import Path
 
+from captioning.command_line.arguments import ToolParser
 from captioning.decoding.search import caption_images
 from captioning.images.preprocessing import load_image
 from captioning.sharing import upload
-from captioning.sharing.hub_folder import CHECKPOINT_FILES, place_checkpoint, source_files, write_folder
-from captioning.sharing.model_card import NO_LICENSE, picture, read_facts
+from captioning.sharing.hub_folder import CHECKPOINT_FILES, copy_checkpoint, source_files, write_folder
+from captioning.sharing.model_card import NO_LICENSE, photo_sample, read_facts
 from MyLLM_Vit_gpt2_captioning import HF_REPO_ID, OUTPUT_DIR, load_captioner, read_config
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("repo", nargs="?", default=HF_REPO_ID, metavar="user/repo", help="(default: HF_REPO_ID)")
     parser.add_argument("--checkpoint", default=OUTPUT_DIR, help="folder or hub id of a captioner (default: captioner)")
     parser.add_argument("--dry-run", "--dry_run", type=Path, metavar="DIR", help="write to DIR, upload nothing")
@@ -32,14 +32,14 @@ def main(argv=None):
         "--license",
         default=NO_LICENSE,
         metavar="ID",
-        help="of the weights, as the Hub calls it: apache-2.0, mit, cc-by-nc-4.0, ...; what you may say depends on the "
-        'data set (default: "other", none stated)',
+        help="licence of the weights by the Hub's name: apache-2.0, mit, cc-by-nc-4.0, ...; which one is allowed "
+        'depends on the data set (default: "other", none stated)',
     )
     parser.add_argument(
-        "--dataset", nargs="+", metavar="NAME", help="trained on (default: by the names of the run's folders)"
+        "--dataset", nargs="+", metavar="NAME", help="training data (default: guessed from the names of its folders)"
     )
     parser.add_argument(
-        "--samples", nargs="+", default=[], metavar="IMAGE", help="pictures for the card, which you may publish"
+        "--samples", nargs="+", default=[], metavar="IMAGE", help="photos for the card, which you may publish"
     )
     parser.add_argument(
         "--scores",
@@ -56,13 +56,13 @@ def main(argv=None):
 
 
 def export(args):
-    """What the parsed command line asks for -> address of the repository, or the folder of a dry run.
+    """Export as the parsed command line says -> address of the repository, or the folder of a dry run.
 
-    Raises OSError or ValueError that says what is wrong, before anything is uploaded.
+    Raises OSError or ValueError before anything is uploaded.
     """
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # what it would warn of while it tries again is told at the end
+    logging.set_verbosity_error()  # its warnings before each retry; the final error is reported below
     if not args.repo:
         raise ValueError("no repository is named: give user/repo, or set HF_REPO_ID")
     upload.check_name(args.repo)
@@ -71,31 +71,31 @@ def export(args):
     if args.dry_run is None:
         upload.check_token()
     elif args.dry_run.exists() and (not args.dry_run.is_dir() or any(args.dry_run.iterdir())):
-        raise FileExistsError(f"{args.dry_run} is there already: give another folder")
+        raise FileExistsError(f"{args.dry_run} exists already: give another folder")
     folder, _ = read_config(args.checkpoint)
-    model, tokenizer = load_captioner(folder)  # what does not load is not shared
+    model, tokenizer = load_captioner(folder)  # an unusable checkpoint fails here, before it is shared
     with tempfile.TemporaryDirectory() as scratch:
-        whole = all((folder / name).is_file() for name in CHECKPOINT_FILES)
-        if not whole:  # a Hugging Face captioner
+        is_ours = all((folder / name).is_file() for name in CHECKPOINT_FILES)
+        if not is_ours:  # a Hugging Face captioner
             folder = Path(scratch) / "converted"
             model.save_pretrained(folder, tokenizer)
         facts = read_facts(folder, args.repo, args.license, args.dataset, args.scores)
-        if not whole:
+        if not is_ours:
             facts.converted_from = Path(args.checkpoint).name if Path(args.checkpoint).exists() else args.checkpoint
         if args.samples:
             captions = caption_images(model, tokenizer, args.samples)
             pairs = enumerate(zip(args.samples, captions, strict=True), 1)
-            facts.samples = [picture(load_image(path), path, caption, n) for n, (path, caption) in pairs]
+            facts.samples = [photo_sample(load_image(path), path, caption, n) for n, (path, caption) in pairs]
         target = args.dry_run or Path(scratch) / "shared"
         target.mkdir(parents=True, exist_ok=True)
-        place_checkpoint(target, folder)
+        copy_checkpoint(target, folder)
         write_folder(target, facts, source_files())
         if facts.license == NO_LICENSE:
             print("no licence is stated for the weights: --license ID states one")
         if args.dry_run:
             print(f"written to {target}; nothing was uploaded")
             return target
-        url = upload.upload(target, args.repo, args.private, upload.message_of(facts), insist=True)
+        url = upload.upload(target, args.repo, args.private, upload.message_of(facts), refuse_public=True)
     print(f"shared: {url}")
     return url
 

@@ -1,14 +1,13 @@
-"""Caption photos in the browser: give one, say how words are chosen, click a word to see where the model looked for it.
+"""Caption photos in the browser: give one, choose how words are chosen, click a word to see its attention map.
 
     python MyLLM_Vit_gpt2_captioning/web_demo.py                                 your last run, else examples/shapes
     python MyLLM_Vit_gpt2_captioning/web_demo.py --checkpoint path/to/captioner --port 8000
     python MyLLM_Vit_gpt2_captioning/web_demo.py --host 0.0.0.0                  for the whole local network
 
-It answers on this machine only unless told otherwise, and needs no network. Uploads are deleted after an hour, and when
-the demo ends (Ctrl-C). Captions are those of caption_image.py.
+By default it answers on this machine only, and it needs no network. Uploads are deleted after an hour, and when the
+demo ends (Ctrl-C). Captions are those of caption_image.py.
 """
 
-import argparse
 import os
 import signal
 import socket
@@ -23,6 +22,7 @@ from types import SimpleNamespace
 import torch
 
 import MyLLM_Vit_gpt2_captioning as script  # before attention_maps: it puts MyLLM on the search path
+from captioning.command_line.arguments import ToolParser, integer
 from captioning.command_line.decoding_options import decoding_options
 from captioning.command_line.overrides import with_underscores
 from captioning.common.files import CONFIG_FILE, WEIGHTS_FILE
@@ -34,11 +34,11 @@ from captioning.model import checkpoint
 from captioning.model.tokenizer import encode_prompt
 
 SCENES = script.REPO_ROOT / "examples" / "shapes"
-LARGEST_UPLOAD = "20mb"  # of bytes; how many pixels they may hold is load_image's affair
-LONGEST_PROMPT = 200  # characters
-MAP_SIDE = 480  # pixels of the longer side of a photo under a map
-MOST_WAITING = 100  # requests in the queue; more are told to come back
-KEPT_SECONDS = 3600  # how long uploads and drawn maps stay
+MAX_UPLOAD = "20mb"  # size of a file; load_image limits the number of pixels
+MAX_PROMPT = 200  # characters
+MAP_SIDE = 480  # pixels of the longer side of a photo with an attention map
+MAX_QUEUE = 100  # waiting requests; further ones are refused
+KEPT_SECONDS = 3600  # how long uploads and attention maps are kept
 METHODS = ("greedy", "beam search", "sampling")
 
 CAPTIONS_TEMPLATE = """
@@ -60,7 +60,7 @@ button { padding: 0 0.15em; margin: 0; border-radius: 4px; font: inherit; cursor
 button:hover, button:focus-visible { background: var(--color-accent-soft); }
 button.chosen { background: var(--color-accent); color: white; }
 """
-# One listener for all words, also of captions to come.
+# One listener for all words, those of later captions included.
 CAPTIONS_SCRIPT = """
 element.addEventListener('click', event => {
   const word = event.target.closest('button');
@@ -79,9 +79,9 @@ h1 { margin-bottom: 0 !important; }
 
 
 def find_captioners(root):
-    """Trained captioners of this project in `root`/captioner* and `root`/examples -> {name to show: folder}.
+    """The trained captioners of this project in `root`/captioner* and `root`/examples -> {displayed name: folder}.
 
-    One whose config.json cannot be understood is left out with a warning.
+    Those whose config.json cannot be read are left out with a warning.
     """
     found = {}
     for pattern in ("captioner*/**/", "examples/**/"):
@@ -96,15 +96,16 @@ def find_captioners(root):
 
 
 def choose_captioners(root, first=None):
-    """What `find_captioners` finds, with `first` (a folder or hub id, maybe of another kind) at the beginning.
+    """The captioners of `find_captioners`, with `first` (a folder or hub id, also of a Hugging Face captioner) at the
+    beginning.
 
-    Raises FileNotFoundError or ValueError when `first` is no captioner, or when there is none at all.
+    Raises FileNotFoundError or ValueError when `first` is not a captioner, or when there is none at all.
     """
     found = find_captioners(root)
     if first:
         folder = Path(script.read_config(first)[0]).resolve()
         name = next((name for name, other in found.items() if other.resolve() == folder), None)
-        name = name or (folder.name if Path(first).is_dir() else first)  # a page that others see names no private path
+        name = name or (folder.name if Path(first).is_dir() else first)  # visitors of the page must not see the path
         found = {name: folder} | {other: path for other, path in found.items() if other != name}
     if not found:
         raise FileNotFoundError("no captioner in captioner/ or examples/: train one, or give --checkpoint FOLDER")
@@ -112,32 +113,32 @@ def choose_captioners(root, first=None):
 
 
 class Captioners:
-    """Captioners by name, loaded when they are first used; the latest stays in memory.
+    """Captioners by name, loaded on use; the last one stays in memory.
 
     sources: {name: folder}.
     """
 
     def __init__(self, sources):
-        self.sources, self.latest = sources, None
+        self.sources, self.last = sources, None
 
     def load(self, name):
-        """-> (model, tokenizer). Weights that a training run has replaced meanwhile are read again. Raises what
-        `load_captioner` raises."""
+        """-> (model, tokenizer). Weights that a training run has replaced since are loaded again. Raises the errors of
+        `load_captioner`."""
         folder = self.sources[name]
-        state = name, [path.stat().st_mtime_ns for path in sorted(folder.glob("*.safetensors"))]
-        if self.latest is None or self.latest[0] != state:
-            self.latest = None  # the next one needs its memory
+        key = name, [path.stat().st_mtime_ns for path in sorted(folder.glob("*.safetensors"))]
+        if self.last is None or self.last[0] != key:
+            self.last = None  # frees its memory for the next one
             model, tokenizer = script.load_captioner(folder)
-            self.latest = state, model.to(script.train_config.device), tokenizer
-        return self.latest[1:]
+            self.last = key, model.to(script.train_config.device), tokenizer
+        return self.last[1:]
 
 
 @torch.inference_mode()
 def caption_photo(model, tokenizer, photo, options, prompt=""):
     """Caption one photo as `caption_images` does.
 
-    photo: any image that `load_image` takes; options: keyword arguments of `decoding.Options`. Returns a list with a
-    dict a caption: its `ids` (a list, BOS and prompt in front, EOS last if it came to its end), its `words`, the whole
+    photo: any image that `load_image` takes; options: keyword arguments of `search.Options`. Returns a list with a
+    dict for each caption: its `ids` (a list from BOS and prompt to EOS, if that was reached), its `words`, the whole
     `caption` and its `log_probability` in nats, given photo and prompt.
     """
     device = script.train_config.device
@@ -146,39 +147,39 @@ def caption_photo(model, tokenizer, photo, options, prompt=""):
     with autocast():
         levels = model.levels(preprocess(photo, **model.preprocessing)[None].to(device))
         rows = generate_ids(model, levels, torch.tensor([prompt], device=device), **options)  # (captions, T)
-        log_p = log_probabilities(model, levels, rows, len(prompt))  # (captions,)
-    found = []
-    for row, each in zip(rows, log_p.tolist(), strict=True):
+        log_probs = log_probabilities(model, levels, rows, len(prompt))  # (captions,)
+    captions = []
+    for row, log_prob in zip(rows, log_probs.tolist(), strict=True):
         ids = trim(row, len(prompt), model.config.eos_token_id).tolist()
         words = [word for word, _ in group_words(tokenizer, ids)]
-        found.append(dict(ids=ids, words=words, caption=tokenizer.decode(ids[1:]).strip(), log_probability=each))
-    return found
+        captions.append(dict(ids=ids, words=words, caption=tokenizer.decode(ids[1:]).strip(), log_probability=log_prob))
+    return captions
 
 
 @contextmanager
-def told_to_the_user(photo):
-    """Errors that load_image, the options or a checkpoint raise -> gr.Error, with names instead of this machine's
+def errors_shown_on_page(photo):
+    """Context that turns the errors of load_image, options and checkpoints into gr.Error, without this machine's
     paths."""
     import gradio
 
     try:
         yield
     except (OSError, ValueError) as error:
-        text = str(error).partition("; replace the file")[0]  # what follows is advice for the owner of a dataset
+        text = str(error).partition("; replace the file")[0]  # the rest is advice for the owner of a dataset
         text = text.replace(photo, Path(photo).name).replace(f"{script.REPO_ROOT}{os.sep}", "")
         raise gradio.Error(text, print_exception=False) from error
 
 
 def build(sources):
-    """The page, a `gradio.Blocks`. sources: {name: folder} of captioners, of which the first is chosen.
+    """Build the page, a `gradio.Blocks`. sources: {name: folder} of captioners; the first is selected.
 
-    Programs call its API under the name "caption".
+    The API for programs has the name "caption".
     """
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # no word to anybody, also from the import
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import, which would send analytics too
     import gradio as gr
 
-    # Gradio would open the file itself, and fail without a message; load_image says what is wrong with it. This is set
-    # on the class because visitors get components of their own; of a subclass Gradio would write a .pyi file here.
+    # By default Gradio opens the file itself and fails without a message; load_image says what is wrong with it. This
+    # is set on the class because visitors get components of their own; for a subclass Gradio would write a .pyi file.
     gr.Image.preprocess = lambda self, payload: payload and payload.path
     captioners = Captioners(sources)
 
@@ -186,7 +187,7 @@ def build(sources):
         if photo is None:
             return [], None
         sampling, beam_search = method == "sampling", method == "beam search"
-        chosen = SimpleNamespace(
+        args = SimpleNamespace(
             sample=sampling,
             temperature=temperature if sampling else None,
             top_k=top_k if sampling else None,
@@ -195,36 +196,36 @@ def build(sources):
             beam=beams if beam_search else None,
             length_penalty=penalty if beam_search else None,
         )
-        with told_to_the_user(photo):
-            if len(prompt or "") > LONGEST_PROMPT:
-                raise ValueError(f"the prompt has more than {LONGEST_PROMPT} characters")
-            options = decoding_options(chosen) | dict(num_return_sequences=1 if method == "greedy" else number)
-            found = caption_photo(*captioners.load(model), photo, options, prompt or "")
-        rows = [each.pop("ids") for each in found]
-        return [each | dict(shown=f"{each['log_probability']:.2f}") for each in found], (model, photo, rows)
+        with errors_shown_on_page(photo):
+            if len(prompt or "") > MAX_PROMPT:
+                raise ValueError(f"the prompt has more than {MAX_PROMPT} characters")
+            options = decoding_options(args) | dict(num_return_sequences=1 if method == "greedy" else number)
+            captions = caption_photo(*captioners.load(model), photo, options, prompt or "")
+        rows = [caption.pop("ids") for caption in captions]
+        return [caption | dict(shown=f"{caption['log_probability']:.2f}") for caption in captions], (model, photo, rows)
 
     def clear_unreadable(photo):
         try:
             load_image(photo)
         except (OSError, ValueError):
             return None, [], None
-        return gr.skip(), gr.skip(), gr.skip()  # something else was wrong: the photo stays
+        return gr.skip(), gr.skip(), gr.skip()  # another error: the photo stays
 
     def show_word(state, event: gr.EventData):
         name, photo, rows = state
-        with told_to_the_user(photo):
+        with errors_shown_on_page(photo):
             words, maps = word_maps(*captioners.load(name), photo, rows[event.caption])
-            drawn = overlay(photo, maps[event.word], MAP_SIDE)
+            picture = overlay(photo, maps[event.word], MAP_SIDE)
             width, height = load_image(photo).size
         scale = MAP_SIDE / max(width, height)
-        drawn = drawn.resize((max(1, round(scale * width)), max(1, round(scale * height))))  # as the photo is seen
-        return gr.Image(drawn, visible=True, label=f'Where it looked for "{words[event.word]}"')
+        picture = picture.resize((max(1, round(scale * width)), max(1, round(scale * height))))  # the photo's aspect
+        return gr.Image(picture, visible=True, label=f'Where it looked for "{words[event.word]}"')
 
     with gr.Blocks(
         title="Image captioning", analytics_enabled=False, fill_width=True, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)
     ) as page:
         gr.Markdown("# Image captioning\nGive it a photo; then click a word to see where the model looked for it.")
-        state = gr.State()  # what the captions on the page were made from: (model's name, photo, ids of each caption)
+        state = gr.State()  # of the captions on the page: (model's name, photo, ids of each caption)
         with gr.Row():
             with gr.Column():
                 photo = gr.Image(
@@ -250,14 +251,14 @@ def build(sources):
                     css_template=CAPTIONS_STYLE,
                     js_on_load=CAPTIONS_SCRIPT,
                 )
-                drawn = gr.Image(interactive=False, buttons=[], height=340, visible=False, elem_id="map")
+                attention_map = gr.Image(interactive=False, buttons=[], height=340, visible=False, elem_id="map")
         with gr.Row():
             method = gr.Radio(METHODS, value="greedy", label="Words are chosen by", scale=4, min_width=340)
             prompt = gr.Textbox(
-                "", label="The caption begins with", max_length=LONGEST_PROMPT, max_lines=1, scale=3, min_width=240
+                "", label="The caption begins with", max_length=MAX_PROMPT, max_lines=1, scale=3, min_width=240
             )
             model = gr.Dropdown(list(sources), value=next(iter(sources)), label="Model", scale=3, min_width=240)
-        with gr.Row(visible=False) as more:
+        with gr.Row(visible=False) as method_options:
             slider = partial(gr.Slider, visible=False, buttons=[], min_width=150)
             number = slider(1, 10, 3, step=1, label="Captions")
             beams = slider(2, 10, 4, step=1, label="Beams")
@@ -270,50 +271,52 @@ def build(sources):
         shown_for |= dict.fromkeys((temperature, top_k, top_p, seed), METHODS[2:])
         button = gr.Button("Caption", variant="primary")
 
-        # One at a time: a captioner at work is not shared, and two would only slow each other down.
-        alone = dict(concurrency_limit=1, concurrency_id="captioner")
+        # One request at a time: a captioner in use is not shared, and two would only slow each other down.
+        one_at_a_time = dict(concurrency_limit=1, concurrency_id="captioner")
         events = [photo.input, button.click, prompt.submit]
         inputs = [photo, model, method, number, prompt, beams, penalty, temperature, top_k, top_p, seed]
         outputs = [captions, state]
         for event in (
-            gr.on(events, write_captions, inputs, outputs, api_name="caption", **alone),
-            examples.load_input_event.then(write_captions, inputs, outputs, api_visibility="private", **alone),
+            gr.on(events, write_captions, inputs, outputs, api_name="caption", **one_at_a_time),
+            examples.load_input_event.then(write_captions, inputs, outputs, api_visibility="private", **one_at_a_time),
         ):
             event.failure(clear_unreadable, photo, [photo, *outputs], api_visibility="private")
-        captions.change(lambda: gr.Image(None, visible=False), None, drawn, api_visibility="private", queue=False)
-        captions.click(show_word, state, drawn, api_visibility="private", **alone)
+        captions.change(
+            lambda: gr.Image(None, visible=False), None, attention_map, api_visibility="private", queue=False
+        )
+        captions.click(show_word, state, attention_map, api_visibility="private", **one_at_a_time)
         method.change(
             lambda chosen: [
                 gr.Row(visible=chosen != "greedy"),
                 *(type(control)(visible=chosen in methods) for control, methods in shown_for.items()),
             ],
             method,
-            [more, *shown_for],
+            [method_options, *shown_for],
             api_visibility="private",
             queue=False,
         )
-    return page.queue(max_size=MOST_WAITING)
+    return page.queue(max_size=MAX_QUEUE)
 
 
 def check_address(host, port):
-    """Raise OSError where nothing can listen on `host` and `port` (None: any)."""
+    """Raise OSError when it is impossible to listen on `host` and `port` (None: any port)."""
     try:
         socket.create_server((host, port or 0)).close()
     except (OSError, OverflowError) as error:
-        place = host if port is None else f"{host}, port {port}"
+        address = host if port is None else f"{host}, port {port}"
         reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0].rstrip(".")
-        raise OSError(f"cannot listen on {place} ({reason}); choose another --host or --port") from error
+        raise OSError(f"cannot listen on {address} ({reason}); choose another --host or --port") from error
 
 
 def launch(page, host="127.0.0.1", port=None, share=False, **options):
-    """Serve the page of `build`; all that it loads comes from here -> what `gradio.Blocks.launch` returns."""
+    """Serve the page of `build`, which loads everything from this server -> the result of `gradio.Blocks.launch`."""
     import gradio as gr
 
     return page.launch(
         server_name=host,
         server_port=port,
         share=share,
-        max_file_size=LARGEST_UPLOAD,
+        max_file_size=MAX_UPLOAD,
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=STYLE,
         footer_links=[],
@@ -327,18 +330,20 @@ def launch(page, host="127.0.0.1", port=None, share=False, **options):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument(
         "--checkpoint",
-        help='folder or hub id "user/repo" to begin with, ours or a Hugging Face ViT + GPT-2 (default: captioner, else '
-        "examples/shapes); those in captioner*/ and examples/ can be chosen on the page",
+        help='folder or hub id "user/repo" selected at first, ours or a Hugging Face ViT + GPT-2 (default: captioner, '
+        "else examples/shapes); the page also offers those in captioner*/ and examples/",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860 on)")
+    parser.add_argument(
+        "--port", type=integer(0, 65535), help="port to listen on (default: the first free one from 7860 on)"
+    )
     parser.add_argument("--share", action="store_true", help="also at a public address, through Gradio's servers")
     args = parser.parse_args(with_underscores(sys.argv[1:] if argv is None else argv))
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as with Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends the demo like Ctrl-C
     try:
         with tempfile.TemporaryDirectory(prefix="web_demo_") as uploads:
             os.environ["GRADIO_TEMP_DIR"] = uploads
@@ -352,7 +357,7 @@ def main(argv=None):
                 while True:
                     time.sleep(1)
             finally:
-                page.close(verbose=False)  # its block_thread would wait until every open page goes away
+                page.close(verbose=False)  # block_thread would wait until all visitors have closed the page
     except KeyboardInterrupt:
         pass
     except ModuleNotFoundError as error:

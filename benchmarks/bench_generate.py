@@ -122,9 +122,9 @@ def main(argv=None):
     for batch, least, greedy, beam, rough, _, levels, _ in rows:
         candidates = {"generate": partial(theirs_generate, theirs, levels), "ours": new(greedy)}
         if cuda:
-            from captioning.decoding.cached_decoder import without_graphs  # found since `captioners` is imported
+            from captioning.decoding.cached_decoder import cuda_graphs_disabled  # found since `captioners` is imported
 
-            candidates["ours, without CUDA graphs"] = new(without_graphs()(greedy))
+            candidates["ours, without CUDA graphs"] = new(cuda_graphs_disabled()(greedy))
         else:
             candidates["ours, bf16 layers"] = new(rough)
         times = compare(f"greedy, batch {batch}, 20 tokens", candidates, "generate", args.rounds, device)

@@ -83,7 +83,7 @@ def test_the_eager_path_writes_the_same_captions(kind, monkeypatch):
 
     def decode_eagerly(decoder, newest):
         hidden, _ = eager_decode(decoder.model, decoder.sequences, decoder.encoder_states)
-        decoder.scores = cached_decoder.next_token_scores(decoder.model, hidden[:, -1])
+        decoder.logits = cached_decoder.next_token_logits(decoder.model, hidden[:, -1])
 
     for options in (dict(deterministic=True), dict(num_beams=3)):
         fast = generate_ids(model, images, starts, 10, **options)

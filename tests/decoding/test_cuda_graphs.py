@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from captioning.decoding import cached_decoder, cuda_graphs, packed_weights
-from captioning.decoding.cached_decoder import GraphedDecoder, decoder_for, without_graphs
+from captioning.decoding.cached_decoder import GraphedDecoder, cuda_graphs_disabled, decoder_for
 from captioning.decoding.cuda_graphs import CudaGraphs
 from captioning.decoding.search import generate_ids
 from conftest import REDUCED_ENCODERS, randomize
@@ -86,8 +86,8 @@ def record(graphs, function):
 
 @pytest.fixture
 def graphs_on_cpu(monkeypatch):
-    monkeypatch.setattr(cached_decoder, "GRAPH_DEVICES", ("cpu",))
-    monkeypatch.setattr(CudaGraphs, "record", record)
+    monkeypatch.setattr(cached_decoder, "CUDA_GRAPH_DEVICES", ("cpu",))
+    monkeypatch.setattr(CudaGraphs, "capture", record)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # where something cannot be recorded
         yield
@@ -111,8 +111,8 @@ def starts(model, images, tokens=1):
 
 def plainly(*args, **options):
     """What `generate_ids` gives without graphs, with every image in its batch to the end as with them."""
-    with pytest.MonkeyPatch.context() as patch, without_graphs():
-        patch.setattr("captioning.decoding.search.LEAVE_BELOW", 0)
+    with pytest.MonkeyPatch.context() as patch, cuda_graphs_disabled():
+        patch.setattr("captioning.decoding.search.SHRINK_BELOW", 0)
         return generate_ids(*args, **options)
 
 
@@ -196,12 +196,12 @@ def test_prompts_of_several_lengths_share_a_decoder(ending, graphs_on_cpu):
         prompts = torch.randint(0, 40, (len(images), length), generator=generator)
         ids = generate_ids(ending, images, prompts, 8, deterministic=True)
         assert torch.equal(ids, plainly(ending, images, prompts, 8, deterministic=True))
-    assert len(cached_decoder._kept[ending]) == 1
+    assert len(cached_decoder._kept_decoders[ending]) == 1
 
 
 def test_one_model_is_asked_in_many_ways(ending, graphs_on_cpu, monkeypatch):
     """Decoders of all kinds, for one model: none is given to another kind of batch."""
-    monkeypatch.setattr(cached_decoder, "DECODERS_KEPT", 100)
+    monkeypatch.setattr(cached_decoder, "MAX_KEPT_DECODERS", 100)
     images = photos(0)
 
     def ask(max_tokens, options, count=5):
@@ -220,9 +220,9 @@ def test_one_model_is_asked_in_many_ways(ending, graphs_on_cpu, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(ending.config, "unk_token_id", likeliest)
             ask(6, OPTIONS["greedy"])
-    kinds = [kind for kind, _ in cached_decoder._kept[ending]]
+    kinds = [kind for kind, _ in cached_decoder._kept_decoders[ending]]
     assert len(kinds) == 3 + 4  # 1, 3 or 4 rows an image; more room, fewer images, autocast, another unknown word
-    assert len({id(decoder) for _, decoder in cached_decoder._kept[ending]}) == len(kinds)
+    assert len({id(decoder) for _, decoder in cached_decoder._kept_decoders[ending]}) == len(kinds)
 
 
 def test_weights_that_change_are_seen(ending, graphs_on_cpu):
@@ -233,7 +233,7 @@ def test_weights_that_change_are_seen(ending, graphs_on_cpu):
     def check():
         ids = generate_ids(ending, images, start, 8, deterministic=True)
         assert torch.equal(ids, plainly(ending, images, start, 8, deterministic=True))
-        return ids.tolist(), cached_decoder._kept[ending][-1][1]
+        return ids.tolist(), cached_decoder._kept_decoders[ending][-1][1]
 
     for _ in range(3):
         before, decoder = check()
@@ -252,7 +252,7 @@ def test_weights_that_change_are_seen(ending, graphs_on_cpu):
 def test_autocast_and_training_between_captions(ending, graphs_on_cpu, monkeypatch):
     """As self-critical training does on a GPU: weights are cast once a step, to where the graphs read them."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    monkeypatch.setattr(packed_weights, "WORTHWHILE", 0)
+    monkeypatch.setattr(packed_weights, "MIN_WEIGHTS", 0)
     optimizer = torch.optim.SGD(ending.gpt.parameters(), lr=0.5)
     images, decoders, seen = photos(0), set(), set()
     for _ in range(5):
@@ -263,7 +263,7 @@ def test_autocast_and_training_between_captions(ending, graphs_on_cpu, monkeypat
         for layer in (ending.gpt.trf_blocks[0].mlp.expand, ending.gpt.trf_blocks[1].cross_attn.c_proj):
             _, _, casts = packed_weights._packed[layer][torch.bfloat16]
             assert torch.equal(casts[0], layer.weight.bfloat16()) and torch.equal(casts[1], layer.bias.bfloat16())
-        decoders.add(id(cached_decoder._kept[ending][-1][1]))
+        decoders.add(id(cached_decoder._kept_decoders[ending][-1][1]))
         seen.add(str(ids.tolist()))
         ending(images, ids.clone(), ids.clone()).backward()
         optimizer.step()
@@ -273,14 +273,14 @@ def test_autocast_and_training_between_captions(ending, graphs_on_cpu, monkeypat
     # Without autocast the same model multiplies in float32: other graphs.
     ids = generate_ids(ending, images, starts(ending, images), 8, deterministic=True)
     assert torch.equal(ids, plainly(ending, images, starts(ending, images), 8, deterministic=True))
-    assert len(cached_decoder._kept[ending]) == 2
+    assert len(cached_decoder._kept_decoders[ending]) == 2
 
 
 def test_few_decoders_are_kept_and_none_keeps_its_model(script, tiny_config, graphs_on_cpu):
     model = script.VisionGPT2Model(tiny_config).eval()
     for count in (1, 2, 3, 2):
         generate_ids(model, photos(0, count), starts(model, range(count)), 4, deterministic=True)
-    kept = [decoder for _, decoder in cached_decoder._kept[model]]
+    kept = [decoder for _, decoder in cached_decoder._kept_decoders[model]]
     assert [len(decoder.prompts) for decoder in kept] == [3, 2]
     gone = weakref.ref(model)
     del model
@@ -304,7 +304,7 @@ def test_a_decoder_in_use_is_not_given_twice(tiny_model, graphs_on_cpu):
 
 def test_other_arithmetic_is_another_decoder(tiny_model, graphs_on_cpu, monkeypatch):
     """Also where the tokens of the images are of one dtype, as those of a ViT as wide as the decoder."""
-    monkeypatch.setattr(cached_decoder, "DECODERS_KEPT", 100)
+    monkeypatch.setattr(cached_decoder, "MAX_KEPT_DECODERS", 100)
     with torch.inference_mode():
         states, decoders = tiny_model.encoder_states(photos(0)), []
         for autocast, weights in ((False, []), (True, []), (True, [7]), (True, [8]), (True, [7])):
@@ -319,13 +319,13 @@ def test_other_arithmetic_is_another_decoder(tiny_model, graphs_on_cpu, monkeypa
 
 def test_without_graphs_where_there_are_none_or_they_are_not_wanted(tiny_model, graphs_on_cpu, monkeypatch):
     images = photos(0)
-    with pytest.raises(KeyError), without_graphs():
+    with pytest.raises(KeyError), cuda_graphs_disabled():
         generate_ids(tiny_model, images, starts(tiny_model, images), 4)
         raise KeyError
     assert cached_decoder.CUDA_GRAPHS
-    monkeypatch.setattr(cached_decoder, "GRAPH_DEVICES", ("cuda",))
+    monkeypatch.setattr(cached_decoder, "CUDA_GRAPH_DEVICES", ("cuda",))
     generate_ids(tiny_model, images, starts(tiny_model, images), 4)
-    assert tiny_model not in cached_decoder._kept
+    assert tiny_model not in cached_decoder._kept_decoders
 
 
 def test_what_cannot_be_recorded_is_run(ending, graphs_on_cpu, monkeypatch):
@@ -389,7 +389,7 @@ def test_what_is_asked_of_pytorch(monkeypatch):
     third.run(1, lambda: None)
     with pytest.warns(UserWarning, match="without CUDA graphs, more slowly: no such kernel"):
         third.run(1, failing_once())
-    cuda_graphs._stream.cache_clear()
+    cuda_graphs._capture_stream.cache_clear()
 
 
 def failing_once():
@@ -416,4 +416,4 @@ def test_on_a_gpu(ending, name, dtype):
             start = starts(model, images).cuda()
             ids = generate_ids(model, images, start, 9, **OPTIONS[name])
             assert torch.equal(ids, plainly(model, images, start, 9, **OPTIONS[name]))
-    assert all(cached_decoder._kept[model][0][1].graphs.replays.values())
+    assert all(cached_decoder._kept_decoders[model][0][1].graphs.replays.values())

@@ -32,7 +32,7 @@ def starts(model, images, tokens=1):
 def decode_all_again(decoder, newest):
     """In the place of `CachedDecoder._decode`: every token from the start, without caches."""
     hidden = decoder.model.decode(decoder.sequences, decoder.encoder_states)[:, -1]
-    decoder.scores = decoder.model.gpt.logits(hidden).float()
+    decoder.logits = decoder.model.gpt.logits(hidden).float()
 
 
 def captions_of(ids, eos):
@@ -53,7 +53,7 @@ def test_finished_images_leave_the_batch(ending, images, options, monkeypatch):
     leaving = generate_ids(ending, images, starts(ending, images), 20, **options)
     cost = rows.copy()
     rows.clear()
-    monkeypatch.setattr(search, "LEAVE_BELOW", 0)
+    monkeypatch.setattr(search, "SHRINK_BELOW", 0)
     staying = generate_ids(ending, images, starts(ending, images), 20, **options)
     assert len(cost) == len(rows)
     assert sum(cost) < 0.8 * sum(rows)

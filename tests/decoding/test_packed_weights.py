@@ -10,13 +10,13 @@ from captioning.decoding.search import generate_ids
 
 @pytest.fixture(autouse=True)
 def worthwhile(monkeypatch):
-    monkeypatch.setattr(packed_weights, "WORTHWHILE", 0)
+    monkeypatch.setattr(packed_weights, "MIN_WEIGHTS", 0)
 
 
 @pytest.fixture
 def count_packing(monkeypatch):
     """The modules whose weights are packed, one by one."""
-    calls, product = [], packed_weights._product
+    calls, product = [], packed_weights._packed_linear
 
     def counted(module, dtype, onednn):
         before = packed_weights._packed.get(module, {}).get(dtype)
@@ -25,7 +25,7 @@ def count_packing(monkeypatch):
             calls.append(module)
         return result
 
-    monkeypatch.setattr(packed_weights, "_product", counted)
+    monkeypatch.setattr(packed_weights, "_packed_linear", counted)
     return calls
 
 
@@ -59,7 +59,7 @@ def test_same_scores_and_captions(tiny_model, images, start, count_packing, monk
     for options in (dict(deterministic=True), dict(num_beams=3), dict(seed=0)):
         fast = generate_ids(tiny_model, images, start, 8, **options)
         with monkeypatch.context() as patch:
-            patch.setattr(packed_weights, "WORTHWHILE", 10**9)
+            patch.setattr(packed_weights, "MIN_WEIGHTS", 10**9)
             assert torch.equal(fast, generate_ids(tiny_model, images, start, 8, **options))
 
 
@@ -70,14 +70,14 @@ def test_a_product_of_any_number_of_rows(tiny_model, shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         plain = layer(x)
-        product, _ = packed_weights._product(layer, torch.float32, True)
+        product, _ = packed_weights._packed_linear(layer, torch.float32, True)
         torch.testing.assert_close(product(x), plain, atol=1e-5, rtol=1e-5)
-        half, _ = packed_weights._product(layer, torch.bfloat16, True)
+        half, _ = packed_weights._packed_linear(layer, torch.bfloat16, True)
         torch.testing.assert_close(half(x), plain, atol=5e-2, rtol=5e-2)
 
 
 def test_small_decoders_are_not_packed(tiny_model, images, start, count_packing, monkeypatch):
-    monkeypatch.setattr(packed_weights, "WORTHWHILE", 10**9)
+    monkeypatch.setattr(packed_weights, "MIN_WEIGHTS", 10**9)
     generate_ids(tiny_model, images, start, 3)
     assert not count_packing
 
@@ -121,9 +121,9 @@ def test_casts_never_lie_on_a_parameter():
     """They are written over when weights change; a parameter that was replaced may still be somebody's."""
     layer = torch.nn.Linear(4, 3)
     layer.bias = replaced = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    packed_weights._product(layer, torch.bfloat16, False)
+    packed_weights._packed_linear(layer, torch.bfloat16, False)
     layer.bias = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
-    product, casts = packed_weights._product(layer, torch.bfloat16, False)
+    product, casts = packed_weights._packed_linear(layer, torch.bfloat16, False)
     assert replaced.tolist() == [1, 1, 1]
     assert casts[1].tolist() == [0, 0, 0]
     assert torch.equal(product(torch.zeros(1, 4, dtype=torch.bfloat16)), casts[1][None])

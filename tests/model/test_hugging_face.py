@@ -406,7 +406,7 @@ def test_convert_there_and_back(script, folder, bpe, tmp_path, capsys):
     weights = load_file(tmp_path / "hf" / "model.safetensors"), load_file(tmp_path / "hf2" / "model.safetensors")
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items() if "pooler" not in name)
     assert str(tmp_path) not in (tmp_path / "ours" / "config.json").read_text()
-    with pytest.raises(SystemExit, match="is there already"):
+    with pytest.raises(SystemExit, match="exists already"):
         convert_captioner.main([str(tmp_path / "ours"), str(tmp_path / "hf2")])
 
 

@@ -1,5 +1,7 @@
 """The captioning model: cross-attention, coupling with the encoder, freezing, generation."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -204,15 +206,39 @@ def test_cnn_grid_becomes_tokens(script, tiny_config, images):
 @pytest.mark.parametrize(
     ("name", "coupling", "message"),
     [
-        ("vit_tiny_patch16_225", "final", "timm has no model 'vit_tiny_patch16_225'; it has"),
+        ("vit_tiny_patch16_225", "final", "timm has no model 'vit_tiny_patch16_225'; did you mean vit_tiny_patch16_2"),
         ("crossvit_9_240", "final", "CrossVit makes no feature map or tokens of 384 channels"),
         ("vit_tiny_patch16_224", "middle", "coupling 'middle' is not one of stepped, final"),
-        ("vit_tiny_patch16_224.bogus", "final", "timm cannot make vit_tiny_patch16_224.bogus: Invalid pretrained tag"),
+        ("vit_tiny_patch16_224.bogus", "final", "timm has no weights 'bogus' of vit_tiny_patch16_224; did you mean"),
     ],
 )
 def test_unsuitable_encoders_are_refused(name, coupling, message):
     with pytest.raises(ValueError, match=message):
         build_encoder(name, 2, coupling)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("vit_base_patch16_225", "vit_base_patch16_224"),
+        ("vit_base_patch16_22", "vit_base_patch16_224"),
+        ("ViT_Base_Patch16-224", "vit_base_patch16_224"),
+        ("vit_base_patch16_clip_244.openai", "vit_base_patch16_clip_224"),
+        ("vit_base_patch16_clip_224.openia", "vit_base_patch16_clip_224.openai"),
+        ("clip_vit_base", "vit_base_patch16_clip_224"),
+        ("resnet5", "resnet50"),
+        ("resnt50", "resnet50"),
+        ("convnext-tiny", "convnext_tiny"),
+    ],
+)
+def test_a_mistyped_encoder_is_answered_with_the_nearest_names(typed, meant):
+    with pytest.raises(ValueError, match=rf"did you mean {re.escape(meant)}, .*\?$"):
+        build_encoder(typed, 2)
+
+
+def test_a_name_unlike_all_encoders_gets_no_suggestion():
+    with pytest.raises(ValueError, match=r"timm has no model 'qqqqqq'; timm.list_models\(\) lists all names"):
+        build_encoder("qqqqqq", 2)
 
 
 def test_encoder_weights_from_a_local_file(tmp_path):
@@ -308,13 +334,9 @@ def test_blocks_read_a_cnns_levels(script, tiny_config, coupling, shapes):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("resnet10t", {}, "feature_levels 9: ResNet shows 5 feature maps"),
+        ("resnet10t", {}, "feature_levels 9: ResNet gives 5 feature maps"),
         ("resnet10t", {"levels": 0}, "feature_levels must be at least 1, not 0"),
-        (
-            "resnet10t",
-            {"levels": 3, "coupling": "stepped"},
-            "feature_levels 3: 2 decoder blocks cannot step through so",
-        ),
+        ("resnet10t", {"levels": 3, "coupling": "stepped"}, "feature_levels 3: more than the 2 decoder blocks"),
         ("mixer_s32_224", {}, "feature_levels 9: MlpMixer makes no feature map"),
         ("vit_tiny_patch16_224", {}, "feature_levels 9: they are a CNN's; vit_tiny_patch16_224 has blocks to step"),
     ],

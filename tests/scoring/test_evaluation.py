@@ -16,7 +16,7 @@ from helpers.runs import TINY
 @pytest.fixture(autouse=True)
 def no_java(monkeypatch):
     """METEOR takes 5 seconds to start; tests/test_metrics.py compares it with the reference."""
-    monkeypatch.setattr("captioning.scoring.metrics._why_not", lambda java: "not available: not asked for")
+    monkeypatch.setattr("captioning.scoring.metrics._reason_against", lambda java: "not available: not asked for")
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_bad_predictions_are_named(flickr, tmp_path, change, message):
 def test_an_empty_split_is_an_error(captioner, flickr):
     for name in ("1010.jpg", "1011.jpg"):
         (flickr / "flickr30k_images" / name).unlink()
-    with pytest.raises(SystemExit, match="the split test is empty; images there are: train 8, val 2"):
+    with pytest.raises(SystemExit, match="the split test is empty; images of the other splits: train 8, val 2"):
         evaluate_captions.main([str(captioner), "--data", str(flickr)])
 
 

@@ -214,7 +214,7 @@ def test_a_hugging_face_captioner_is_shared_as_one_of_ours(script, tiny_config, 
 
 def test_a_dry_run_overwrites_nothing(exported, capsys):
     before = (exported / "README.md").read_bytes()
-    with pytest.raises(SystemExit, match="is there already: give another folder"):
+    with pytest.raises(SystemExit, match="exists already: give another folder"):
         export_to_hub.main(["anna/shapes", "--checkpoint", str(SHAPES), "--dry_run", str(exported)])
     assert (exported / "README.md").read_bytes() == before
 
@@ -335,7 +335,7 @@ def test_what_belongs_to_other_weights_is_not_in_the_card(tmp_path, capsys):
     assert "dog" not in card.replace("anna/dogs", "").replace("# dogs", "")
     assert facts.metrics_csv == ""
     said = capsys.readouterr().out
-    assert "metrics.csv: says nothing of these weights" in said
+    assert "metrics.csv: has no row for these weights" in said
     assert "scores.json: older than the weights, so it is not in the model card" in said
     card, _ = card_of(folder, scores_files=[scores], datasets=["my/dogs"], license="mit")
     assert "| CIDEr | 0.5000 | 0.0625 |" in card
@@ -360,11 +360,11 @@ def test_pictures_in_the_card_keep_nothing_but_their_pixels():
     photo.save(file, "JPEG", exif=exif, comment=b"written by hand")
     opened = Image.open(file)
     assert opened.getexif()
-    sample = model_card.picture(opened, "private_name.jpg", "red", 3)
-    stored = Image.open(io.BytesIO(sample.picture))
+    sample = model_card.photo_sample(opened, "private_name.jpg", "red", 3)
+    stored = Image.open(io.BytesIO(sample.image))
     assert (sample.file, stored.size, dict(stored.getexif())) == ("samples/sample_3.jpg", (512, 256), {})
-    assert b"a camera" not in sample.picture
-    assert b"by hand" not in sample.picture
+    assert b"a camera" not in sample.image
+    assert b"by hand" not in sample.image
 
 
 # --- up and down ------------------------------------------------------------------------------------------------------
@@ -432,7 +432,7 @@ def test_a_new_upload_replaces_the_old_one(server, exported):
 
 def test_what_is_private_does_not_go_to_a_public_repository(server):
     server.repos["anna/open"] = Repo(private=False)
-    with pytest.raises(SystemExit, match="anna/open: this repository is there already and everybody can read it"):
+    with pytest.raises(SystemExit, match="anna/open: this repository exists already and everybody can read it"):
         export_to_hub.main(["anna/open", "--checkpoint", str(SHAPES), "--private"])
     assert server.repos["anna/open"].files.keys() == {".gitattributes"}
 

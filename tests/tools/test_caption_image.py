@@ -97,7 +97,7 @@ def test_captions_are_written_as_they_are_made(folder, monkeypatch):
         return caption(self, read)
 
     monkeypatch.setattr(caption_image.Captioner, "caption", stop)
-    with pytest.raises(SystemExit, match=r"interrupted; .* the same command goes on"):
+    with pytest.raises(SystemExit, match=r"interrupted; .* the same command resumes"):
         caption_image.main([str(folder), *CHECKPOINT, "--batch_size", "1"])
     assert [row[0] for row in read(folder / "captions.csv")] == ["image", "scene_0.png"]
 
@@ -169,7 +169,7 @@ def test_what_cannot_be_captioned(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     for argv, said in (
         ([str(tmp_path / "empty")], "empty: no image is in this folder"),
-        ([str(folder), "--batch_size", "0"], "--batch_size must be at least 1, not 0"),
+        ([str(folder), "--batch_size", "0"], "--batch_size must be an integer of at least 1, not 0"),
         (
             [str(folder), "--attention", str(folder / "maps")],
             "lies in .*holiday, where it would be captioned next time",
@@ -216,7 +216,7 @@ def server():
 
 
 def test_urls_are_fetched_only_where_that_is_allowed(server, capsys, monkeypatch):
-    monkeypatch.setattr(photo_arguments, "MOST_BYTES", 100_000)
+    monkeypatch.setattr(photo_arguments, "MAX_BYTES", 100_000)
     monkeypatch.setattr(photo_arguments.fetch_image, "__defaults__", (100_000, 5))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     root = f"http://127.0.0.1:{server.server_port}"
@@ -228,7 +228,7 @@ def test_urls_are_fetched_only_where_that_is_allowed(server, capsys, monkeypatch
     assert capsys.readouterr().out == f"{root}/photo.png: {CAPTIONS['scene_2.png']}\n"
     assert server.asked == ["/photo.png"]
     for name, said in (
-        ("page.png", "what lies there is not a readable image"),
+        ("page.png", "not a readable image"),
         ("large.png", "more than 100,000 bytes"),
         ("gone.png", "could not be fetched .404 Client Error"),
     ):
@@ -307,7 +307,7 @@ def test_attention_is_drawn_for_one_and_several(folder, tmp_path, capsys):
 
     caption_image.main([photo, *CHECKPOINT, "--attention", str(tmp_path / "mean.png")])
     said = capsys.readouterr().out
-    assert said.endswith(f"where each word looked is drawn to {tmp_path / 'mean.png'}\n")
+    assert said.endswith(f"attention maps are drawn to {tmp_path / 'mean.png'}\n")
     assert said.startswith(f"{photo}: {CAPTIONS['scene_2.png']}\n")
     caption_image.main([photo, *CHECKPOINT, "--attention", str(tmp_path / "one.png"), "--block", "1", "--head", "2"])
     assert pixels("mean.png").shape == pixels("one.png").shape

@@ -175,7 +175,7 @@ def test_errors_name_no_path_of_the_machine():
         (unreadable, "photo.jpg: not a readable image (why: photo.jpg)"),
         (missing, "captioner/config.json: not found; it is no captioner"),
     ):
-        with pytest.raises(gradio.Error) as told, web_demo.told_to_the_user(upload):
+        with pytest.raises(gradio.Error) as told, web_demo.errors_shown_on_page(upload):
             raise error
         assert told.value.message == message
 

@@ -132,7 +132,7 @@ def test_a_report_that_fails_ends_no_run(make_trainer, tmp_path, monkeypatch, ca
 
 def test_a_photo_that_is_gone_is_grey(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path / "run", epochs=1)
-    photo = html_pages.photo(str(tmp_path / "gone.jpg"))
+    photo = html_pages.photo_url(str(tmp_path / "gone.jpg"))
     assert photo.startswith("data:image/svg+xml;base64,")
     trainer.run_training()
     assert photo not in (tmp_path / "run" / "report.html").read_text()

@@ -1,1 +1,1 @@
-"""What a user types: typed overrides of constants, recipes, photo arguments, caption tables."""
+"""The command line: typed overrides of constants, recipes, the tools' parser, photo arguments, caption tables."""

@@ -1,6 +1,6 @@
-"""captions.csv: the captions of a folder of photos, written as they are made, so that stopped work goes on.
+"""captions.csv: the captions of a folder of photos, written batch by batch, so that an interrupted command can resume.
 
-The columns are image, caption, caption_2 and so on, and model; a line an image.
+Each image is a line; the columns are image, caption, caption_2 and so on, and model.
 """
 
 import csv
@@ -10,56 +10,56 @@ from pathlib import Path
 from captioning.common.files import write_atomically
 
 FILE = "captions.csv"
-ELSEWHERE = "name another file with --out, or move this one away"
+REMEDY = "name another file with --out, or move this one away"
 
 
 class CaptionTable:
-    """The table at `path`, with `count` captions an image by the captioner that is called `model`.
+    """The table at `path`, with `count` captions an image by the captioner with the name `model`.
 
-    What is there already counts as done (`name in table`); a line that an interruption cut off does not. Raises
-    ValueError, and changes nothing, when the file there is another kind of table or of another captioner.
+    Images whose lines it has already count as done (`name in table`); a line that an interruption cut off does not.
+    Raises ValueError, and changes nothing, when the file is not such a table or holds captions of another captioner.
     """
 
     def __init__(self, path, count, model):
         self.path, self.model = Path(path), str(model)
         columns = ["image", *(f"caption_{n}" if n > 1 else "caption" for n in range(1, count + 1)), "model"]
-        self.before = self.path.read_bytes().decode("utf-8", "surrogateescape") if self.path.is_file() else ""
-        whole = self.before[: self.before.rfind("\n") + 1]  # a line is done when its end was written
+        self.old_text = self.path.read_bytes().decode("utf-8", "surrogateescape") if self.path.is_file() else ""
+        complete = self.old_text[: self.old_text.rfind("\n") + 1]  # without a last line that was cut off
         try:
-            header, *rows = list(csv.reader(io.StringIO(whole, newline=""))) or [columns]
+            header, *rows = list(csv.reader(io.StringIO(complete, newline=""))) or [columns]
         except csv.Error as error:
-            raise ValueError(f"{self.path}: not a table of captions ({error}); {ELSEWHERE}") from error
+            raise ValueError(f"{self.path}: not a table of captions ({error}); {REMEDY}") from error
         others = {row[-1] for row in rows if row} - {self.model}
         if header != columns:
-            raise ValueError(f"{self.path}: its columns are {', '.join(header)}, not {', '.join(columns)}; {ELSEWHERE}")
+            raise ValueError(f"{self.path}: its columns are {', '.join(header)}, not {', '.join(columns)}; {REMEDY}")
         if others:
-            raise ValueError(f"{self.path}: it has captions by {min(others)}, not by {self.model}; {ELSEWHERE}")
+            raise ValueError(f"{self.path}: it has captions by {min(others)}, not by {self.model}; {REMEDY}")
         self.done = {row[0] for row in rows if row}
-        self.text = whole or _as_csv([columns])
+        self.text = complete or _as_csv([columns])
 
     def start(self):
-        """Write the head of a new table, or drop the line that was cut off. Raises OSError that names the file."""
+        """Write the header of a new table, or remove a line that was cut off. Raises OSError that names the file."""
 
         def write(draft):
             draft.parent.mkdir(parents=True, exist_ok=True)
             draft.write_bytes(self.text.encode("utf-8", "surrogateescape"))
 
-        if self.text != self.before:
+        if self.text != self.old_text:
             write_atomically(self.path, write)
 
     def __contains__(self, name):
         return name in self.done
 
     def add(self, rows):
-        """Append [(image, [captions]), ...] and have them on the disk. Raises OSError that names the file."""
+        """Append [(image, [captions]), ...] to the file. Raises OSError that names the file."""
         text = _as_csv([[image, *(" ".join(c.split()) for c in captions), self.model] for image, captions in rows])
         try:
             with open(self.path, "ab") as file:
                 file.write(text.encode("utf-8", "surrogateescape"))
         except OSError as error:
             raise OSError(
-                f"{self.path}: could not be written ({error.strerror}); what was there is whole, and the same command "
-                "goes on when there is room"
+                f"{self.path}: could not be written ({error.strerror}); what was written before is complete, and the "
+                "same command resumes when there is room"
             ) from error
         self.done.update(image for image, _ in rows)
 

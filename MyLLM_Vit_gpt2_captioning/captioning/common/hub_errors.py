@@ -1,8 +1,8 @@
-"""What the Hugging Face Hub or the way there answered, in one line with a remedy. The token is never in it."""
+"""Errors of the Hugging Face Hub, or of the connection to it, in one line with a remedy and without the token."""
 
 LOG_IN = "set HF_TOKEN to a token from https://huggingface.co/settings/tokens, or run `hf auth login`"
-OF_CONNECTIONS = {"TransportError", "ConnectionError", "TimeoutError", "Timeout", "gaierror"}  # of any HTTP library
-BY_STATUS = {
+CONNECTION_ERRORS = {"TransportError", "ConnectionError", "TimeoutError", "Timeout", "gaierror"}  # of any HTTP library
+MESSAGES = {  # by HTTP status
     401: f"the Hub refuses the token (401): it is wrong or has expired; {LOG_IN}",
     403: "the Hub does not let this token write there (403); take one with the permission to write, or your own name",
     404: "the Hub has no such repository, or only for those who may see it (404); check the name, or log in with "
@@ -13,30 +13,30 @@ BY_STATUS = {
 
 def explain(error):
     """An exception of huggingface_hub or of the HTTP library behind it -> one line of text with a remedy."""
-    error, chain = _root(error)
-    status, kinds = status_of(error), {kind.__name__ for link in chain for kind in type(link).__mro__}
-    if "OfflineModeIsEnabled" in kinds or "outgoing traffic has been disabled" in str(error):
+    error, chain = _root_cause(error)
+    status, classes = status_of(error), {cls.__name__ for link in chain for cls in type(link).__mro__}
+    if "OfflineModeIsEnabled" in classes or "outgoing traffic has been disabled" in str(error):
         return "the Hub is not asked, because HF_HUB_OFFLINE is set; unset it, or give a folder"
-    if "GatedRepoError" in kinds:
+    if "GatedRepoError" in classes:
         return f"the repository asks for your consent on its page ({status}); give it there and {LOG_IN}"
-    if "RepositoryNotFoundError" in kinds:
-        return BY_STATUS[404].replace("404", str(status or 404))
-    if status in BY_STATUS:
-        return BY_STATUS[status]
+    if "RepositoryNotFoundError" in classes:
+        return MESSAGES[404].replace("404", str(status or 404))
+    if status in MESSAGES:
+        return MESSAGES[status]
     if status is not None and status >= 500:
         return f"the Hub is out of order ({status}); try again later"
-    if "LocalTokenNotFoundError" in kinds:
+    if "LocalTokenNotFoundError" in classes:
         return f"there is no Hugging Face token; {LOG_IN}"
-    if "HFValidationError" in kinds:
+    if "HFValidationError" in classes:
         return 'that is no name of a repository; expected "user/repo"'
-    if kinds & OF_CONNECTIONS:
+    if classes & CONNECTION_ERRORS:
         return "the Hub cannot be reached, or the connection was cut; check the network and try again"
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return _without_token(f"{type(error).__name__}: {first}" if first else type(error).__name__)
+    first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return _without_token(f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__)
 
 
-def _root(error):
-    """-> (what really happened: the Hub's answer, or the first cause; the exceptions down to it)."""
+def _root_cause(error):
+    """-> (the exception with the Hub's response, or the first cause; the chain of exceptions down to it)."""
     chain = [error]
     while status_of(chain[-1]) is None and chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
@@ -44,13 +44,13 @@ def _root(error):
 
 
 def status_of(error):
-    """The HTTP status that an exception tells, None where there was no answer."""
+    """The HTTP status of an exception's response; None without a response."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def is_final(error):
-    """True where to try again would end in the same way: the Hub understood, and said no."""
-    error, _ = _root(error)
+    """True when another try would fail in the same way, because the Hub refused the request."""
+    error, _ = _root_cause(error)
     return status_of(error) in (400, 401, 402, 403, 404) or isinstance(error, ValueError)
 
 
@@ -59,6 +59,6 @@ def _without_token(text):
         from huggingface_hub import get_token
 
         token = get_token()
-    except Exception:  # whatever is wrong with the login, the text is wanted
+    except Exception:  # a broken login must not hide the message
         token = None
     return text.replace(token, "(token)") if token else text

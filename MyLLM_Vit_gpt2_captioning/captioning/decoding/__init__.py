@@ -1,1 +1,1 @@
-"""From an image to words: greedy search, sampling, beam search, their fast paths, attention maps."""
+"""From an image to its caption: greedy search, sampling and beam search, their fast paths, and attention maps."""

@@ -1,6 +1,6 @@
-"""Scores of the next token for captions that grow: each new token costs one token's work, the image's none.
+"""Next-token logits for growing captions, with a KV cache: each new token costs one token's work, the image's none.
 
-`decoder_for` gives a `CachedDecoder`, or on a GPU a `GraphedDecoder`, which gives the same scores with less waiting.
+`decoder_for` gives a `CachedDecoder`, or on a GPU a `GraphedDecoder`, which computes the same logits from CUDA graphs.
 """
 
 import threading
@@ -12,178 +12,184 @@ import torch
 
 from captioning.decoding.cuda_graphs import CudaGraphs
 
-CUDA_GRAPHS = True  # repeat decoding steps on a GPU as CUDA graphs
-GRAPH_DEVICES = ("cuda",)  # types of devices that have them
-DECODERS_KEPT = 2  # with their graphs, of each model: greedy captions and draws, or full batches and the last one
-ROOM = 16  # tokens: a kept decoder's room is a multiple, so that prompts of other lengths fit in too
+CUDA_GRAPHS = True  # replay decoding steps on a GPU as CUDA graphs
+CUDA_GRAPH_DEVICES = ("cuda",)  # device types that have them
+MAX_KEPT_DECODERS = 2  # of each model, with their graphs: for greedy captions and draws, or full batches and the last
+LENGTH_MULTIPLE = 16  # a kept decoder's max_length is rounded up to it, so that it also serves prompts of other lengths
 
-_lock = threading.Lock()  # of what follows
-_kept = weakref.WeakKeyDictionary()  # {model: [(what its graphs depend on, GraphedDecoder), ...]}, the newest last
+_lock = threading.Lock()  # guards _kept_decoders
+_kept_decoders = weakref.WeakKeyDictionary()  # {model: [(key of `decoder_for`, GraphedDecoder), ...]}, the newest last
 
 
 class BlockCache:
-    """What one block keeps while a caption grows: self-attention keys and values of the tokens so far, and the image's
-    keys and values for cross-attention, which never change."""
+    """The KV cache of one block: self-attention keys and values of the tokens so far, and cross-attention keys and
+    values of the image tokens, which never change."""
 
     def __init__(self, self_attn):
         self.self_attn = self_attn  # a `KeyValueCache`
-        self.cross_attn = None  # (keys, values), each (B, heads, N, head_dim), from the first forward
+        self.cross_attn = None  # (keys, values), each (B, heads, N, head_dim), set by the first forward
 
     def select(self, rows):
-        """Keep the captions `rows` (1-D, may repeat), equally many an image; what the image says is shared by them."""
+        """Keep the captions `rows` (1-D, may repeat), equally many of each image; they share the image's keys and
+        values."""
         self.self_attn.select(rows)
 
-    def lay_out_for_one_row(self):
-        """Let a head's keys and values lie together: the single query of an image reads them a third faster on a CPU,
-        while those of several beams do not."""
+    def make_cross_attn_contiguous(self):
+        """Lay each head's keys and values of the image out contiguously: a single query an image then reads them a
+        third faster on a CPU, while the queries of two or more beams do not."""
         if self.cross_attn is not None:
             self.cross_attn = tuple(part.contiguous() for part in self.cross_attn)
 
     def select_images(self, images):
-        """Keep what these images (1-D) say."""
+        """Keep the cross-attention keys and values of these images (1-D indices)."""
         if self.cross_attn is not None:
             self.cross_attn = tuple(part[images] for part in self.cross_attn)
 
 
-def next_token_scores(model, hidden):
-    """hidden states (..., embed_dim) -> float32 scores (..., vocab_size) of the next token; one that stands for unknown
-    words is ruled out, because it would leave a hole in the caption."""
-    scores = model.gpt.logits(hidden).float()
+def next_token_logits(model, hidden):
+    """hidden states (..., embed_dim) -> float32 logits (..., vocab_size) of the next token.
+
+    The logit of `unk_token_id` is -inf where the vocabulary has one: written, it would leave a gap in the caption.
+    """
+    logits = model.gpt.logits(hidden).float()
     if model.config.unk_token_id >= 0:
-        scores[..., model.config.unk_token_id] = -torch.inf
-    return scores
+        logits[..., model.config.unk_token_id] = -torch.inf
+    return logits
 
 
 class CachedDecoder:
-    """Scores of the next token for `rows_per_image` growing sequences an image, which share the image's tokens.
+    """Next-token logits for `rows_per_image` growing sequences an image, which share the image's tokens.
 
-    From `start` on, `sequences` are the ids so far (rows, T), `scores` the logits (rows, vocab_size) of what follows.
+    After `start`, `sequences` (rows, T) are the ids so far and `logits` (rows, vocab_size) those of the next token.
     """
 
-    shrinks = True  # images may leave the batch
+    can_drop_images = True
 
-    def __init__(self, model, rows_per_image, room):
-        """`room`: tokens of the longest sequence."""
-        self.model, self.rows_per_image, self.room = model, rows_per_image, room
+    def __init__(self, model, rows_per_image, max_length):
+        """`max_length`: tokens of the longest sequence."""
+        self.model, self.rows_per_image, self.max_length = model, rows_per_image, max_length
 
-    def start(self, encoder_states, prompts, filters):
-        """Begin with images and a prompt for each: `encoder_states` of the model, prompts (B, T); `filters`, functions
-        (ids (rows, T), scores (rows, vocab_size)) -> scores, are for `filtered`."""
-        self.encoder_states, self.filters = encoder_states, filters
-        self.caches = self.model.new_caches(self.room)
+    def start(self, encoder_states, prompts, logits_processors):
+        """Process the prompts (B, T) of a batch of images.
+
+        `encoder_states`: those of the model. `logits_processors`: functions (ids (rows, T), logits (rows, vocab_size))
+        -> logits, used by `process`.
+        """
+        self.encoder_states, self.logits_processors = encoder_states, logits_processors
+        self.caches = self.model.new_caches(self.max_length)
         self.sequences = prompts
-        self._decode(prompts)  # once for each image, then copied to its rows
+        self._decode(prompts)  # once an image, then copied to its rows
         if self.rows_per_image == 1:
             for cache in self.caches:
-                cache.lay_out_for_one_row()
+                cache.make_cross_attn_contiguous()
         else:
             self.select(torch.arange(len(prompts), device=prompts.device).repeat_interleave(self.rows_per_image))
-            self.scores = self.scores.repeat_interleave(self.rows_per_image, dim=0)
+            self.logits = self.logits.repeat_interleave(self.rows_per_image, dim=0)
 
-    def _decode(self, newest):
-        hidden = self.model.decode(newest, self.encoder_states, self.caches)[:, -1]  # (rows, embed_dim), last token
-        self.scores = next_token_scores(self.model, hidden)  # (rows, vocab_size)
+    def _decode(self, tokens):
+        hidden = self.model.decode(tokens, self.encoder_states, self.caches)[:, -1]  # (rows, embed_dim), last token
+        self.logits = next_token_logits(self.model, hidden)  # (rows, vocab_size)
 
-    def filtered(self, scores):
-        """scores (rows, vocab_size) after all filters."""
-        for apply in self.filters:
-            scores = apply(self.sequences, scores)
-        return scores
+    def process(self, logits):
+        """logits (rows, vocab_size) -> the same after all logits processors."""
+        for processor in self.logits_processors:
+            logits = processor(self.sequences, logits)
+        return logits
 
     def select(self, rows):
-        """Go on with these rows, which may repeat."""
+        """Keep the sequences `rows` (1-D, may repeat), in this order."""
         self.sequences = self.sequences[rows]
         for cache in self.caches:
             cache.select(rows)
 
     def keep_images(self, images):
-        """Go on with these images (1-D places) and their rows only -> the places of those rows."""
-        rows = (
-            images[:, None] * self.rows_per_image + torch.arange(self.rows_per_image, device=images.device)
-        ).flatten()
+        """Keep only these images (1-D indices) and their rows -> the old indices of those rows."""
+        offsets = torch.arange(self.rows_per_image, device=images.device)
+        rows = (images[:, None] * self.rows_per_image + offsets).flatten()  # (images * rows_per_image,)
         self.select(rows)
-        kept = {id(states): states[images] for states in self.encoder_states}  # blocks may share one
+        kept = {id(states): states[images] for states in self.encoder_states}  # blocks may share the same tensor
         self.encoder_states = [kept[id(states)] for states in self.encoder_states]
         for cache in self.caches:
             cache.select_images(images)
         return rows
 
-    def append(self, newest):
-        """Add a token (rows, 1) to each sequence."""
-        self.sequences = torch.cat([self.sequences, newest], dim=1)
-        self._decode(newest)
+    def append(self, tokens):
+        """Append a token to each sequence: tokens (rows, 1)."""
+        self.sequences = torch.cat([self.sequences, tokens], dim=1)
+        self._decode(tokens)
 
 
 class GraphedDecoder(CachedDecoder):
-    """A `CachedDecoder` whose steps are replayed from CUDA graphs: one for each length of prompts reads them; for each
-    length of the sequences one appends a token, another selects rows.
+    """A `CachedDecoder` that replays CUDA graphs: one for each length of the prompts processes them (prefill); for each
+    length of the sequences one appends a token and one selects rows.
 
-    Graphs read and write fixed addresses, so that what they share lies in tensors that are made once and then written
-    to. It serves as many batches of the same size as come, and finished images stay: other rows need other graphs.
+    Graphs read and write fixed addresses, so all tensors they share are allocated once and written in place. The
+    decoder serves any number of batches of the same size. Finished images stay in their batch: fewer rows would need
+    other graphs.
     """
 
-    shrinks = False
+    can_drop_images = False
 
-    def __init__(self, model, rows_per_image, room, images, device):
-        """For batches of so many images."""
-        super().__init__(model, rows_per_image, room)
-        rows = images * rows_per_image
-        self.prompts = torch.zeros(images, room, dtype=torch.long, device=device)
-        self.newest = torch.zeros(rows, 1, dtype=torch.long, device=device)
+    def __init__(self, model, rows_per_image, max_length, batch_size, device):
+        """`batch_size`: images of each batch."""
+        super().__init__(model, rows_per_image, max_length)
+        rows = batch_size * rows_per_image
+        self.prompts = torch.zeros(batch_size, max_length, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.rows = torch.zeros(rows, dtype=torch.long, device=device)
-        self.caches = model.new_caches(room)
-        self.scores = None  # it and what is in the caches are made by the first batch, which shows their dtypes
+        self.caches = model.new_caches(max_length)
+        self.logits = None  # allocated with the first batch, as are the tensors in the caches: it shows their dtypes
         self.graphs = CudaGraphs(device)
 
-    def start(self, encoder_states, prompts, filters):
-        self.filters = filters
+    def start(self, encoder_states, prompts, logits_processors):
+        self.logits_processors = logits_processors
         for block, states, cache in zip(self.model.gpt.trf_blocks, encoder_states, self.caches, strict=True):
-            projected = block.cross_attn.project(states, states)
+            keys_and_values = block.cross_attn.project(states, states)  # (B, heads, N, head_dim) each
             if cache.cross_attn is None:
-                cache.cross_attn = tuple(part.new_empty(part.shape) for part in projected)
-            for part, new in zip(cache.cross_attn, projected, strict=True):
+                cache.cross_attn = tuple(part.new_empty(part.shape) for part in keys_and_values)
+            for part, new in zip(cache.cross_attn, keys_and_values, strict=True):
                 part.copy_(new)
         length = prompts.size(1)
         self.prompts[:, :length] = prompts
         self.sequences = prompts.repeat_interleave(self.rows_per_image, dim=0)
-        self.graphs.run(("prompts", length), partial(self._read_prompts, length))
+        self.graphs.run(("prefill", length), partial(self._prefill, length))
 
-    def _decode(self, newest, caches):
-        """What the image says is in the caches already. -> scores (rows, vocab_size)"""
-        hidden = self.model.decode(newest, [None] * len(caches), caches)[:, -1]  # (rows, embed_dim), last token
-        return next_token_scores(self.model, hidden)
+    def _decode(self, tokens, caches):
+        """tokens (rows, T) -> logits (rows, vocab_size); cross-attention reads its keys and values from `caches`."""
+        hidden = self.model.decode(tokens, [None] * len(caches), caches)[:, -1]  # (rows, embed_dim), last token
+        return next_token_logits(self.model, hidden)
 
-    def _read_prompts(self, length):
-        fresh = self.model.new_caches(length)
-        for new, cache in zip(fresh, self.caches, strict=True):
+    def _prefill(self, length):
+        caches = self.model.new_caches(length)  # a row an image; copied to all rows below
+        for new, cache in zip(caches, self.caches, strict=True):
             new.cross_attn = cache.cross_attn
-        scores = self._decode(self.prompts[:, :length], fresh)  # (B, vocab_size)
-        if self.scores is None:
-            self.scores = scores.new_empty(len(self.rows), scores.size(1))
-        self._to_rows(self.scores, scores)
-        for own, new in ((cache.self_attn, new.self_attn) for cache, new in zip(self.caches, fresh, strict=True)):
-            if own.keys is None:
+        logits = self._decode(self.prompts[:, :length], caches)  # (B, vocab_size)
+        if self.logits is None:
+            self.logits = logits.new_empty(len(self.rows), logits.size(1))
+        self._copy_to_rows(self.logits, logits)
+        for cache, new in zip(self.caches, caches, strict=True):
+            self_attn, new = cache.self_attn, new.self_attn
+            if self_attn.keys is None:
                 _, heads, _, head_dim = new.keys.shape
-                own.keys, own.values = (
-                    new.keys.new_empty(len(self.rows), heads, self.room, head_dim) for _ in range(2)
-                )
-            self._to_rows(own.keys[:, :, :length], new.keys)
-            self._to_rows(own.values[:, :, :length], new.values)
+                shape = len(self.rows), heads, self.max_length, head_dim
+                self_attn.keys, self_attn.values = new.keys.new_empty(shape), new.keys.new_empty(shape)
+            self._copy_to_rows(self_attn.keys[:, :, :length], new.keys)
+            self._copy_to_rows(self_attn.values[:, :, :length], new.values)
 
-    def _to_rows(self, rows, images):
-        """Write what there is of each image (B, ...) to its rows (B * rows_per_image, ...)."""
+    def _copy_to_rows(self, rows, images):
+        """Write the values of each image (B, ...) to all its rows (B * rows_per_image, ...)."""
         rows.unflatten(0, (len(images), self.rows_per_image)).copy_(images[:, None])
 
-    def append(self, newest):
-        self.sequences = torch.cat([self.sequences, newest], dim=1)
-        self.newest.copy_(newest)
+    def append(self, tokens):
+        self.sequences = torch.cat([self.sequences, tokens], dim=1)
+        self.tokens.copy_(tokens)
         length = self.sequences.size(1)
         self.graphs.run(("append", length), partial(self._append, length))
 
     def _append(self, length):
         for cache in self.caches:
             cache.self_attn.length = length - 1
-        self.scores.copy_(self._decode(self.newest, self.caches))
+        self.logits.copy_(self._decode(self.tokens, self.caches))
 
     def select(self, rows):
         self.sequences = self.sequences[rows]
@@ -197,47 +203,48 @@ class GraphedDecoder(CachedDecoder):
                 part.copy_(part[self.rows])
 
     def keep_images(self, images):
-        raise NotImplementedError("images do not leave a batch that is decoded by CUDA graphs")
+        raise NotImplementedError("a batch that is decoded by CUDA graphs keeps all its images")
 
 
 @contextmanager
-def decoder_for(model, encoder_states, rows_per_image, room, weights):
-    """A decoder for a batch of images with these `encoder_states`, not started yet.
+def decoder_for(model, encoder_states, rows_per_image, max_length, weight_addresses):
+    """Context with a decoder, not started yet, for a batch of images with these `encoder_states`.
 
-    A `GraphedDecoder` is kept for the next batch of its kind, and a new one made where the weights have moved: graphs
-    know the addresses of the model's own parameters and of `weights`, those that `packed_linears` put in their place.
+    A `GraphedDecoder` is kept for the next batch that it fits. Where weights have moved a new one is made, because
+    graphs hold the addresses of the model's own parameters and of those that `packed_linears` puts in their place
+    (`weight_addresses`).
     """
     device = encoder_states[0].device
-    if not (CUDA_GRAPHS and device.type in GRAPH_DEVICES):
-        yield CachedDecoder(model, rows_per_image, room)
+    if not (CUDA_GRAPHS and device.type in CUDA_GRAPH_DEVICES):
+        yield CachedDecoder(model, rows_per_image, max_length)
         return
-    room = -(-room // ROOM) * ROOM
+    max_length = -(-max_length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     tensors = [*model.gpt.parameters(), *model.gpt.buffers()]
-    kind = (
+    key = (  # everything that the graphs depend on
         rows_per_image,
-        room,
+        max_length,
         [(states.shape, states.dtype) for states in encoder_states],
         torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
         model.config.unk_token_id,
         [(tensor.data_ptr(), tensor.dtype) for tensor in tensors],
-        weights,
+        weight_addresses,
     )
-    kept = _kept.setdefault(model, [])
-    with _lock:  # taken out while it is used: another thread then makes its own
-        places = [i for i, (its_kind, _) in enumerate(kept) if its_kind == kind]
-        decoder = kept.pop(places[-1])[1] if places else None
-    decoder = decoder or GraphedDecoder(model, rows_per_image, room, len(encoder_states[0]), device)
+    kept = _kept_decoders.setdefault(model, [])
+    with _lock:  # removed while it is used: another thread then makes its own
+        matches = [i for i, (other, _) in enumerate(kept) if other == key]
+        decoder = kept.pop(matches[-1])[1] if matches else None
+    decoder = decoder or GraphedDecoder(model, rows_per_image, max_length, len(encoder_states[0]), device)
     decoder.model = model
     yield decoder
-    decoder.model = None  # or the model would never be forgotten
+    decoder.model = None  # else the kept decoder would keep the model alive
     with _lock:
-        kept.append((kind, decoder))
-        del kept[:-DECODERS_KEPT]
+        kept.append((key, decoder))
+        del kept[:-MAX_KEPT_DECODERS]
 
 
 @contextmanager
-def without_graphs():
-    """Inside, decoding does without CUDA graphs: for few batches, and where memory is short."""
+def cuda_graphs_disabled():
+    """Context in which decoding does not use CUDA graphs: for few batches, or where memory is short."""
     global CUDA_GRAPHS
     before, CUDA_GRAPHS = CUDA_GRAPHS, False
     try:

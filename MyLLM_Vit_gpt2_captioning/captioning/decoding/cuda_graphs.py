@@ -1,7 +1,7 @@
-"""CUDA graphs: work that a GPU repeats without waiting for Python.
+"""CUDA graphs: capture the kernels of a function once, then replay them without waiting for Python.
 
-A decoding step is hundreds of kernels so small that each is over before Python has asked for the next. A graph records
-them once and then starts them all with a single call.
+A decoding step is hundreds of kernels so small that each is over before Python has launched the next. A graph launches
+them all with a single call.
 """
 
 import threading
@@ -11,49 +11,54 @@ from functools import cache
 
 import torch
 
-_recording = threading.Lock()
+_capture_lock = threading.Lock()
 
 
 class CudaGraphs:
-    """Functions that are run once, recorded the second time and replayed from then on.
+    """Functions that run eagerly the first time, are captured the second time and replayed from then on.
 
-    `run(key, function)`: a function without arguments or result, which reads and writes tensors that stay where they
-    are for as long as this object is used. The recording repeats the same kernels on the same addresses: what the
-    function asks of Python, shapes and numbers included, must follow from `key`, and it may not wait for the GPU.
+    `run(key, function)`: a function without arguments or result, which reads and writes tensors that keep their
+    addresses as long as this object is used. A graph repeats the same kernels on the same addresses, so everything that
+    the function does in Python, with shapes and numbers, must depend on `key` only, and it may not synchronise with the
+    GPU.
     """
 
     def __init__(self, device):
         self.device = device
-        self.replays = {}  # {key: None after the first run, then what replays the recording}
-        self.records = True
+        self.replays = {}  # {key: None after the eager run, then the function that replays the graph}
+        self.enabled = True
         self.pool = None
 
     def run(self, key, function):
-        """Do what `function` does. It is run itself when `key` is new, which also loads its kernels: a recording may
-        not. A function that cannot be recorded is run itself every time, with a warning."""
-        if self.records and key in self.replays and self.replays[key] is None:
+        """Do what `function` does.
+
+        The first run of a `key` is eager, which also loads the kernels: that is not allowed during capture. A function
+        that cannot be captured stays eager, with a warning.
+        """
+        if self.enabled and key in self.replays and self.replays[key] is None:
             try:
-                self.replays[key] = self.record(function)
+                self.replays[key] = self.capture(function)
             except RuntimeError as error:
-                self.records = False
-                cause = error.__context__ or error  # the end of a recording only says that something went wrong in it
+                self.enabled = False
+                cause = error.__context__ or error  # the end of a capture only says that something in it failed
                 warnings.warn(f"decoding goes on without CUDA graphs, more slowly: {cause}", stacklevel=2)
         replay = self.replays.setdefault(key, None)
         (replay or function)()
 
-    def record(self, function):
-        """-> a function that repeats what `function` asks of the GPU; nothing is done now.
+    def capture(self, function):
+        """-> a function that replays the kernels of `function`; nothing is computed during the capture.
 
         The method of PyTorch's notes on CUDA graphs (docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). All
-        recordings share one pool of memory: what they leave there is needed by none of the others.
+        graphs share one memory pool: none of them needs what another has left there.
         """
-        # One at a time, and whatever happens the stream of before is the current one again.
-        with _recording, torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.current_stream(self.device)):
+        # One capture at a time; whatever happens, the current stream is restored.
+        with _capture_lock, torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.current_stream(self.device)):
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            # Data loaders pin memory in a thread of their own, which would break a recording that minds all threads.
+            # "thread_local", because data loaders pin memory in a thread of their own, which would invalidate a capture
+            # that watches all threads.
             with (
-                torch.cuda.graph(graph, self.pool, _stream(self.device), capture_error_mode="thread_local"),
+                torch.cuda.graph(graph, self.pool, _capture_stream(self.device), capture_error_mode="thread_local"),
                 _autocast_without_cache(self.device.type),
             ):
                 function()
@@ -61,13 +66,13 @@ class CudaGraphs:
 
 
 @cache
-def _stream(device):
-    """Where all recordings of a device are made: cuBLAS keeps memory for each stream it has ever worked on."""
+def _capture_stream(device):
+    """The one stream for all captures of a device: cuBLAS keeps a workspace for every stream it has ever run on."""
     return torch.cuda.Stream(device)
 
 
 def _autocast_without_cache(device):
-    """Autocast as it is, but without keeping weights that it has cast: they would lie in the recording's memory."""
+    """The current autocast mode, but without its cache of cast weights, which would lie in the graph's memory pool."""
     if not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)

@@ -1,15 +1,18 @@
-"""Image encoders behind one contract: `levels(images)` is a list of (B, N, C), N image tokens of C channels each.
+"""Image encoders behind one interface: `levels(images)` is a list of (B, N, C), N image tokens of C channels each.
 
-A ViT is `embed(images)`, then `step(i, tokens)` for each decoder block i. In "stepped" coupling `embed` only makes the
-patch tokens and step i runs the ViT's i-th share of blocks, so that decoder block i attends to that depth: as many
-levels as decoder blocks. In "final" coupling `embed` runs the whole encoder, its own final norm included, `step` hands
-the tokens on unchanged, and there is one level. A CNN makes its last feature map, or several: see `GridEncoder`.
+A ViT is run as `embed(images)`, then `step(i, tokens)` for each decoder block i. In "stepped" coupling `embed` only
+computes the patch tokens and step i runs the ViT's i-th share of blocks, so that decoder block i attends to that depth:
+there are as many levels as decoder blocks. In "final" coupling `embed` runs the whole encoder, its final norm included,
+`step` returns the tokens unchanged, and there is one level. A CNN gives its last feature map, or its last few: see
+`GridEncoder`.
 
-timm is imported in the functions that use it. That takes seconds (torchvision and torch's compiler come with it), and a
-trained captioner with a plain ViT does not need it: see plain_vit.py.
+timm is imported in the functions that use it. The import takes seconds, because torchvision and torch's compiler come
+with it, and a trained captioner with a plain ViT does not need it: see plain_vit.py.
 """
 
+import difflib
 import math
+import re
 import sys
 from contextlib import contextmanager
 from functools import partial
@@ -26,42 +29,58 @@ from captioning.model import hugging_face, plain_vit
 COUPLINGS = ("stepped", "final")
 
 
-def input_config(name, options=None):
-    """What preprocessing has to make of a photo for the timm model `name` -> (img_size, mean, std).
+def timm_data_config(name, options=None):
+    """The input that the timm model `name` expects -> (img_size, mean, std), from timm's data config for its weights.
 
-    img_size in pixels of a square; mean and std one value a channel, for pixel values in 0..1. They come from the data
-    config that timm keeps beside the model's weights. Raises ValueError for an unknown name.
+    img_size is the side of a square in pixels; mean and std have one value a channel, for pixel values in 0..1.
+    Raises ValueError for an unknown model name or tag, with the nearest known ones.
     """
     import timm
     from timm.data import resolve_data_config
 
-    if not timm.is_model(name.split(".")[0]):
-        near = timm.list_models(f"*{name.split('.')[0][:8]}*")[:5]
-        raise ValueError(f"timm has no model {name!r}" + (f"; it has {', '.join(near)}" if near else ""))
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise ValueError(f"timm has no model {name!r}{_suggestions(architecture, timm.list_models())}")
     try:
         pretrained_cfg = timm.get_pretrained_cfg(name).to_dict()
-    except RuntimeError as error:  # an unknown tag behind the dot
-        raise ValueError(f"timm cannot make {name}: {error}") from error
+    except RuntimeError as error:
+        tags = timm.list_pretrained(f"{architecture}.*")
+        raise ValueError(f"timm has no weights {tag!r} of {architecture}{_suggestions(name, tags)}") from error
     data_config = resolve_data_config(pretrained_cfg=pretrained_cfg)
     img_size = (options or {}).get("img_size", data_config["input_size"][-1])
     return img_size, tuple(data_config["mean"]), tuple(data_config["std"])
 
 
-def resolve_encoder(config):
-    """The constants of a model_config that change when its encoder is put into timm's words -> dict.
+def _suggestions(name, known):
+    """The end of an error message: up to five of the `known` names that `name` may stand for, the nearest first.
 
-    A transformers vision model (ViT or CLIP, folder or hub id) as `encoder` becomes the timm architecture that is its
-    equal: its sizes go to `encoder_options`, its weights to `encoder_weights`, mean and std to `preprocessing`. A timm
-    name stays. Raises FileNotFoundError, or ValueError that names an architecture that is neither ViT nor CLIP.
+    First choice are similar names of the same family (vit_base_patch16_225, resnet5), then names with the same parts
+    in another order (clip_vit_base), then similar names of any family (resnt50).
     """
-    source = config.encoder.removeprefix("timm/")  # timm's models on the hub are called by their names
+    name = re.sub(r"[-/ ]", "_", name.lower())
+    family, parts = re.split(r"[\d_.]", name)[0], [part for part in re.split(r"[_.]", name) if part]
+    similar = partial(difflib.get_close_matches, name, n=5)
+    near = similar([other for other in known if other.startswith(family)], cutoff=0.4)
+    near = near or [other for other in known if parts and all(part in other for part in parts)][:5] or similar(known)
+    return f"; did you mean {', '.join(near)}?" if near else "; timm.list_models() lists all names"
+
+
+def resolve_encoder(config):
+    """The constants of a model_config that replace a transformers vision model as encoder by its timm equivalent
+    -> dict.
+
+    A ViT or CLIP of transformers (folder or hub id) becomes the timm architecture that computes the same: its sizes go
+    to `encoder_options`, its weights to `encoder_weights`, its mean and std to `preprocessing`. A timm name stays.
+    Raises FileNotFoundError, or ValueError that names an architecture that is neither ViT nor CLIP.
+    """
+    source = config.encoder.removeprefix("timm/")  # on the hub, timm's models lie in timm/<name>
     if not (Path(source).is_dir() or "/" in source):
         return {"encoder": source}
     import timm
 
     if timm.is_model(source.split(".")[0]):
         return {"encoder": source}
-    name, options, preprocessing, _ = hugging_face.read_tower(source)
+    name, options, preprocessing, _ = hugging_face.read_vision_tower(source)
     return {
         "encoder": name,
         "encoder_options": options | config.encoder_options,
@@ -71,54 +90,62 @@ def resolve_encoder(config):
 
 
 def preprocessing_of(config):
-    """The arguments of `preprocessing.preprocess` for a captioner's `config`: what the encoder was trained with, and
-    on top of it what `config.preprocessing` says. Raises ValueError for a key that is not one of them."""
+    """The arguments of `preprocessing.preprocess` for a captioner's `config`: those that the encoder was trained with,
+    overridden by `config.preprocessing`.
+
+    Raises ValueError for an unknown key, and for a value that is out of range.
+    """
     plain = plain_vit.options_of(config.encoder, config.encoder_options)
-    if plain and {"mean", "std"} <= config.preprocessing.keys():  # as in a trained captioner: no need to ask timm
+    if plain and {"mean", "std"} <= config.preprocessing.keys():  # a trained captioner's: timm is not needed
         img_size, mean, std = plain["img_size"], None, None
     else:
-        img_size, mean, std = input_config(config.encoder, config.encoder_options)
-    own = dict(img_size=img_size, mean=mean, std=std, resample="bicubic")
-    unknown = config.preprocessing.keys() - own.keys()
+        img_size, mean, std = timm_data_config(config.encoder, config.encoder_options)
+    defaults = dict(img_size=img_size, mean=mean, std=std, resample="bicubic")
+    unknown = config.preprocessing.keys() - defaults.keys()
     if unknown:
         raise ValueError(f"preprocessing has no {', '.join(sorted(unknown))}; it has mean, std and resample")
-    chosen = own | config.preprocessing
+    chosen = defaults | config.preprocessing
     if chosen["img_size"] != img_size:
         raise ValueError(f"preprocessing: img_size is the encoder's, {img_size}; change it in encoder_options")
     if chosen["resample"] not in ("bicubic", "bilinear"):
         raise ValueError(f"preprocessing: resample {chosen['resample']!r} is neither bicubic nor bilinear")
     for key in ("mean", "std"):
         value = chosen[key]
-        if not (
-            isinstance(value, (list, tuple)) and len(value) == 3 and all(isinstance(v, (int, float)) for v in value)
-        ):
+        is_triple = isinstance(value, (list, tuple)) and len(value) == 3
+        if not (is_triple and all(isinstance(v, (int, float)) for v in value)):
             raise ValueError(f"preprocessing: {key} {value!r} is not one number for each of three channels")
     return chosen
 
 
-def run_block(block, *inputs, again=False, **options):
-    """block(*inputs, **options); `again`: its activations are not kept but computed again in the backward pass, with
-    the same dropout (Chen et al. 2016)."""
-    if again and torch.is_grad_enabled():
+def run_block(block, *inputs, recompute=False, **options):
+    """block(*inputs, **options), with gradient checkpointing if `recompute`: the activations are not kept but computed
+    again in the backward pass, with the same dropout (Chen et al. 2016)."""
+    if recompute and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False, **options)
     return block(*inputs, **options)
 
 
 class Encoder(nn.Module):
-    """The contract, with the `step` of final coupling. `widths` are the channels C of a token on each level, as
-    the decoder gets it: behind `refine`."""
+    """The interface of all encoders, with the `step` of final coupling.
+
+    `widths` are the channels C of each level's tokens as the decoder gets them, after `refine`.
+    """
 
     coupling = "final"
-    gradient_checkpointing = False  # of a ViT's blocks
-    normalized = False  # True when the last level leaves through the encoder's own final norm
-    width = property(lambda self: self.widths[-1])
+    gradient_checkpointing = False  # recompute a ViT's blocks in the backward pass
+    normalized = False  # True when the last level has passed the encoder's own final norm
+
+    @property
+    def width(self):
+        """Channels of the last level's tokens."""
+        return self.widths[-1]
 
     def levels(self, images):
-        """images (B, 3, H, W) -> list of tokens (B, N, C) as the timm model makes them, in front of `refine`."""
+        """images (B, 3, H, W) -> list of tokens (B, N, C) as the timm model computes them, before `refine`."""
         return [self.embed(images)]
 
     def refine(self, levels):
-        """What is trained from scratch on top of pretrained features: list of (B, N, C) -> list of (B, N, C)."""
+        """The layers trained from scratch on top of the pretrained features: list of (B, N, C) -> list of (B, N, C)."""
         return levels
 
     def embed(self, images):
@@ -130,13 +157,13 @@ class Encoder(nn.Module):
         return tokens
 
     def stages(self):
-        """The parts of the timm model that run one after the other: blocks of a ViT, stages of a CNN."""
+        """The parts of the timm model that run one after the other: the blocks of a ViT, the stages of a CNN."""
         raise NotImplementedError
 
     def parameters_before(self, last):
-        """Names of the parameters in front of the `last` stages; with 0 all but the refiner's.
+        """Names of the parameters that come before the `last` stages; with 0 all names except the refiner's.
 
-        Raises ValueError when there are fewer stages.
+        Raises ValueError when the encoder has fewer stages.
         """
         stages = self.stages()
         if last > len(stages):
@@ -150,31 +177,31 @@ class Encoder(nn.Module):
 
 
 class ViTEncoder(Encoder):
-    """A timm VisionTransformer or Eva, or the one of plain_vit.py: class and register tokens, then the patches, as timm
-    orders them."""
+    """A timm VisionTransformer or Eva, or the ViT of plain_vit.py. Its tokens are in timm's order: class and register
+    tokens first, then the patches."""
 
     def __init__(self, vit, steps, coupling):
         super().__init__()
         self.vit, self.coupling = vit, coupling
         self.widths = (vit.num_features,) * (steps if coupling == "stepped" else 1)
         self.normalized = coupling == "final"
-        # Step i runs blocks[bounds[i]:bounds[i + 1]]. With as many blocks as steps that is one block a step.
+        # Step i runs blocks[bounds[i]:bounds[i + 1]]: one block if there are as many blocks as steps.
         self.bounds = [round(i * len(vit.blocks) / steps) for i in range(steps + 1)]
-        if isinstance(vit.norm, nn.Identity):  # towers that pool keep their norm behind the pooling: here it is due
-            vit.norm = vit.fc_norm  # for each token
+        if isinstance(vit.norm, nn.Identity):  # a ViT with average pooling has its norm after the pooling (fc_norm)
+            vit.norm = vit.fc_norm  # here it is applied to each token
         if coupling == "stepped":
-            vit.norm = nn.Identity()  # made for the last depth only: here every depth gets a norm of its own
-        vit.fc_norm, vit.attn_pool = nn.Identity(), None  # no pooling, so no weights for it
+            vit.norm = nn.Identity()  # trained for the last depth only; the bridges normalise each depth if wanted
+        vit.fc_norm, vit.attn_pool = nn.Identity(), None  # nothing is pooled
         self.rotary = None
 
     def embed(self, images):
         tokens = self.vit.patch_embed(images)  # (B, N_patches, C)
-        tokens = self.vit._pos_embed(tokens)  # (B, N, C): class token in front, position added
-        if isinstance(tokens, tuple):  # an Eva turns queries and keys in each block by the patch's position
-            tokens, self.rotary = tokens  # the same for all images, so keeping it makes no image depend on another
+        tokens = self.vit._pos_embed(tokens)  # (B, N, C): class token in front, positions added
+        if isinstance(tokens, tuple):  # an Eva rotates queries and keys in each block by the patch's position (RoPE)
+            tokens, self.rotary = tokens  # the rotations are the same for all images
         else:
             tokens = self.vit.patch_drop(tokens)
-        tokens = self.vit.norm_pre(tokens)  # CLIP has one, elsewhere identity
+        tokens = self.vit.norm_pre(tokens)  # CLIP's norm before the first block; identity elsewhere
         if self.coupling == "stepped":
             return tokens
         return self.vit.norm(self._run(tokens, 0, len(self.vit.blocks)))
@@ -182,7 +209,7 @@ class ViTEncoder(Encoder):
     def levels(self, images):
         levels, tokens = [], self.embed(images)
         for i in range(len(self.widths)):
-            tokens = self.step(i, tokens)  # (B, N, C), one share of the ViT deeper
+            tokens = self.step(i, tokens)  # (B, N, C)
             levels.append(tokens)
         return levels
 
@@ -193,14 +220,14 @@ class ViTEncoder(Encoder):
         return list(self.vit.blocks)
 
     def _run(self, tokens, start, end):
-        """tokens (B, N, C) through the blocks start..end-1."""
+        """tokens (B, N, C) -> (B, N, C) after the blocks start..end-1."""
         for i in range(start, end):
             options = {}
             if self.rotary is not None:
                 options["rope"] = self.rotary[i] if self.vit.rope_mixed else self.rotary
-            tokens = run_block(self.vit.blocks[i], tokens, again=self.gradient_checkpointing, **options)
+            tokens = run_block(self.vit.blocks[i], tokens, recompute=self.gradient_checkpointing, **options)
         if end == len(self.vit.blocks):
-            self.rotary = None  # done with these images
+            self.rotary = None
         return tokens
 
 
@@ -211,17 +238,17 @@ def _has_weights(module):
 class GridEncoder(Encoder):
     """Any other timm model: each cell of its last feature map is a token, row by row.
 
-    With `feature_levels` above 1 the maps of earlier stages become tokens too, on the grid of the last one: a cell that
-    covers 2 x 2 of an earlier map has their channels side by side. With coupling "final" the decoder reads all levels
-    at once, with "stepped" its blocks read from the first level to the last.
+    With `feature_levels` above 1 the maps of earlier stages become tokens too, on the grid of the last map: a cell that
+    covers 2 x 2 cells of an earlier map holds their channels side by side. With coupling "final" every decoder block
+    attends to all levels at once; with "stepped" the first blocks attend to the first level, the last to the last.
     """
 
     def __init__(self, model, img_size, refiner=None, feature_levels=1, coupling="final"):
         """`refiner`: arguments of `ConvolutionalRefiner`, {} or None for none."""
         super().__init__()
-        # Channels last in memory: EfficientNet's convolutions are then 1.8 times as fast on a CPU; GPUs like it too.
         if feature_levels < 1:
             raise ValueError(f"feature_levels must be at least 1, not {feature_levels}")
+        # With channels last in memory EfficientNet's convolutions are 1.8 times as fast on a CPU; GPUs gain as well.
         self.cnn, width = model.to(memory_format=torch.channels_last), model.num_features
         self.feature_levels = feature_levels
         self.coupling = coupling if feature_levels > 1 else "final"
@@ -229,25 +256,25 @@ class GridEncoder(Encoder):
         shape = tuple(getattr(features, "shape", ()))
         if feature_levels > 1 and len(shape) != 4:
             raise ValueError(f"feature_levels {feature_levels}: {type(model).__name__} makes no feature map")
-        # What a model makes of an image: a map with channels first (CNNs) or last (Swin), or already tokens (mixers).
+        # The output is a map with channels first (CNNs) or last (Swin), or tokens already (mixers).
         if len(shape) == 4 and shape[1] == width:
             self.channels_first = True
         elif (len(shape) == 4 or (len(shape) == 3 and shape[1] > 1)) and shape[-1] == width:
             self.channels_first = False
         else:
             raise ValueError(f"{type(model).__name__} makes no feature map or tokens of {width} channels")
-        # ConvNeXt and its like keep their final norm in the head, BEiT behind the pooling.
-        places = (getattr(getattr(model, "head", None), "norm", None), getattr(model, "fc_norm", None))
-        norms = [norm for norm in places if _has_weights(norm) and next(norm.parameters()).shape == (width,)]
+        # ConvNeXt and similar models have their final norm in the head, BEiT after the pooling.
+        candidates = (getattr(getattr(model, "head", None), "norm", None), getattr(model, "fc_norm", None))
+        norms = [norm for norm in candidates if _has_weights(norm) and next(norm.parameters()).shape == (width,)]
         self.normalized = bool(norms)
         self.norm = norms[0] if norms else nn.Identity()
-        for part in ("head", "fc_norm"):  # pooling and classifier, unless a model calls something else so
-            kept = getattr(model, part, None)
-            if kept is not None:
+        for part in ("head", "fc_norm"):  # pooling and classifier; kept where a model uses the name for something else
+            module = getattr(model, part, None)
+            if module is not None:
                 setattr(model, part, nn.Identity())
                 if not torch.equal(features, self._probe(img_size)):
-                    setattr(model, part, kept)
-        self.refiner = None  # what is trained from scratch behind a pretrained encoder
+                    setattr(model, part, module)
+        self.refiner = None
         if refiner:
             if not self.channels_first:
                 raise ValueError(f"a refiner needs the feature map of a CNN; {type(model).__name__} makes none")
@@ -264,7 +291,7 @@ class GridEncoder(Encoder):
 
     @torch.no_grad()
     def _probe(self, img_size):
-        """What the model makes of an image without content; None when it has no `forward_features`."""
+        """The model's features of an image of zeros, in eval mode; None when it has no `forward_features`."""
         self.eval()
         images = torch.zeros(1, 3, img_size, img_size)
         features = self.cnn.forward_features(images) if hasattr(self.cnn, "forward_features") else None
@@ -286,26 +313,24 @@ class GridEncoder(Encoder):
             return [self._as_tokens(self.norm(self.cnn.forward_features(images)))]
         last, earlier = self._feature_maps(images)
         levels = []
-        for features in earlier:  # (B, C, h, w), at least as fine as the last map
-            ratio = math.ceil(features.size(-1) / self.grid(last))
-            features = F.adaptive_avg_pool2d(features, ratio * self.grid(last))  # as it is where the sizes divide
+        grid = last.size(-1 if self.channels_first else 1)  # cells a side of the last map
+        for features in earlier:  # (B, C, h, w), h and w at least `grid`
+            ratio = math.ceil(features.size(-1) / grid)
+            features = F.adaptive_avg_pool2d(features, ratio * grid)  # changes nothing where `grid` divides h
             levels.append(F.pixel_unshuffle(features, ratio).flatten(2).transpose(1, 2))  # (B, N, C * ratio ** 2)
         return [*levels, self._as_tokens(self.norm(last))]
 
-    def grid(self, features):
-        """Cells a side of the last map."""
-        return features.size(-1 if self.channels_first else 1)
-
     def _feature_maps(self, images):
-        """-> the last map as `forward_features` makes it, and those of the stages in front of it (B, C, h, w).
+        """-> (the last map as `forward_features` returns it, list of the maps (B, C, h, w) of the stages before it).
 
-        Raises ValueError when the model has fewer stages or cannot show them.
+        Raises ValueError when the model has fewer stages or no `forward_intermediates`.
         """
-        wanted = self.feature_levels
         stages = len(getattr(self.cnn, "feature_info", [])) if hasattr(self.cnn, "forward_intermediates") else 1
-        if stages < wanted:
-            raise ValueError(f"feature_levels {wanted}: {type(self.cnn).__name__} shows {stages} feature maps")
-        indices = list(range(stages - wanted, stages - 1))
+        if stages < self.feature_levels:
+            raise ValueError(
+                f"feature_levels {self.feature_levels}: {type(self.cnn).__name__} gives {stages} feature maps"
+            )
+        indices = list(range(stages - self.feature_levels, stages - 1))
         return self.cnn.forward_intermediates(images, indices=indices, output_fmt="NCHW")
 
     def refine(self, levels):
@@ -318,12 +343,13 @@ class GridEncoder(Encoder):
 
 
 class ConvolutionalRefiner(nn.Module):
-    """From a CNN's feature map to tokens that know of each other: 1x1 convolution, batch norm, ReLU, pooling to a fixed
-    grid, learned positions, then post-norm encoder layers (Vaswani et al. 2017) with a convolutional feed-forward."""
+    """A small transformer encoder on a CNN's feature map, trained from scratch: 1x1 convolution, batch norm, ReLU,
+    pooling to a fixed grid, learned positions, then post-norm encoder layers (Vaswani et al. 2017) with a convolutional
+    feed-forward."""
 
     def __init__(self, channels, width=512, grid=7, layers=2, heads=8, kernel=3, dropout=0.1):
-        """`channels` of the map come in, `width` go out; `grid` cells a side; `kernel` of the feed-forward's first
-        convolution, which runs over the row of tokens (odd, so that the row keeps its length)."""
+        """`channels` of the feature map, `width` of the tokens, `grid` cells a side after pooling. `kernel` is that of
+        the feed-forward's first convolution, which runs over the sequence of tokens (odd, to keep its length)."""
         super().__init__()
         if width % heads or kernel % 2 == 0:
             raise ValueError(f"refiner: width {width} must be a multiple of heads {heads}, and kernel {kernel} odd")
@@ -334,7 +360,7 @@ class ConvolutionalRefiner(nn.Module):
         self.layers = nn.ModuleList(RefinerLayer(width, heads, kernel, dropout) for _ in range(layers))
 
     def forward(self, tokens):
-        """tokens (B, h*h, channels), the cells of a square map row by row -> tokens (B, grid * grid, width)."""
+        """tokens (B, h*h, channels), the cells of a square map row by row -> (B, grid * grid, width)."""
         features = tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.size(1)), -1))  # (B, channels, h, h)
         tokens = self.pool(self.reduce(features)).flatten(2).transpose(1, 2) + self.positions  # (B, N, width)
         for layer in self.layers:
@@ -362,8 +388,8 @@ class RefinerLayer(nn.Module):
 
 
 class _SkipInit(TorchFunctionMode):
-    """Leaves tensors as they are where `torch.nn.init` would draw numbers. On the meta device it would draw none, but
-    for `normal_` torch imports its compiler there."""
+    """Makes the functions of `torch.nn.init` do nothing. On the meta device they have no effect anyway, but `normal_`
+    would import torch's compiler there."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -373,13 +399,14 @@ class _SkipInit(TorchFunctionMode):
 
 
 @contextmanager
-def frame_of(stored):
-    """The context in which to build the frame of a trained captioner, with the model_config `stored` (a dict).
+def meta_device_for(model_config):
+    """Context manager in which to build a model whose trained weights are loaded afterwards; `model_config` is a dict.
 
-    Around a plain ViT it is the meta device, on which tensors have a shape and no numbers: to draw random ones, only to
-    read others over them, would take seconds. timm's other models look at numbers when they are built.
+    With a plain ViT as encoder, parameters are made on the meta device, without memory and without random numbers:
+    drawing those, only to overwrite them, would take seconds. With other encoders it does nothing, because timm
+    computes with the values of some tensors while it builds them.
     """
-    if plain_vit.options_of(str(stored.get("encoder")), stored.get("encoder_options")):
+    if plain_vit.options_of(str(model_config.get("encoder")), model_config.get("encoder_options")):
         with torch.device("meta"), _SkipInit():
             yield
     else:
@@ -387,17 +414,17 @@ def frame_of(stored):
 
 
 def build_encoder(name, steps, coupling="stepped", options=None, weights="scratch", refiner=None, feature_levels=1):
-    """Make the timm model `name` and put it behind the contract.
+    """Build the timm model `name` -> `Encoder`.
 
-    `options` are keyword arguments of the timm model, such as {"img_size": 48, "depth": 3}. `weights` is "pretrained"
-    (timm downloads them), "scratch" (random), "stored" (those of a trained captioner, which are loaded afterwards: a
-    plain ViT is then made without timm), the path of a local weights file, or a transformers ViT or CLIP (folder or
-    hub id). `options` may also hold "norm_eps", the epsilon of a ViT's norms. A model without blocks to step gets
-    coupling "final" whatever `coupling` says, and a line is printed about it. `refiner`: arguments of
-    `ConvolutionalRefiner`, for a CNN that is to have one. `feature_levels`: last feature maps of a CNN that become
-    tokens; with two or more a CNN can be stepped.
+    `steps`: decoder blocks that attend to it. `options`: keyword arguments of the timm model, such as {"img_size": 48,
+    "depth": 3}, and "norm_eps", the epsilon of a ViT's norms. `weights`: "pretrained" (timm downloads them), "scratch"
+    (random), "stored" (those of a trained captioner, loaded afterwards; a plain ViT is then built without timm), the
+    path of a local weights file, or a transformers ViT or CLIP (folder or hub id). `refiner`: arguments of a
+    `ConvolutionalRefiner` for a CNN. `feature_levels`: how many of a CNN's last feature maps become tokens; with two or
+    more a CNN can be stepped. A model that cannot be stepped gets coupling "final" whatever `coupling` says, and a line
+    is printed about it.
     Raises ValueError for an unknown name, coupling or architecture, and FileNotFoundError that says what to do when
-    the weights are not to be had.
+    the weights cannot be found or downloaded.
     """
     if coupling not in COUPLINGS:
         raise ValueError(f"coupling {coupling!r} is not one of {', '.join(COUPLINGS)}")
@@ -408,12 +435,12 @@ def build_encoder(name, steps, coupling="stepped", options=None, weights="scratc
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
-    img_size, _, _ = input_config(name, options)
+    img_size, _, _ = timm_data_config(name, options)
     try:
         model = timm.create_model(name, pretrained=weights == "pretrained", **_timm_options(name, options))
     except (RuntimeError, TypeError) as error:  # no published weights, an unknown option
         raise ValueError(f"timm cannot make {name}: {error}") from error
-    except OSError as error:  # what huggingface_hub and urllib raise without a network
+    except OSError as error:  # huggingface_hub and urllib raise it without a network
         raise FileNotFoundError(
             f"the pretrained weights of {name} could not be downloaded ({type(error).__name__}); "
             "give a local file with --encoder_weights FILE (.safetensors or .pth, timm's key names)"
@@ -430,25 +457,27 @@ def build_encoder(name, steps, coupling="stepped", options=None, weights="scratc
         return ViTEncoder(model, steps, coupling)
     encoder = GridEncoder(model, img_size, refiner, feature_levels, coupling)
     if encoder.coupling == "stepped" and feature_levels > steps:
-        raise ValueError(f"feature_levels {feature_levels}: {steps} decoder blocks cannot step through so many")
+        raise ValueError(
+            f"feature_levels {feature_levels}: more than the {steps} decoder blocks that step through them"
+        )
     if coupling != encoder.coupling:
         print(f"{name} cannot be stepped: every decoder block attends to its last layer (coupling final)")
     return encoder
 
 
 def _timm_options(name, options):
-    """What timm is asked for: our options, without the classifier."""
+    """The keyword arguments of `timm.create_model` for `options`, without the classifier."""
     import timm
 
     options = dict(options or {}, num_classes=0)
     entrypoint = timm.models.model_entrypoint(name.split(".")[0])
-    family = vars(sys.modules[entrypoint.__module__])
-    if "norm_eps" in options:  # transformers' ViT has 1e-12; timm takes a layer, which JSON cannot hold
+    classes = vars(sys.modules[entrypoint.__module__])  # those of the model's family are defined in its module
+    if "norm_eps" in options:  # transformers' ViT has 1e-12; timm's option is a layer, which JSON cannot hold
         options["norm_layer"] = partial(nn.LayerNorm, eps=options.pop("norm_eps"))
-    if "Eva" in family:
-        options["dynamic_img_size"] = False  # all photos have one size here
-    if "img_size" in options and "VisionTransformer" not in family and "Eva" not in family:
-        try:  # a CNN takes any size and has no such option, a Swin has it
+    if "Eva" in classes:
+        options["dynamic_img_size"] = False  # all photos have the same size
+    if "img_size" in options and "VisionTransformer" not in classes and "Eva" not in classes:
+        try:  # a Swin has this option; a CNN has not, because it takes any size
             timm.create_model(name, **options)
         except TypeError:
             options.pop("img_size", None)
@@ -457,41 +486,42 @@ def _timm_options(name, options):
 
 def _load_local_weights(model, source, name, options):
     """Load a weights file with timm's key names, or a transformers ViT or CLIP (folder or hub id), strictly: only the
-    classifier, which the captioner does not have, may be left over.
+    weights of the classifier, which the captioner does not have, are ignored.
 
-    Raises FileNotFoundError, or ValueError that lists what does not fit.
+    Raises FileNotFoundError, or ValueError that lists the missing, unknown and wrongly shaped keys.
     """
     import timm
 
     path = Path(source)
     if not path.is_file() and path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
-        tower, tower_options, _, read = hugging_face.read_tower(source)
+        tower, tower_options, _, read_state_dict = hugging_face.read_vision_tower(source)
         if name != tower or not tower_options.items() <= options.items():
             raise ValueError(f"encoder_weights {source} is a transformers model: give it as --encoder {source}")
-        model.load_state_dict(read(model.state_dict()))
+        model.load_state_dict(read_state_dict(model.state_dict()))
         return
     if not path.is_file():
         raise FileNotFoundError(f"encoder_weights {path}: no such file")
     try:
         stored = timm.models.load_state_dict(str(path))
-        adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        if adapt:  # timm's own: older key names, positions for another image size
-            stored = adapt(stored, model)
+        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        if convert:  # timm's own: older key names, positions for another image size
+            stored = convert(stored, model)
         classifier = model.pretrained_cfg.get("classifier") or ()
         classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-        left_out = tuple(f"{part}." for part in (*classifier, "pre_logits"))
-        own = model.state_dict()
-        model.load_state_dict({k: v for k, v in stored.items() if k in own or not k.startswith(left_out)})
-    except Exception as error:  # whatever a foreign or damaged file makes of reading, adapting or loading
+        ignored = tuple(f"{part}." for part in (*classifier, "pre_logits"))
+        keys = model.state_dict().keys()
+        model.load_state_dict({k: v for k, v in stored.items() if k in keys or not k.startswith(ignored)})
+    except Exception as error:  # a damaged file may raise anything while it is read, converted or loaded
         raise ValueError(f"encoder_weights {path} does not fit {type(model).__name__}: {error}") from error
 
 
 @torch.no_grad()
 def _start_positions_from_sincos(vit):
-    """Let the learned positions of a random ViT start from the fixed 2-D sine-cosine table (Chen et al. 2021, MoCo v3;
-    Beyer et al. 2022). timm starts them at std 0.02, far below the patches: where things are is then learnt late."""
+    """Initialise the learned positions of a ViT trained from scratch with the 2-D sine-cosine table (Chen et al. 2021,
+    MoCo v3; Beyer et al. 2022). timm initialises them with std 0.02, far below the patch embeddings, so that where
+    things are is learnt late."""
     from timm.layers import build_sincos2d_pos_embed
 
     if vit.pos_embed is not None and vit.embed_dim % 4 == 0:
         table = build_sincos2d_pos_embed(vit.patch_embed.grid_size, vit.embed_dim)  # (N_patches, C)
-        vit.pos_embed[0, -len(table) :] = table  # behind the positions of class and register tokens, if any
+        vit.pos_embed[0, -len(table) :] = table  # after the positions of class and register tokens, if any

@@ -1,7 +1,8 @@
-"""Hugging Face checkpoints in and out: VisionEncoderDecoder captioners (ViT + GPT-2), ViT and CLIP vision towers.
+"""Convert Hugging Face checkpoints: VisionEncoderDecoder captioners (ViT + GPT-2) in both directions, ViT and CLIP
+vision towers to timm.
 
-Nothing is recomputed on the way, tensors are only renamed, split and joined, so that a round trip is exact to the bit.
-The names are those that transformers writes to disk; the names of its modules differ from version to version.
+Tensors are only renamed, split, joined and transposed, so that a round trip is exact to the bit. The names are those
+that transformers writes to disk; the names of its modules differ between versions.
 """
 
 import json
@@ -15,25 +16,25 @@ from captioning.common.files import CONFIG_FILE, TOKENIZER_FILE, write_atomicall
 from captioning.model.checkpoint import find_folder, load_config, load_weights
 from captioning.model.tokenizer import END_OF_TEXT
 
-CAPTIONER = "vision-encoder-decoder"  # the model_type of such a config.json
+MODEL_TYPE = "vision-encoder-decoder"  # in the config.json of a VisionEncoderDecoderModel
 WEIGHTS_FILE, TORCH_FILE = "model.safetensors", "pytorch_model.bin"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 SMALL_FILES = ("*.json", "merges.txt")  # configs, tokenizer, indices of sharded weights
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, which preprocessor_config.json holds
 
 
-# --- which of our tensors is which of theirs --------------------------------------------------------------------------
+# --- names of the same tensors in both libraries ----------------------------------------------------------------------
 
 
 class Pair(NamedTuple):
-    """Tensors that hold the same numbers: `ours`, stacked along the outputs, are `theirs`, stacked likewise."""
+    """Names of tensors with the same values: `ours` concatenated along dim 0 equal `theirs` concatenated."""
 
     ours: tuple
     theirs: tuple
-    conv1d: bool = False  # theirs is stored (in, out), ours (out, in)
+    conv1d: bool = False  # theirs is a Conv1D, stored (in, out); ours is (out, in)
 
 
-# Layers of a timm VisionTransformer and of transformers' ViTModel, then of its CLIPVisionModel.
+# Names in timm's VisionTransformer: names in transformers' ViTModel, then in its CLIPVisionModel.
 VIT_TENSORS = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings"}
 VIT_LAYERS = {"patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm"}
 VIT_BLOCK = "encoder.layer."
@@ -56,12 +57,18 @@ CLIP_BLOCK_LAYERS = {
     "mlp.fc1": ("mlp.fc1",),
     "mlp.fc2": ("mlp.fc2",),
 }
-# What a checkpoint of a tower may hold beside the tower: the layer behind the class token, a classifier, CLIP's text
-# half, and old versions' list of position numbers.
-BESIDE_THE_TOWER = (
-    "pooler.", "classifier.", "text_model.", "text_projection.", "visual_projection.", "logit_scale",
-    "embeddings.position_ids", "embeddings.mask_token",
-)  # fmt: skip
+# Prefixes of what the checkpoint of a vision tower may hold besides it: pooler, classifier, CLIP's text half, and the
+# position ids that old versions of transformers saved.
+NOT_OF_THE_TOWER = (
+    "pooler.",
+    "classifier.",
+    "text_model.",
+    "text_projection.",
+    "visual_projection.",
+    "logit_scale",
+    "embeddings.position_ids",
+    "embeddings.mask_token",
+)
 
 CROSS_ATTENTION = {
     "ln_cross.scale": "ln_cross_attn.weight",
@@ -75,67 +82,70 @@ CROSS_ATTENTION = {
 
 def _tower_pairs(depth, tensors, layers, block, block_layers):
     pairs = [Pair((ours,), (theirs,)) for ours, theirs in tensors.items()]
-    named = {ours: (theirs,) for ours, theirs in layers.items()}
+    layers = {ours: (theirs,) for ours, theirs in layers.items()}
     for i in range(depth):
-        named |= {
+        layers |= {
             f"blocks.{i}.{ours}": tuple(f"{block}{i}.{name}" for name in theirs)
             for ours, theirs in block_layers.items()
         }
-    for ours, theirs in named.items():
+    for ours, theirs in layers.items():
         for part in ("weight", "bias"):
             pairs.append(Pair((f"{ours}.{part}",), tuple(f"{name}.{part}" for name in theirs)))
     return pairs
 
 
 def vit_pairs(depth):
-    """Of a timm VisionTransformer of `depth` blocks and transformers' ViTModel."""
+    """List of `Pair` for a timm VisionTransformer of `depth` blocks (ours) and transformers' ViTModel (theirs)."""
     return _tower_pairs(depth, VIT_TENSORS, VIT_LAYERS, VIT_BLOCK, VIT_BLOCK_LAYERS)
 
 
 def clip_pairs(depth):
-    """Of a timm VisionTransformer of `depth` blocks with norm_pre and transformers' CLIPVisionModel."""
+    """List of `Pair` for a timm VisionTransformer of `depth` blocks with norm_pre and transformers' CLIPVisionModel."""
     return _tower_pairs(depth, CLIP_TENSORS, CLIP_LAYERS, CLIP_BLOCK, CLIP_BLOCK_LAYERS)
 
 
-def captioner_pairs(own, gpt2_name):
-    """Of a captioner with the state_dict `own` (ViT, final coupling) and a VisionEncoderDecoderModel (ViT, GPT-2).
+def captioner_pairs(state_dict, gpt2_name):
+    """List of `Pair` for a captioner with a ViT in final coupling and a VisionEncoderDecoderModel of ViT and GPT-2.
 
-    `gpt2_name` takes our name of a GPT-2 parameter to Hugging Face's, None for what GPT-2 does not have.
+    `state_dict` is the captioner's. `gpt2_name` maps our name of a GPT-2 parameter to Hugging Face's, and the name of a
+    parameter that GPT-2 does not have to None.
     """
-    depth = 1 + max((int(name.split(".")[3]) for name in own if name.startswith("encoder.vit.blocks.")), default=-1)
+    blocks = [int(name.split(".")[3]) for name in state_dict if name.startswith("encoder.vit.blocks.")]
+    depth = 1 + max(blocks, default=-1)
     pairs = [
         Pair(tuple(f"encoder.vit.{name}" for name in ours), tuple(f"encoder.{name}" for name in theirs))
         for ours, theirs, _ in vit_pairs(depth)
     ]
     pairs += [Pair((f"bridges.0.1.{part}",), (f"enc_to_dec_proj.{part}",)) for part in ("weight", "bias")]
-    for name in own:
+    for name in state_dict:
         if not name.startswith("gpt."):
             continue
         name = name.removeprefix("gpt.")
         theirs = gpt2_name(name)
         if theirs is None:
-            _, i, rest = name.split(".", 2)
-            if rest.startswith("cross_attn.k."):
-                both = tuple(f"gpt.trf_blocks.{i}.{rest.replace('.k.', f'.{x}.')}" for x in "kv")
-                their_name = f"decoder.transformer.h.{i}.crossattention.c_attn.{rest.rpartition('.')[2]}"
-                pairs.append(Pair(both, (their_name,), conv1d=rest.endswith("weight")))
-            if rest not in CROSS_ATTENTION:
+            _, i, layer = name.split(".", 2)
+            if layer.startswith("cross_attn.k."):  # keys and values are one layer in transformers
+                key_and_value = tuple(f"gpt.trf_blocks.{i}.{layer.replace('.k.', f'.{x}.')}" for x in "kv")
+                joint = f"decoder.transformer.h.{i}.crossattention.c_attn.{layer.rpartition('.')[2]}"
+                pairs.append(Pair(key_and_value, (joint,), conv1d=layer.endswith("weight")))
+            if layer not in CROSS_ATTENTION:
                 continue
-            theirs = f"h.{i}.{CROSS_ATTENTION[rest]}"
-        conv1d = theirs.startswith("h.") and own[f"gpt.{name}"].ndim == 2
+            theirs = f"h.{i}.{CROSS_ATTENTION[layer]}"
+        conv1d = theirs.startswith("h.") and state_dict[f"gpt.{name}"].ndim == 2
         pairs.append(Pair((f"gpt.{name}",), (f"decoder.transformer.{theirs}",), conv1d))
     return pairs
 
 
-def to_ours(theirs, pairs, own, source):
-    """Their state_dict -> ours, shaped like `own`, a state_dict of the model to load.
+def convert_from_hf(theirs, pairs, reference, source):
+    """transformers' state_dict `theirs` -> our state_dict, strictly.
 
-    Raises ValueError that names `source` and lists every key that is missing, unknown or wrongly shaped.
+    Keys, shapes and dtypes are those of `reference`, a state_dict of the model to load. Raises ValueError that names
+    `source` and lists every key that is missing, unknown or wrongly shaped.
     """
     theirs, ours, problems = dict(theirs), {}, []
     for pair in pairs:
-        if pair.ours[0] not in own:
-            continue  # the model lacks the layer (no bias, equal widths): if they have it, it stays and is unknown
+        if pair.ours[0] not in reference:
+            continue  # the model lacks this layer (no bias, equal widths): if the checkpoint has it, its key is unknown
         missing = [name for name in pair.theirs if name not in theirs]
         if missing:
             problems += [f"{name}: missing" for name in missing]
@@ -143,46 +153,48 @@ def to_ours(theirs, pairs, own, source):
         tensors = [theirs.pop(name) for name in pair.theirs]
         if pair.conv1d:
             tensors = [tensor.T for tensor in tensors]
-        rows = sum(own[name].shape[0] for name in pair.ours)
-        wanted = (rows // len(tensors), *own[pair.ours[0]].shape[1:])
+        rows = sum(reference[name].shape[0] for name in pair.ours)
+        expected = (rows // len(tensors), *reference[pair.ours[0]].shape[1:])
         for name, tensor in zip(pair.theirs, tensors, strict=True):
-            if _essential(tensor.shape) != _essential(wanted):
-                shape, needed = (tuple(s)[:: -1 if pair.conv1d else 1] for s in (tensor.shape, wanted))
+            if _squeezed(tensor.shape) != _squeezed(expected):
+                shape, needed = (tuple(s)[:: -1 if pair.conv1d else 1] for s in (tensor.shape, expected))
                 problems.append(f"{name}: shape {shape} where {needed} is needed")
                 break
         else:
-            joined = torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
-            parts = joined.chunk(len(pair.ours)) if len(pair.ours) > 1 else [joined]
-            for name, part in zip(pair.ours, parts, strict=True):
-                ours[name] = part.reshape(own[name].shape).to(own[name].dtype).contiguous()
+            for name, part in zip(pair.ours, _resplit(tensors, len(pair.ours)), strict=True):
+                ours[name] = part.reshape(reference[name].shape).to(reference[name].dtype).contiguous()
     problems += [f"{name}: unknown key" for name in theirs]
     if not problems:
-        problems = [f"{name}: nothing there for this layer" for name in own.keys() - ours.keys()]
+        problems = [f"{name}: nothing there for this layer" for name in reference.keys() - ours.keys()]
     if problems:
         raise ValueError(f"{source} does not fit the model:\n  " + "\n  ".join(sorted(problems)))
     return ours
 
 
-def _essential(shape):
+def _squeezed(shape):
     """A shape without its ones: a class token is (C,) in one library and (1, 1, C) in the other."""
     return [size for size in shape if size != 1]
 
 
-def to_theirs(ours, pairs):
-    """Our state_dict -> theirs. Raises ValueError that lists the layers for which they have no place."""
-    left, theirs = dict(ours), {}
+def _resplit(tensors, parts):
+    """Tensors -> as many tensors as `parts` says, with the same rows (dim 0) in the same order."""
+    joined = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    return joined.chunk(parts) if parts > 1 else [joined]
+
+
+def convert_to_hf(ours, pairs):
+    """Our state_dict -> transformers'. Raises ValueError that lists the keys without a counterpart there."""
+    remaining, theirs = dict(ours), {}
     for pair in pairs:
-        if pair.ours[0] not in left:
+        if pair.ours[0] not in remaining:
             continue
-        tensors = [left.pop(name) for name in pair.ours]
-        joined = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-        parts = joined.chunk(len(pair.theirs)) if len(pair.theirs) > 1 else [joined]
-        for name, part in zip(pair.theirs, parts, strict=True):
+        tensors = [remaining.pop(name) for name in pair.ours]
+        for name, part in zip(pair.theirs, _resplit(tensors, len(pair.theirs)), strict=True):
             theirs[name] = (part.T if pair.conv1d else part).contiguous()
-    if left:
+    if remaining:
         raise ValueError(
             "a VisionEncoderDecoderModel of ViT and GPT-2 has no place for these layers:\n  "
-            + "\n  ".join(sorted(left))
+            + "\n  ".join(sorted(remaining))
         )
     return theirs
 
@@ -191,7 +203,7 @@ def to_theirs(ours, pairs):
 
 
 def fetch(source):
-    """A folder, or a hub id of which config, tokenizer and weights are then downloaded -> Path of the folder."""
+    """A folder or a hub id -> Path of the folder; of a hub id, config, tokenizer and weights are downloaded."""
     if Path(source).is_dir():
         return Path(source)
     folder = find_folder(source, (*SMALL_FILES, WEIGHTS_FILE, "model-*.safetensors"))
@@ -213,7 +225,7 @@ def _weights_files(folder):
 
 
 def read_weights(folder):
-    """All tensors of a Hugging Face checkpoint folder. Raises FileNotFoundError or ValueError that names the file."""
+    """The state_dict in a Hugging Face checkpoint folder. Raises FileNotFoundError or ValueError naming the file."""
     files = _weights_files(folder)
     if not files:
         raise FileNotFoundError(f"{folder}: neither {WEIGHTS_FILE} nor {TORCH_FILE} is there")
@@ -228,23 +240,23 @@ def _read_json(path):
 
 
 def _transformers_config(folder):
-    """config.json as transformers understands it, with the defaults of what is not in the file."""
+    """config.json as a transformers config object, which adds defaults for the keys that the file lacks."""
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # huggingface_hub validates with classes of its own, which changed over time
+    except Exception as error:  # huggingface_hub's validation errors have had several classes
         raise ValueError(f"{folder / CONFIG_FILE}: not a config that transformers reads ({error})") from error
 
 
 def read_preprocessing(folder):
-    """preprocessor_config.json -> the keys of our preprocessing that it gives: mean, std, resample.
+    """preprocessor_config.json -> dict with those of mean, std and resample that it states.
 
-    Raises ValueError that names the file for what our preprocessing does not do.
+    Raises ValueError that names the file for settings that our preprocessing does not have.
     """
     path = folder / PREPROCESSOR_FILE
     stored = _read_json(path) if path.is_file() else {}
-    if not stored and (folder / "processor_config.json").is_file():  # where transformers 5 keeps it for some models
+    if not stored and (folder / "processor_config.json").is_file():  # transformers 5 writes this file for some models
         path = folder / "processor_config.json"
         stored = _read_json(path).get("image_processor", {})
     found = {}
@@ -265,9 +277,9 @@ def read_preprocessing(folder):
 
 
 def _vit_options(vit, source):
-    """A transformers ViTConfig or CLIPVisionConfig -> (timm name, options, function that makes the pairs).
+    """A transformers ViTConfig or CLIPVisionConfig -> (timm name, options, `vit_pairs` or `clip_pairs`).
 
-    The options make timm build exactly this architecture. Raises ValueError for any other model, by its name.
+    With the options timm builds exactly this architecture. Raises ValueError that names the model type of any other.
     """
     kinds = {
         ("vit", "gelu"): ("vit_base_patch16_224", vit_pairs),
@@ -282,7 +294,7 @@ def _vit_options(vit, source):
     size = vit.image_size if isinstance(vit.image_size, int) else vit.image_size[0]
     if vit.image_size not in (size, [size, size], (size, size)):
         raise ValueError(f"{source}: image_size {vit.image_size} is not a square")
-    return name, dict(
+    options = dict(
         img_size=size,
         patch_size=vit.patch_size,
         embed_dim=vit.hidden_size,
@@ -291,60 +303,61 @@ def _vit_options(vit, source):
         mlp_ratio=(vit.intermediate_size + 0.5) / vit.hidden_size,  # timm multiplies and cuts off the fraction
         qkv_bias=getattr(vit, "qkv_bias", True),
         norm_eps=vit.layer_norm_eps,
-    ), pairs  # fmt: skip
+    )
+    return name, options, pairs
 
 
-def read_tower(source):
+def read_vision_tower(source):
     """A transformers vision model (ViT, CLIP or its vision half), folder or hub id ->
-    (timm name, options of the timm model, preprocessing it asks for, function that reads its weights).
+    (timm name, options of the timm model, preprocessing, read_state_dict).
 
-    The function takes a state_dict of the timm model and returns one to load. Raises FileNotFoundError, or ValueError
-    that names an architecture that is neither.
+    `read_state_dict` takes a state_dict of the timm model and returns the one to load. Raises FileNotFoundError, or
+    ValueError that names an architecture that is neither ViT nor CLIP.
     """
     folder = find_folder(source, SMALL_FILES)
     config = _transformers_config(folder)
-    config = getattr(config, "vision_config", config)  # a whole CLIP
+    config = getattr(config, "vision_config", config)  # of a whole CLIP, its vision half
     name, options, pairs = _vit_options(config, source)
 
-    def read(own):
+    def read_state_dict(reference):
         theirs = read_weights(fetch(source))
         prefixes = [prefix for prefix in ("vision_model.", "vit.") if any(key.startswith(prefix) for key in theirs)]
         for prefix in prefixes:
             theirs = {key.removeprefix(prefix): tensor for key, tensor in theirs.items()}
-        theirs = {key: tensor for key, tensor in theirs.items() if not key.startswith(BESIDE_THE_TOWER)}
-        return to_ours(theirs, pairs(options["depth"]), own, source)
+        theirs = {key: tensor for key, tensor in theirs.items() if not key.startswith(NOT_OF_THE_TOWER)}
+        return convert_from_hf(theirs, pairs(options["depth"]), reference, source)
 
-    return name, options, read_preprocessing(folder), read
+    return name, options, read_preprocessing(folder), read_state_dict
 
 
-def is_captioner(config):
+def is_vision_encoder_decoder(config):
     """True for the config.json (a dict) of a VisionEncoderDecoderModel."""
-    return config.get("model_type") == CAPTIONER
+    return config.get("model_type") == MODEL_TYPE
 
 
 def read_config(source, read_decoder, constants=None):
-    """A trained captioner (folder or hub id, ours or Hugging Face's) -> (folder, its model_config as a dict).
+    """A trained captioner (folder or hub id, ours or a VisionEncoderDecoderModel) -> (folder, model_config as a dict).
 
     `read_decoder` as in `read_captioner_config`, `constants` as in `load_config`. Raises FileNotFoundError, or
-    ValueError for what is no captioner.
+    ValueError for a checkpoint of anything else.
     """
     folder = find_folder(source)
     stored = load_config(folder, constants)
-    if is_captioner(stored):
+    if is_vision_encoder_decoder(stored):
         folder = fetch(source)
         config, preprocessing = read_captioner_config(folder, read_decoder)
     elif "model_config" in stored:
         config, preprocessing = stored["model_config"], stored["preprocessing"]
     else:
         raise ValueError(f"{folder}: a {stored['model_type']} model, not a captioner")
-    return folder, config | {"preprocessing": preprocessing, "start_from": ""}  # what it started from is history
+    return folder, config | {"preprocessing": preprocessing, "start_from": ""}  # its own weights replace start_from's
 
 
 def read_captioner_config(folder, read_decoder):
-    """-> (model_config as a dict, preprocessing as a dict) of a VisionEncoderDecoderModel of ViT and GPT-2.
+    """The folder of a VisionEncoderDecoderModel of ViT and GPT-2 -> (model_config, preprocessing), both dicts.
 
-    `read_decoder` takes a GPT2Config and a source to a config for `GPTModel`. Raises ValueError that names an encoder
-    or decoder of another kind, or a setting that our model does not have.
+    `read_decoder(gpt2_config, source)` returns a config for `GPTModel`. Raises ValueError that names an encoder or
+    decoder of another kind, or a setting that our model does not have.
     """
     config = _transformers_config(folder)
     if config.encoder.model_type != "vit":
@@ -366,26 +379,26 @@ def read_captioner_config(folder, read_decoder):
 
 
 def _special_tokens(folder, config):
-    """(EOS, the token that captions start with), from wherever this version of transformers put them."""
-    places = [_read_json(folder / CONFIG_FILE), config.decoder.to_dict()]
+    """-> (EOS id, id that captions start with); versions of transformers differ in which file holds them."""
+    configs = [_read_json(folder / CONFIG_FILE), config.decoder.to_dict()]
     generation = folder / "generation_config.json"
     if generation.is_file():
-        places.insert(0, _read_json(generation))
+        configs.insert(0, _read_json(generation))
 
     def first(*keys):
-        return next((place[key] for key in keys for place in places if place.get(key) is not None), None)
+        return next((config[key] for key in keys for config in configs if config.get(key) is not None), None)
 
     eos, start = first("eos_token_id"), first("decoder_start_token_id", "bos_token_id")
-    if isinstance(eos, list):  # several may end a caption; the one that also begins it is GPT-2's own
+    if isinstance(eos, list):  # with more than one EOS, the one that also starts captions is GPT-2's own
         eos = start if start in eos else eos[0]
     return eos, start
 
 
-def read_captioner_weights(folder, own, gpt2_name):
-    """Weights of a VisionEncoderDecoderModel -> our state_dict, shaped like `own`.
+def read_captioner_weights(folder, reference, gpt2_name):
+    """Weights of a VisionEncoderDecoderModel -> our state_dict, shaped like `reference`.
 
-    Left out: the pooler, which captioning does not use, and the causal masks of old files. The head has to be the
-    token embedding. Raises FileNotFoundError or ValueError that lists what is missing, unknown or wrongly shaped.
+    The pooler, which captioning does not use, and the causal masks in old files are ignored. The head has to equal the
+    token embedding. Raises FileNotFoundError, or ValueError that lists the missing, unknown and wrongly shaped keys.
     """
     masks = (".attn.bias", ".attn.masked_bias", ".crossattention.bias", ".crossattention.masked_bias")
     theirs = {
@@ -396,21 +409,51 @@ def read_captioner_weights(folder, own, gpt2_name):
     head, embedding = theirs.pop("decoder.lm_head.weight", None), "decoder.transformer.wte.weight"
     if head is not None and not torch.equal(theirs.setdefault(embedding, head), head):
         raise ValueError(f"{folder}: decoder.lm_head.weight differs from {embedding}, but the head is tied to it")
-    return to_ours(theirs, captioner_pairs(own, gpt2_name), own, folder)
+    return convert_from_hf(theirs, captioner_pairs(reference, gpt2_name), reference, folder)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def write_captioner(folder, model, gpt2_name, tokenizer=None):
-    """Write a captioner of ours so that `VisionEncoderDecoderModel.from_pretrained(folder)` loads it, and
-    `AutoTokenizer` and `AutoImageProcessor` what belongs to it.
+    """Write a captioner of ours so that transformers loads it: the model as `VisionEncoderDecoderModel`, its tokenizer
+    by `AutoTokenizer`, its preprocessing by `AutoImageProcessor`.
 
-    Raises ValueError that says why for a model that has no equal there: stepped coupling, or an encoder that is not
+    Raises ValueError that says why for a model without an equivalent there: stepped coupling, or an encoder other than
     a plain ViT.
     """
-    from transformers import GPT2Config, VisionEncoderDecoderConfig, ViTConfig
+    _check_exportable(model, tokenizer)
+    state_dict = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    weights = convert_to_hf(state_dict, captioner_pairs(state_dict, gpt2_name))
+    width = model.encoder.width
+    # Captioning does not use the pooler. With zeros, it is at least the same for everyone who loads the file.
+    weights |= {
+        "encoder.pooler.dense.weight": torch.zeros(width, width),
+        "encoder.pooler.dense.bias": torch.zeros(width),
+    }
+    config, generation = _hf_configs(model)
+    files = {
+        CONFIG_FILE: config,
+        "generation_config.json": generation,
+        PREPROCESSOR_FILE: _hf_preprocessor(model.preprocessing),
+    }
+    if tokenizer is not None:
+        files[TOKENIZER_FILE] = json.loads(tokenizer.to_json())
+        files["tokenizer_config.json"] = dict(
+            tokenizer_class="PreTrainedTokenizerFast",
+            model_max_length=model.config.seq_len,
+            **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), END_OF_TEXT),
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+    write_atomically(folder / WEIGHTS_FILE, lambda path: path.write_bytes(save(weights, metadata={"format": "pt"})))
 
+
+def _check_exportable(model, tokenizer):
+    """Raise ValueError that says why when no VisionEncoderDecoderModel of ViT and GPT-2 computes what `model` does."""
     config = model.config
     if config.coupling != "final":
         raise ValueError(f'a VisionEncoderDecoderModel has coupling "final", this captioner has "{config.coupling}"')
@@ -424,7 +467,7 @@ def write_captioner(folder, model, gpt2_name, tokenizer=None):
     block = vit.blocks[0]
     if type(block).__name__ != "Block" or not isinstance(vit.norm, torch.nn.LayerNorm):
         raise ValueError(f"{config.encoder} is built of {type(block).__name__}, not of ViT's blocks and norm")
-    activation, eps = block.mlp.act, vit.norm.eps
+    activation = block.mlp.act
     if not isinstance(activation, torch.nn.GELU) or activation.approximate != "none":
         raise ValueError(f"{config.encoder} has the activation {activation}, transformers' ViT the exact GELU")
     if vit.num_prefix_tokens != 1:
@@ -432,58 +475,62 @@ def write_captioner(folder, model, gpt2_name, tokenizer=None):
     positions = (1, 1 + vit.patch_embed.num_patches, vit.embed_dim)
     if vit.pos_embed is None or vit.pos_embed.shape != positions:
         raise ValueError(f"{config.encoder} has no learned positions {positions} for class token and patches, ViT has")
-    own = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    weights = to_theirs(own, captioner_pairs(own, gpt2_name))
-    width = model.encoder.width
-    # The pooler is not used by captions. As zeros it is at least the same for everyone who loads the file.
-    weights |= {
-        "encoder.pooler.dense.weight": torch.zeros(width, width),
-        "encoder.pooler.dense.bias": torch.zeros(width),
-    }
 
-    eos = config.eos_token_id
+
+def _hf_configs(model):
+    """-> (config.json, generation_config.json) of the VisionEncoderDecoderModel that equals `model`, both dicts."""
+    from transformers import GPT2Config, VisionEncoderDecoderConfig, ViTConfig
+
+    config, vit = model.config, model.encoder.vit
+    block, eos = vit.blocks[0], config.eos_token_id
     special = dict(bos_token_id=eos, eos_token_id=eos)
-    hf_vit = ViTConfig(
-        image_size=vit.patch_embed.img_size[0], patch_size=vit.patch_embed.patch_size[0], hidden_size=width,
-        num_hidden_layers=len(vit.blocks), num_attention_heads=block.attn.num_heads,
-        intermediate_size=block.mlp.fc1.out_features, qkv_bias=block.attn.qkv.bias is not None, layer_norm_eps=eps,
-    )  # fmt: skip
-    hf_gpt2 = GPT2Config(
-        vocab_size=config.vocab_size, n_positions=config.seq_len, n_embd=config.embed_dim, n_head=config.num_heads,
-        n_layer=config.depth, embd_pdrop=config.emb_dropout, attn_pdrop=config.attention_dropout,
-        resid_pdrop=config.residual_dropout, add_cross_attention=True, is_decoder=True, **special,
-    )  # fmt: skip
-    joint = VisionEncoderDecoderConfig.from_encoder_decoder_configs(hf_vit, hf_gpt2)
+    encoder = ViTConfig(
+        image_size=vit.patch_embed.img_size[0],
+        patch_size=vit.patch_embed.patch_size[0],
+        hidden_size=model.encoder.width,
+        num_hidden_layers=len(vit.blocks),
+        num_attention_heads=block.attn.num_heads,
+        intermediate_size=block.mlp.fc1.out_features,
+        qkv_bias=block.attn.qkv.bias is not None,
+        layer_norm_eps=vit.norm.eps,
+    )
+    decoder = GPT2Config(
+        vocab_size=config.vocab_size,
+        n_positions=config.seq_len,
+        n_embd=config.embed_dim,
+        n_head=config.num_heads,
+        n_layer=config.depth,
+        embd_pdrop=config.emb_dropout,
+        attn_pdrop=config.attention_dropout,
+        resid_pdrop=config.residual_dropout,
+        add_cross_attention=True,
+        is_decoder=True,
+        **special,
+    )
+    joint = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
     joint.architectures, joint.tie_word_embeddings = ["VisionEncoderDecoderModel"], False
     generation = dict(special, decoder_start_token_id=eos, pad_token_id=eos)
-    size = model.preprocessing["img_size"]
-    preprocessor = dict(
-        image_processor_type="ViTImageProcessor", do_resize=True, size=dict(height=size, width=size),
-        resample={name: number for number, name in RESAMPLING.items()}[model.preprocessing["resample"]],
-        do_rescale=True, rescale_factor=1 / 255, do_normalize=True,
-        image_mean=list(model.preprocessing["mean"]), image_std=list(model.preprocessing["std"]),
-    )  # fmt: skip
-    files = {
-        CONFIG_FILE: joint.to_dict() | generation,
-        "generation_config.json": generation,
-        PREPROCESSOR_FILE: preprocessor,
-    }
-    if tokenizer is not None:
-        files[TOKENIZER_FILE] = json.loads(tokenizer.to_json())
-        names = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), END_OF_TEXT)
-        files["tokenizer_config.json"] = dict(
-            tokenizer_class="PreTrainedTokenizerFast", model_max_length=config.seq_len, **names
-        )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
-    write_atomically(folder / WEIGHTS_FILE, lambda path: path.write_bytes(save(weights, metadata={"format": "pt"})))
+    return joint.to_dict() | generation, generation
+
+
+def _hf_preprocessor(preprocessing):
+    """The content of preprocessor_config.json for our `preprocessing`."""
+    size = preprocessing["img_size"]
+    return dict(
+        image_processor_type="ViTImageProcessor",
+        do_resize=True,
+        size=dict(height=size, width=size),
+        resample={name: number for number, name in RESAMPLING.items()}[preprocessing["resample"]],
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=list(preprocessing["mean"]),
+        image_std=list(preprocessing["std"]),
+    )
 
 
 def check_sizes(theirs, ours, repo):
-    """Raise ValueError when the GPT-2 of `repo` has other sizes than the model_config `ours`."""
+    """Raise ValueError when the GPT-2 of `repo`, with the config `theirs`, has other sizes than our model_config."""
     for key in ("vocab_size", "seq_len", "embed_dim", "num_heads", "depth"):
         size = getattr(theirs, key)
         if size != getattr(ours, key):

@@ -1,10 +1,10 @@
-"""What a captioner consists of: parameters and shapes of its parts, and which share of each trains in which stage."""
+"""The model summary: parameters and shapes of a captioner's parts, and which share of each trains in which stage."""
 
 import torch
 
 from captioning.model.stages import stages_of_run, trainable_names
 
-BLOCK_PARTS = {  # of the decoder, and what is in their parameters' names
+BLOCK_PARTS = {  # part of a decoder block: substrings of its parameters' names
     "self-attention": (".self_attn.",),
     "cross-attention": (".cross_attn.",),
     "MLP": (".mlp.",),
@@ -13,17 +13,17 @@ BLOCK_PARTS = {  # of the decoder, and what is in their parameters' names
 
 
 def summarize(model, config):
-    """A captioner and the train_config -> (head, rows): the table's cells, all of them text.
+    """A captioner and the train_config -> (header, rows) of the summary table, all cells as text.
 
-    A row a part with parameters: its name, its shape, how many parameters it has, and for each stage of the run which
-    share of them trains. The last row is the total. Runs the encoder once on an empty photo.
+    Each part that has parameters is a row: its name, its shape, its number of parameters, and for each stage of the run
+    the share of them that trains. The last row is the total. Runs the encoder once on a photo of zeros.
     """
     stages = stages_of_run(model, config)
     trainable = {stage: trainable_names(stage, model) for stage in stages}
     shapes = shapes_of(model)
     counts = {part: dict.fromkeys(["all", *stages], 0) for part in shapes}
     counts["total"] = dict.fromkeys(["all", *stages], 0)
-    for name, parameter in model.named_parameters():  # a tied head is the token embedding, and comes once
+    for name, parameter in model.named_parameters():  # the tied head is the token embedding, and counts once
         for part in (part_of(name), "total"):
             counts.setdefault(part, dict.fromkeys(["all", *stages], 0))
             counts[part]["all"] += parameter.numel()
@@ -40,28 +40,28 @@ def summarize(model, config):
 
 
 def part_of(name):
-    """The name of a parameter -> the part of the summary that it counts in."""
+    """The name of a parameter -> the name of the part that it belongs to."""
     top, _, rest = name.partition(".")
     if top == "encoder":
         return "refiner" if rest.startswith("refiner.") else "encoder"
     if name.startswith("gpt.trf_blocks."):
-        return next((part for part, marks in BLOCK_PARTS.items() if any(mark in name for mark in marks)), "blocks")
-    named = {"gpt.tok_emb": "token embeddings", "gpt.pos_emb": "position embeddings", "gpt.final_norm": "final norm"}
-    return named.get(".".join(name.split(".")[:2]), top)
+        return next((part for part, layers in BLOCK_PARTS.items() if any(layer in name for layer in layers)), "blocks")
+    parts = {"gpt.tok_emb": "token embeddings", "gpt.pos_emb": "position embeddings", "gpt.final_norm": "final norm"}
+    return parts.get(".".join(name.split(".")[:2]), top)
 
 
 def shapes_of(model):
-    """{part: its shape as text}, in the order in which an image and a caption pass through."""
+    """{part: its shape as text}, in the order in which an image and a caption pass through the model."""
     config, encoder = model.config, model.encoder
     levels = token_shapes(model)
     size, width = model.preprocessing["img_size"], config.embed_dim
-    same = len(set(levels)) == 1
-    tokens = " x ".join(map(str, levels[0])) if same else ", ".join(" x ".join(map(str, level)) for level in levels)
-    many = f"{len(levels)} levels of " if same and len(levels) > 1 else ""
+    shapes = [" x ".join(map(str, level)) for level in levels]
+    equal = len(shapes) > 1 and len(set(shapes)) == 1
+    tokens = f"{len(shapes)} levels of {shapes[0]}" if equal else ", ".join(shapes)
     widths = sorted(set(encoder.widths))
     inner = model.gpt.trf_blocks[0].mlp.expand.out_features
     return {
-        "encoder": f"{config.encoder}, 3 x {size} x {size} -> {many}{tokens}",
+        "encoder": f"{config.encoder}, 3 x {size} x {size} -> {tokens}",
         "refiner": f"{encoder.width} channels" if config.refiner else "",
         "bridges": f"{len(model.bridges)} of {' or '.join(map(str, widths))} -> {width}",
         "token embeddings": f"{config.vocab_size} x {width}, tied to the head",
@@ -76,14 +76,14 @@ def shapes_of(model):
 
 @torch.inference_mode()
 def token_shapes(model):
-    """What the encoder makes of one photo: (N, C) of each level, as cross-attention's bridges get it."""
-    training, size = model.training, model.preprocessing["img_size"]
+    """The encoder's tokens for one photo: [(N, C) of each level], as the bridges to cross-attention get them."""
+    was_training, size = model.training, model.preprocessing["img_size"]
     device = next(model.parameters()).device
-    model.eval()  # an empty photo must not count in BatchNorm's statistics
+    model.eval()  # BatchNorm must not take up the statistics of a photo of zeros
     try:
         levels = model.encoder.refine(model.levels(torch.zeros(1, 3, size, size, device=device)))
     finally:
-        model.train(training)
+        model.train(was_training)
     return [tuple(level.shape[1:]) for level in levels]
 
 
@@ -92,9 +92,9 @@ def _share(part, whole):
     return "-" if not part else "all" if part == whole else f"{percent:.0f}%" if percent >= 1 else "<1%"
 
 
-def as_text(head, rows):
-    """The table of `summarize` -> aligned lines: texts to the left, numbers to the right."""
-    cells = [head, *rows]
+def as_text(header, rows):
+    """The table of `summarize` -> one text with aligned columns: part and shape to the left, numbers to the right."""
+    cells = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for row in cells:

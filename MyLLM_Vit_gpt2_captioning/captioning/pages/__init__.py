@@ -1,1 +1,1 @@
-"""What a person looks at: HTML pages and plots."""
+"""HTML pages and plots."""

@@ -1,5 +1,7 @@
-"""Pages to look at: what HTML pages share, photos with generated and true captions, and the samples of every epoch as
-Markdown. A page is one file: pictures are inside, and nothing is loaded from elsewhere."""
+"""HTML pages with photos and their captions, and the sample captions of every epoch as Markdown.
+
+A page is one self-contained file: it embeds its pictures and loads nothing.
+"""
 
 import base64
 import html
@@ -21,10 +23,13 @@ td.score { max-width: 20em; }
 figure { margin: 0; } img { width: 100%; border-radius: 4px; } figcaption b { display: block; margin: 0.3em 0; }
 ul { margin: 0; padding-left: 1.2em; color: #59636e; font-size: 13px; } .score { color: #59636e; font-size: 13px; }
 """
+GREY = (  # an SVG picture
+    b'<svg xmlns="http://www.w3.org/2000/svg" width="4" height="3"><rect width="4" height="3" fill="#ddd"/></svg>'
+)
 
 
 def thumbnail(image, side=288):
-    """Any image that `load_image` takes -> a data URL of a small JPEG, so that a page is one file."""
+    """Any image that `load_image` takes -> the data URL of a JPEG of at most `side` pixels a side."""
     image = load_image(image)
     image.thumbnail((side, side))
     buffer = io.BytesIO()
@@ -36,12 +41,12 @@ _thumbnail_of_file = lru_cache(256)(thumbnail)  # a run's report shows the same 
 
 
 def data_url(kind, content):
-    """Bytes of a file of this MIME type -> the address that stands for them."""
+    """The content of a file (bytes) and its MIME type `kind` -> its data URL."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def write_page(path, title, parts, style=""):
-    """One self-contained HTML file of `parts`, HTML as text, with `style` on top of what pages have in common."""
+    """Write an HTML page of `parts` (HTML text), with the CSS `style` after the common one."""
     head = (
         "<!doctype html><html lang=en><meta charset=utf-8>"
         '<meta name=viewport content="width=device-width, initial-scale=1">'
@@ -51,40 +56,39 @@ def write_page(path, title, parts, style=""):
 
 
 def photo_grid(photos):
-    """(image, caption, true captions, text of its score) of each photo -> HTML; a photo that cannot be read is grey."""
+    """(image, caption, reference captions, text of its score) of each photo -> HTML; unreadable photos are grey."""
     parts = ["<div class=photos>"]
-    for image, caption, truth, shown in photos:
-        true = "".join(f"<li>{html.escape(text)}</li>" for text in truth)
+    for image, caption, references, score in photos:
+        items = "".join(f"<li>{html.escape(text)}</li>" for text in references)
         parts.append(
-            f'<figure><img src="{photo(image)}" alt="{html.escape(caption, quote=True)}"><figcaption>'
-            f"<b>{html.escape(caption) or '(empty)'}</b><ul>{true}</ul>"
-            f"<span class=score>{html.escape(shown)}</span></figcaption></figure>"
+            f'<figure><img src="{photo_url(image)}" alt="{html.escape(caption, quote=True)}"><figcaption>'
+            f"<b>{html.escape(caption) or '(empty)'}</b><ul>{items}</ul>"
+            f"<span class=score>{html.escape(score)}</span></figcaption></figure>"
         )
     return "\n".join([*parts, "</div>"])
 
 
-def photo(image):
-    """Any image that `load_image` takes -> a data URL of its thumbnail, or of a grey one where it cannot be read."""
+def photo_url(image):
+    """Any image that `load_image` takes -> the data URL of its thumbnail, or of a grey area if it cannot be read."""
     try:
         return _thumbnail_of_file(image) if isinstance(image, (str, Path)) else thumbnail(image)
-    except (OSError, ValueError):  # it was there when it was captioned
-        return data_url("image/svg+xml", b'<svg xmlns="http://www.w3.org/2000/svg" width="4" height="3"><rect '
-                        b'width="4" height="3" fill="#ddd"/></svg>')  # fmt: skip
+    except (OSError, ValueError):  # the file was removed or damaged after it was captioned
+        return data_url("image/svg+xml", GREY)
 
 
 def write_evaluation_page(path, title, scores, sections):
-    """One self-contained HTML file.
+    """Write the page of evaluate_captions.py.
 
-    `scores`: rows (name, value, value beside it), all text, the first of them the head; `sections`: {heading: list of
-    (image, caption, true captions, text of its score)}.
+    `scores`: rows of text (name, value, value for shuffled captions), the header first; `sections`: {heading: photos
+    as `photo_grid` takes them}.
     """
-    (first, *numbers), *rest = scores
-    rows = [f"<tr><th>{html.escape(first)}</th>" + "".join(f"<th class=number>{html.escape(n)}</th>" for n in numbers)]
-    for name, value, beside in rest:
+    (first, *titles), *rest = scores
+    rows = [f"<tr><th>{html.escape(first)}</th>" + "".join(f"<th class=number>{html.escape(t)}</th>" for t in titles)]
+    for name, value, shuffled in rest:
         if value.replace(".", "", 1).isdigit():
-            cells = "".join(f"<td class=number>{html.escape(cell)}</td>" for cell in (value, beside))
+            cells = "".join(f"<td class=number>{html.escape(cell)}</td>" for cell in (value, shuffled))
         else:
-            cells = f"<td colspan=2 class=score>{html.escape(value)}</td>"  # why there is no number
+            cells = f"<td colspan=2 class=score>{html.escape(value)}</td>"  # the reason why there is no number
         rows.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
     parts = [f"<h1>{html.escape(title)}</h1><table>{''.join(rows)}</table>"]
     for heading, photos in sections.items():
@@ -93,13 +97,14 @@ def write_evaluation_page(path, title, scores, sections):
 
 
 def write_samples(path, names, references, by_epoch):
-    """What the same images were called after every epoch -> Markdown.
+    """Write the captions of the same images after every epoch, as Markdown.
 
-    names: the images' names; references: for each image its true captions; by_epoch: {epoch: [a caption an image]}.
+    names: the images' names; references: the reference captions of each image; by_epoch: {epoch: [a caption an image]}.
     """
     lines = ["# The same images after every epoch", ""]
-    for i, (name, truth) in enumerate(zip(names, references, strict=True)):
-        lines += [f"## {name}", "", *(f"- true: {text}" for text in truth), "", "| epoch | caption |", "| ---: | --- |"]
+    for i, (name, captions_of_image) in enumerate(zip(names, references, strict=True)):
+        lines += [f"## {name}", "", *(f"- true: {text}" for text in captions_of_image), ""]
+        lines += ["| epoch | caption |", "| ---: | --- |"]
         lines += [f"| {epoch} | {captions[i].replace('|', chr(92) + '|')} |" for epoch, captions in by_epoch.items()]
         lines.append("")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
-"""Pictures of a run: loss and perplexity by epoch, and a grid of photos with their captions.
+"""Plots of a run: curves of loss, perplexity and scores by epoch, and a grid of photos with their captions.
 
-matplotlib is imported in the functions that draw, so that captioning a photo does not wait for it.
+matplotlib is imported in the functions that draw: its import would delay the captioning of a photo.
 """
 
+import io
 import textwrap
 from itertools import pairwise
 
@@ -10,7 +11,7 @@ from captioning.images.preprocessing import load_image
 
 
 def plot_curve(metrics, quantity, path):
-    """The curve of `draw_curve` -> PNG."""
+    """Write the plot of `draw_curve` to the PNG `path` -> the figure."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
@@ -20,49 +21,47 @@ def plot_curve(metrics, quantity, path):
 
 
 def curve_as_svg(metrics, quantity, points=()):
-    """The curve of `draw_curve` -> the text of an SVG picture, for a page."""
-    import io
-
+    """The plot of `draw_curve` -> the text of an SVG picture, for a page."""
     import matplotlib
-    from matplotlib.figure import Figure  # not pyplot's, which would keep every picture of a long run
+    from matplotlib.figure import Figure  # pyplot would keep all figures of a long run in memory
 
     figure = Figure(figsize=(5.6, 3.5))
     axes = figure.subplots()
-    figure.subplots_adjust(0.14, 0.14, 0.98, 0.96)  # a layout by matplotlib would take most of the time
+    figure.subplots_adjust(0.14, 0.14, 0.98, 0.96)  # matplotlib's automatic layout would take most of the time
     draw_curve(axes, metrics, quantity, points)
     axes.spines[["top", "right"]].set_visible(False)
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": quantity}):  # the same numbers make the same file
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    return text.getvalue()
+    svg = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": quantity}):  # makes the file depend on the numbers only
+        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    return svg.getvalue()
 
 
 def draw_curve(axes, metrics, quantity, points=()):
-    """`quantity` by epoch: "loss" or "perplexity" for training and validation, "lr", or a score of captions.
+    """Draw `quantity` by epoch: "loss" or "perplexity" of training and validation, "lr", or a score of captions.
 
     `metrics`: one dict an epoch with the keys epoch, stage, train_<quantity> and valid_<quantity>, or <quantity> in the
-    epochs that have it. `points`: dicts with what there is between epochs, at their "place" in epochs. A dotted line
-    marks where a training stage begins.
+    epochs that have it. `points`: dicts with values from within epochs; "place" is the position in epochs. Dotted lines
+    mark where training stages begin.
     """
     from matplotlib.ticker import MaxNLocator
 
-    between = [(point["place"], point[quantity]) for point in points if quantity in point]
+    within_epochs = [(point["place"], point[quantity]) for point in points if quantity in point]
     series = {"training": (f"train_{quantity}", "tab:blue"), "validation": (f"valid_{quantity}", "tab:orange")}
     if f"train_{quantity}" not in metrics[0]:
         labels = {"reward": "captions drawn in training", "lr": "new layers"}
         series = {labels.get(quantity, "validation captions"): (quantity, "tab:green")}
-    if quantity == "lr" and between:
-        (label,) = series  # the rate rises and falls within an epoch: its ends alone would show another curve
-        axes.plot(*zip(*between, strict=True), color="tab:green", label=label)
+    if quantity == "lr" and within_epochs:
+        (label,) = series  # the rate rises and falls within an epoch, so its values at the ends would mislead
+        axes.plot(*zip(*within_epochs, strict=True), color="tab:green", label=label)
         series = {}
-    elif between:
-        axes.plot(*zip(*between, strict=True), color=next(iter(series.values()))[1], alpha=0.4, linewidth=1)
+    elif within_epochs:
+        axes.plot(*zip(*within_epochs, strict=True), color=next(iter(series.values()))[1], alpha=0.4, linewidth=1)
     for label, (key, colour) in series.items():
         known = [(row["epoch"], row[key]) for row in metrics if key in row]
         axes.plot(*zip(*known, strict=True), marker="o", color=colour, label=label)
     for before, row in pairwise(metrics):
         if row["stage"] != before["stage"]:
-            start = row["epoch"] - 1 if between else row["epoch"] - 0.5
+            start = row["epoch"] - 1 if within_epochs else row["epoch"] - 0.5
             axes.axvline(start, color="grey", linestyle=":")
             axes.annotate(
                 row["stage"],
@@ -77,7 +76,7 @@ def draw_curve(axes, metrics, quantity, points=()):
                 color="grey",
             )
     if quantity == "perplexity" and any(metrics[0][f"{part}_perplexity"] > 50 for part in ("train", "valid")):
-        axes.set_yscale("log")  # the first epochs would flatten the rest
+        axes.set_yscale("log")  # else the first epochs would flatten the rest of the curve
     axes.set_xlabel("epoch")
     units = {"loss": "loss (nats per token)", "perplexity": "perplexity per token", "exact_answers": "share right"}
     units |= {"reward": "mean CIDEr", "lr": "learning rate"}
@@ -88,9 +87,9 @@ def draw_curve(axes, metrics, quantity, points=()):
 
 
 def plot_captions(images, generated, references, path, columns=5):
-    """A grid of photos, each with its generated caption and a true one -> PNG.
+    """Write a grid of photos, each with its generated caption and a reference, to the PNG `path` -> the figure.
 
-    `images`: PIL images; `generated`: list of str; `references`: list of str, "" where no true caption is known.
+    `images`: PIL images; `generated`: list of str; `references`: list of str, "" for an image without a reference.
     """
     import matplotlib.pyplot as plt
 
@@ -99,26 +98,26 @@ def plot_captions(images, generated, references, path, columns=5):
     figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 4.1 * rows), squeeze=False, layout="constrained")
     for cell in axes.flat[len(images) :]:
         cell.axis("off")
-    for cell, image, caption, truth in zip(axes.flat, images, generated, references, strict=False):
+    for cell, image, caption, reference in zip(axes.flat, images, generated, references, strict=False):
         cell.imshow(image)
         cell.set(xticks=[], yticks=[])
         cell.spines[:].set_visible(False)
-        # Title and label, unlike free text, have their room in the layout; a runaway caption is cut after four lines.
+        # Unlike free text, title and label have space of their own in the layout; long captions are cut at four lines.
         cell.set_title(
             textwrap.fill(caption or "(empty)", 32, max_lines=4, placeholder=" ..."),
             fontsize=10,
             loc="left",
             parse_math=False,
         )
-        if truth:
-            lines = textwrap.fill(f"true: {truth}", 40, max_lines=4, placeholder=" ...")
+        if reference:
+            lines = textwrap.fill(f"true: {reference}", 40, max_lines=4, placeholder=" ...")
             cell.set_xlabel(lines, fontsize=8, color="dimgrey", loc="left", parse_math=False)
     figure.savefig(path, dpi=100)
     return figure
 
 
 def show_windows():
-    """Show the open figures if there is a display; otherwise do nothing. Returns when the windows are closed."""
+    """Show the open figures if there is a display, and return when their windows are closed."""
     import matplotlib.pyplot as plt
 
     if plt.get_backend().lower() not in ("agg", "template", "pdf", "svg", "ps", "cairo"):
@@ -127,10 +126,11 @@ def show_windows():
 
 
 def draw_demo(caption, rows, count, path):
-    """Caption the first `count` photos of `rows` that can be read (or answer a question about each), print it and draw
-    it to `path`.
+    """Caption the first `count` readable photos of `rows`, or answer a question about each; print the texts and draw
+    them with the photos to the PNG `path`.
 
-    `rows`: a DataFrame with image, caption and maybe prompt; `caption(images, prompt=[...])` gives the texts.
+    `rows`: a DataFrame with the columns image, caption and, for questions, prompt. `caption(images, prompt=[...])`
+    returns the texts.
     """
     rows, photos = rows.drop_duplicates("image"), []
     readable = []
@@ -147,7 +147,7 @@ def draw_demo(caption, rows, count, path):
         return
     questions = list(rows["prompt"]) if "prompt" in rows else [""] * len(rows)
     generated = caption(list(rows["image"]), prompt=questions)
-    for image, question, text, truth in zip(rows["image"], questions, generated, rows["caption"], strict=True):
-        print(f"{image.name} {question}\n    generated: {text}\n    true:      {truth}")
-    shown = [f"{question} {text}".strip() for question, text in zip(questions, generated, strict=True)]
-    plot_captions(photos, shown, list(rows["caption"]), path)
+    for image, question, text, reference in zip(rows["image"], questions, generated, rows["caption"], strict=True):
+        print(f"{image.name} {question}\n    generated: {text}\n    true:      {reference}")
+    titles = [f"{question} {text}".strip() for question, text in zip(questions, generated, strict=True)]
+    plot_captions(photos, titles, list(rows["caption"]), path)

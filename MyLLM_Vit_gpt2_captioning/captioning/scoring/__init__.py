@@ -1,1 +1,1 @@
-"""How good captions are: metrics, their tokenization, evaluation of a split."""
+"""The quality of captions: metrics, their tokenization, and the evaluation of a split."""

@@ -1,8 +1,8 @@
-"""Scores of captions against people's, as the COCO caption evaluation defines them (Chen et al. 2015).
+"""Scores of captions against reference captions, as the COCO caption evaluation defines them (Chen et al. 2015).
 
 BLEU-1 to 4, ROUGE-L and CIDEr are computed here and equal those of the reference package pycocoevalcap to 1e-6. CIDEr
-is its `Cider`, which is CIDEr-D: what the field reports as CIDEr. METEOR and SPICE are Java programs, which run where
-Java and pycocoevalcap are installed; otherwise the result says why they are missing, never zero.
+is its `Cider`, which is CIDEr-D, the variant that papers report as CIDEr. METEOR and SPICE are Java programs, which run
+where Java and pycocoevalcap are installed; elsewhere the result is the reason why they are missing, never zero.
 """
 
 import math
@@ -18,68 +18,72 @@ import numpy as np
 
 from captioning.scoring.ptb_tokenization import tokenize
 
-MAX_N = 4  # n-grams of BLEU and CIDEr are up to this long
+MAX_N = 4  # longest n-grams of BLEU and CIDEr
 NEEDS_JAVA = "not available: needs Java"
 
 
 def score_captions(candidates, references, java=None):
     """candidates: {image id: caption}; references: {image id: [caption, ...]} -> {name of the score: value}.
 
-    Scores are corpus scores over all images of `references`, from 0 to 1, but CIDEr from 0 to 10. METEOR and SPICE are
-    a number, or a text with the reason why there is none; `java`: None runs them where they can be, False does not.
-    An image without candidate is scored with an empty caption, and "missing candidates" counts them. Raises ValueError
-    that names the ids for candidates of images that `references` lacks and for images without references.
+    Scores are corpus scores over all images of `references`, from 0 to 1 (CIDEr from 0 to 10). METEOR and SPICE are
+    numbers, or text with the reason why they are missing; `java`: None runs them where possible, False does not. An
+    image without candidate is scored with an empty caption, and "missing candidates" counts such images. Raises
+    ValueError that names the ids for candidates of images that `references` lacks and for images without references.
     """
-    _check(candidates, references)
+    _check_images(candidates, references)
     images = list(references)
-    words = tokenize([candidates.get(image, "") for image in images])
-    all_words = iter(tokenize([caption for image in images for caption in references[image]]))
-    reference_words = [[next(all_words) for _ in references[image]] for image in images]
-    scores = {f"BLEU-{n}": value for n, value in enumerate(bleu(words, reference_words), start=1)}
-    scores["ROUGE-L"] = float(np.mean([rouge_l(*pair) for pair in zip(words, reference_words, strict=True)]))
-    scores["CIDEr"] = float(CiderD(reference_words, cached_images=0).scores(words, reference_words).mean())
-    scores["METEOR"] = _meteor(words, reference_words, java)
-    scores["SPICE"] = _spice(words, reference_words, java)
+    tokenized = tokenize([candidates.get(image, "") for image in images])
+    all_references = iter(tokenize([caption for image in images for caption in references[image]]))
+    tokenized_references = [[next(all_references) for _ in references[image]] for image in images]
+    pairs = list(zip(tokenized, tokenized_references, strict=True))
+    scores = {f"BLEU-{n}": value for n, value in enumerate(bleu(tokenized, tokenized_references), start=1)}
+    scores["ROUGE-L"] = float(np.mean([rouge_l(candidate, captions) for candidate, captions in pairs]))
+    scorer = CiderD(tokenized_references, cached_images=0)
+    scores["CIDEr"] = float(scorer.scores(tokenized, tokenized_references).mean())
+    scores["METEOR"] = _meteor(tokenized, tokenized_references, java)
+    scores["SPICE"] = _spice(tokenized, tokenized_references, java)
     return scores | {"missing candidates": sum(image not in candidates for image in images)}
 
 
 def shuffled_scores(candidates, references, seed=0):
-    """`score_captions` without METEOR and SPICE, every caption given to another image.
+    """`score_captions` without METEOR and SPICE, with every caption given to another image.
 
-    What is left is what captions score without looking at the image. Raises ValueError for fewer than two candidates.
+    This is the score that captions get without any look at their image. Raises ValueError for fewer than two
+    candidates.
     """
     images = list(candidates)
     if len(images) < 2:
         raise ValueError(f"captions of {len(images)} images cannot be given to other images")
-    random.Random(seed).shuffle(images)  # in one circle each caption goes to the next image, so that none stays
+    random.Random(seed).shuffle(images)  # each caption then goes to the next image, the last to the first
     shuffled = {image: candidates[other] for image, other in zip(images, images[1:] + images[:1], strict=True)}
     scores = score_captions(shuffled, references, java=False)
     return {name: value for name, value in scores.items() if name not in ("METEOR", "SPICE")}
 
 
-def describe_captions(candidates, ended=None):
-    """candidates: {image id: caption}; ended: whether each ended with EOS, in the same order -> {what: value}.
+def describe_captions(candidates, finished=None):
+    """Counts of {image id: caption} -> {name of the count: value}.
 
-    Words are the tokens that scores are computed from: lowercased, without punctuation. Without `ended` there is no
-    "ended with EOS". Raises ValueError when there are no captions or `ended` is of another length.
+    `finished`: for each caption, in the same order, whether it ended with EOS; without it "ended with EOS" is left out.
+    Words are the tokens that scores are computed from: lowercased, without punctuation. Raises ValueError when there
+    are no captions or `finished` has another length.
     """
     if not candidates:
         raise ValueError("no captions to describe")
     captions = [caption.split() for caption in tokenize(list(candidates.values()))]
-    described = {
+    counts = {
         "captions": len(captions),
         "mean length in words": sum(map(len, captions)) / len(captions),
         "distinct captions": len({caption.strip() for caption in candidates.values()}),
         "vocabulary used": len({word for caption in captions for word in caption}),
     }
-    if ended is not None:
-        if len(ended) != len(captions):
-            raise ValueError(f"{len(captions)} captions, but {len(ended)} values for whether they ended")
-        described["ended with EOS"] = sum(map(bool, ended)) / len(captions)  # a share
-    return described
+    if finished is not None:
+        if len(finished) != len(captions):
+            raise ValueError(f"{len(captions)} captions, but {len(finished)} values for whether they ended")
+        counts["ended with EOS"] = sum(map(bool, finished)) / len(captions)  # a share
+    return counts
 
 
-def _check(candidates, references):
+def _check_images(candidates, references):
     if not references:
         raise ValueError("no references: there is nothing to score against")
     for problem, images in (
@@ -105,19 +109,19 @@ def bleu(candidates, references):
 
     Papineni et al. 2002 with the closest reference's length (the shorter of two equally close ones).
     """
-    tiny, small = 1e-15, 1e-9  # as in the reference: no precision is 0, no division by 0
+    tiny, small = 1e-15, 1e-9  # pycocoevalcap's: no precision is 0, and nothing is divided by 0
     candidate_length = reference_length = 0
-    correct, guessed = [0] * MAX_N, [0] * MAX_N  # n-grams that occur in a reference; all n-grams
+    correct, guessed = [0] * MAX_N, [0] * MAX_N  # n-grams of the candidates that a reference has; all of them
     for candidate, captions in zip(candidates, references, strict=True):
         length = len(candidate.split())
         candidate_length += length
         reference_length += min((abs(len(caption.split()) - length), len(caption.split())) for caption in captions)[1]
-        most = Counter()
+        max_counts = Counter()
         for caption in captions:
-            most |= ngrams(caption)  # the largest count in any reference
+            max_counts |= ngrams(caption)  # the largest count in any reference
         for ngram, count in ngrams(candidate).items():
             guessed[len(ngram) - 1] += count
-            correct[len(ngram) - 1] += min(count, most[ngram])
+            correct[len(ngram) - 1] += min(count, max_counts[ngram])
     ratio = (candidate_length + tiny) / (reference_length + small)
     brevity_penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
     scores, product = [], 1.0
@@ -128,10 +132,10 @@ def bleu(candidates, references):
 
 
 def rouge_l(candidate, references):
-    """A tokenized candidate and its references -> ROUGE-L (Lin 2004): the F-measure, recall weighted by beta 1.2, of
-    the longest common subsequence; precision and recall are each the best over the references."""
+    """A tokenized candidate and its references -> ROUGE-L (Lin 2004): the F-measure of the longest common subsequence,
+    with recall weighted by beta = 1.2; precision and recall are each the maximum over the references."""
     beta = 1.2
-    words = candidate.split(" ")  # an empty caption is one empty word, as in the reference
+    words = candidate.split(" ")  # an empty caption is one empty word, as in pycocoevalcap
     precision = recall = 0.0
     for caption in references:
         reference = caption.split(" ")
@@ -144,15 +148,18 @@ def rouge_l(candidate, references):
 
 
 def _longest_common_subsequence(first, second):
-    """Its length, a bit for each word of `first` (Hyyro 2004): a bit that turned 0 is a word of the subsequence."""
-    places = {}
+    """Length of the longest common subsequence of two lists of words, by the bit-parallel algorithm of Hyyro (2004).
+
+    `bits` has a bit for each word of `first`; those that end at 0 count the subsequence.
+    """
+    positions = {}  # {word: bits of its positions in `first`}
     for i, word in enumerate(first):
-        places[word] = places.get(word, 0) | 1 << i
-    every = (1 << len(first)) - 1
-    bits = every
+        positions[word] = positions.get(word, 0) | 1 << i
+    all_bits = (1 << len(first)) - 1
+    bits = all_bits
     for word in second:
-        matches = bits & places.get(word, 0)
-        bits = (bits + matches | bits - matches) & every
+        matches = bits & positions.get(word, 0)
+        bits = (bits + matches | bits - matches) & all_bits
     return len(first) - bits.bit_count()
 
 
@@ -162,20 +169,21 @@ def _longest_common_subsequence(first, second):
 class CiderD:
     """CIDEr-D (Vedantam et al. 2015) with document frequencies from given references.
 
-    It is also a reward: `scores` takes any candidates, several of an image too, and keeps what it has computed from
-    the references of up to `cached_images` images (some 50 KB each at 5 captions).
+    It also serves as a reward: `scores` takes any number of candidates of an image, and caches its computations on the
+    references of up to `cached_images` images (some 50 KB each at 5 captions).
     """
 
-    SIGMA = 6.0  # of the penalty on a length unlike the reference's, in words
+    SIGMA = 6.0  # width, in words, of the Gaussian penalty on a length unlike the reference's
 
     def __init__(self, references, cached_images=4096):
-        """references: the tokenized captions of each image, [[str, ...], ...]. An n-gram counts once an image."""
+        """references: the tokenized captions of each image, [[str, ...], ...]; an n-gram's document frequency is the
+        number of images in whose references it occurs. Raises ValueError when there are none."""
         if not references:
             raise ValueError("CIDEr needs the references of at least one image for its document frequencies")
         self.log_images = math.log(len(references))
         frequencies = Counter(ngram for captions in references for ngram in set().union(*map(ngrams, captions)))
         self.log_frequencies = {ngram: math.log(count) for ngram, count in frequencies.items() if count > 1}
-        self._image = lru_cache(cached_images)(self._index)
+        self._indexed = lru_cache(cached_images)(self._index)
 
     def scores(self, candidates, references):
         """Tokenized candidates, and the references of each: [[str, ...], ...] -> (len(candidates),) float64.
@@ -186,11 +194,11 @@ class CiderD:
         for i, (candidate, captions) in enumerate(zip(candidates, references, strict=True)):
             if not captions:
                 raise ValueError(f"candidate {i} has no references")
-            scores[i] = self._score(candidate, self._image(tuple(captions)))
+            scores[i] = self._score(candidate, self._indexed(tuple(captions)))
         return scores
 
-    def _weights(self, caption):
-        """-> {ngram: term frequency * inverse document frequency}, their norms (MAX_N), length in words."""
+    def _tf_idf(self, caption):
+        """-> ({ngram: term frequency * inverse document frequency}, norm for each n (MAX_N), length in words)."""
         weights, squares = {}, [0.0] * MAX_N
         for ngram, count in ngrams(caption).items():
             weight = count * (self.log_images - self.log_frequencies.get(ngram, 0.0))
@@ -199,24 +207,26 @@ class CiderD:
         return weights, [math.sqrt(square) for square in squares], len(caption.split())
 
     def _index(self, captions):
-        """-> {ngram: [(place of the reference, weight), ...]}, norms (references, MAX_N), lengths (references)."""
-        places, norms, lengths = {}, [], []
-        for place, caption in enumerate(captions):
-            weights, norm, length = self._weights(caption)
+        """References of an image -> ({ngram: [(index of the reference, weight), ...]}, norms (references, MAX_N),
+        lengths (references))."""
+        postings, norms, lengths = {}, [], []
+        for i, caption in enumerate(captions):
+            weights, norm, length = self._tf_idf(caption)
             norms.append(norm)
             lengths.append(length)
             for ngram, weight in weights.items():
-                places.setdefault(ngram, []).append((place, weight))
-        return places, norms, lengths
+                postings.setdefault(ngram, []).append((i, weight))
+        return postings, norms, lengths
 
-    def _score(self, candidate, image):
-        places, reference_norms, reference_lengths = image
-        weights, norms, length = self._weights(candidate)
+    def _score(self, candidate, index):
+        """A tokenized candidate and the `_index` of its references -> CIDEr-D, the mean over the references."""
+        postings, reference_norms, reference_lengths = index
+        weights, norms, length = self._tf_idf(candidate)
         products = [[0.0] * MAX_N for _ in reference_norms]  # (references, MAX_N)
         for ngram, weight in weights.items():
-            for place, reference_weight in places.get(ngram, ()):
-                # Clipped: repeating a word of the reference earns nothing.
-                products[place][len(ngram) - 1] += min(weight, reference_weight) * reference_weight
+            for i, reference_weight in postings.get(ngram, ()):
+                # Clipped, so that repeating a word of the reference earns nothing.
+                products[i][len(ngram) - 1] += min(weight, reference_weight) * reference_weight
         total = 0.0
         for product, reference_norm, reference_length in zip(products, reference_norms, reference_lengths, strict=True):
             similarity = sum(p / (a * b) for p, a, b in zip(product, norms, reference_norm, strict=True) if a and b)
@@ -227,8 +237,8 @@ class CiderD:
 # --- METEOR and SPICE -------------------------------------------------------------------------------------------------
 
 
-def _why_not(java):
-    """Why pycocoevalcap's Java programs cannot run; None when they can."""
+def _reason_against(java):
+    """The reason why pycocoevalcap's Java programs cannot run; None when they can."""
     if java is False:
         return "not available: not asked for"
     if shutil.which("java") is None:
@@ -238,35 +248,35 @@ def _why_not(java):
     return None
 
 
-def _run(scorer_class, candidates, references):
-    """The corpus score of tokenized captions, or why there is none."""
+def _run_java(scorer_class, candidates, references):
+    """The corpus score of tokenized captions, or text with the reason why the program failed."""
     scorer = scorer_class()
     try:
         score, _ = scorer.compute_score(dict(enumerate(references)), {i: [c] for i, c in enumerate(candidates)})
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        if hasattr(scorer, "lock"):  # a Meteor that failed still holds it, and would wait for it when it is deleted
+        if hasattr(scorer, "lock"):  # a failed Meteor still holds its lock, and its __del__ would wait for it
             scorer.lock.release()
         return f"not available: its Java program failed ({error})"
     return float(score)
 
 
 def _meteor(candidates, references, java):
-    if reason := _why_not(java):
+    if reason := _reason_against(java):
         return reason
     from pycocoevalcap.meteor.meteor import Meteor
 
-    return _run(Meteor, candidates, references)
+    return _run_java(Meteor, candidates, references)
 
 
 def _spice(candidates, references, java):
-    if reason := _why_not(java):
+    if reason := _reason_against(java):
         return reason
     import pycocoevalcap.spice
 
     folder = Path(pycocoevalcap.spice.__file__).parent / "lib"
-    # Where they are missing, Spice() would start a download of 400 MB.
+    # Without these files Spice() would start a download of 400 MB.
     if not all((folder / f"stanford-corenlp-3.6.0{part}.jar").is_file() for part in ("", "-models")):
         return "not available: needs the Stanford CoreNLP 3.6.0 jars, see pycocoevalcap/spice/get_stanford_models.py"
     from pycocoevalcap.spice.spice import Spice
 
-    return _run(Spice, candidates, references)
+    return _run_java(Spice, candidates, references)

@@ -1,33 +1,34 @@
-"""Penn Treebank tokens of captions, in Python: the same as the COCO caption evaluation gets from Java.
+"""Penn Treebank tokenization of captions in Python: the same tokens as the COCO caption evaluation gets from Java.
 
 The reference is Stanford's PTBTokenizer 3.4.1 as pycocoevalcap runs it (-preserveLines -lowerCase, then punctuation
-removed). That is a lexer (its rules are in PTBLexer.flex of Stanford CoreNLP): at each place the rule with the longest
-match wins, what must follow a token included; of equal ones the first. So is this. Its quirks are kept, because
-published scores have them:
+removed). It is a lexer, with its rules in PTBLexer.flex of Stanford CoreNLP: at each position the rule with the longest
+match wins, where the match includes the required following text; among equally long ones the first rule wins. This
+module works in the same way. The reference's quirks are kept, because published scores have them:
 
 - Brackets stay, as "-lrb-" and so on: punctuation is compared with upper-case names after the text was lowercased.
 - "!!", "?!" and dashes of five or more hyphens stay; only "!", "?", "-" and "--" are removed.
-- All captions are one text, a line each, so the next caption can change how one ends: "plan b." is "plan b" where the
-  next line starts with "A " or "The ", elsewhere "plan b."; and some rules want a character behind the token, which
-  the very last caption does not have.
+- All captions are one text, a line each, so the next caption can change the end of one: "plan b." becomes "plan b"
+  where the next line starts with "A " or "The ", elsewhere it stays "plan b."; and some rules need a character after
+  the token, which the last caption does not have.
 
-Known to differ: letters that came after Unicode 6.0, which the reference drops, and the lower case of a Greek capital
-sigma with digits and then letters behind it in one word.
+Known differences: letters added after Unicode 6.0, which the reference drops, and the lower case of a Greek capital
+sigma that is followed by digits and then letters in one word.
 """
 
 import re
 from itertools import groupby
 
-PUNCTUATION = frozenset(("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--",
-                         "...", ";"))  # fmt: skip
+PUNCTUATION = frozenset(
+    ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
+)
 
 
 def tokenize(captions):
     """captions: list of str -> list of str, the lowercased tokens of each joined by spaces, without punctuation.
 
-    Equal to pycocoevalcap's `PTBTokenizer` for one list of captions. A caption stays one line whatever line breaks it
-    holds; the reference goes out of step at those other than a newline. Where a token spans a space ("1 1/2", a
-    telephone number), the space is a no-break space, as in the reference.
+    Equal to pycocoevalcap's `PTBTokenizer` for one list of captions. Line breaks in a caption count as spaces; the
+    reference assigns captions to the wrong images after a line break other than a newline. Where a token contains a
+    space ("1 1/2", a telephone number), it is a no-break space, as in the reference.
     """
     text = "\n".join(caption.translate(_LINE_BREAKS) for caption in captions)
     lines, tokens, position = [], [], 0
@@ -46,10 +47,10 @@ def tokenize(captions):
         elif text[position] == " ":
             position = _SPACES.match(text, position).end()
         else:
-            token, position = _longest(text, position)
+            token, position = _longest_match(text, position)
             tokens.append(token)
     lines.append(_without_punctuation(tokens))
-    return lines[: len(captions)]  # no captions are an empty text, not an empty line
+    return lines[: len(captions)]  # without captions the text still has one, empty, line
 
 
 def _without_punctuation(tokens):
@@ -57,8 +58,8 @@ def _without_punctuation(tokens):
     return " ".join(token for token in line.split(" ") if token not in PUNCTUATION)
 
 
-def _longest(text, position):
-    """The token at `position`, "" for a character that belongs to none, and where the next one starts."""
+def _longest_match(text, position):
+    """-> (the token at `position`, "" for a character that belongs to no token; the position after it)."""
     best, best_write, best_end = None, None, position
     for pattern, write in _RULES:
         match = pattern.match(text, position)
@@ -79,12 +80,13 @@ def _any_case(words):
 
 
 def _capitalized(words):
-    """Like `_any_case`, but the first letter must be a capital: written small they are common words."""
+    """Like `_any_case`, but the first letter must be a capital: in lower case these are common words."""
     return "(?:" + "|".join(f"{word[0]}(?ai:{word[1:]})" for word in words.split()) + ")"
 
 
 def _class_of(belongs):
-    """The inside of a character class: the ranges of the basic plane in which `belongs` is true of all characters."""
+    """The inside of a character class with all characters of the basic plane for which the predicate `belongs` is
+    true, as ranges."""
     runs = groupby(map(chr, range(0x10000)), belongs)
     runs = [list(characters) for belonging, characters in runs if belonging]
     return "".join(f"{re.escape(run[0])}-{re.escape(run[-1])}" for run in runs)
@@ -93,9 +95,9 @@ def _class_of(belongs):
 _LINE_BREAKS = dict.fromkeys(map(ord, "\n\r\v\f\u2028\u2029"), " ")
 SPACE = r" \t\u00a0\u2000-\u200a\u3000"
 GAP = rf"[{SPACE}\n\x85]"  # a space or the end of a line
-# Letters. The reference knows those of Unicode 6.0 and drops later ones, which are letters here; two are no more.
+# Letters. Those added after Unicode 6.0 count here, while the reference drops them; two of 6.0 are no longer letters.
 ALPHA = _class_of(str.isalpha) + r"\u1885\u1886"
-# Signs that continue a word like a letter: the soft hyphen, accents that combine with a letter, vowel signs.
+# Characters that continue a word like a letter: the soft hyphen, combining accents, vowel signs.
 SIGNS = (
     r"\u00ad\u02c2-\u02c5\u02d2-\u02df\u02e5-\u02eb\u02ed\u02ef-\u036f\u0375\u0378\u0379\u0384\u0385\u03f6\u0483-\u0487"
     r"\u055a-\u055f\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0615-\u061a\u064b-\u065e\u0670\u06d6-\u06e4"
@@ -104,7 +106,7 @@ SIGNS = (
     r"\u0a3c\u0a3e-\u0a4f\u0a81-\u0a83\u0abc\u0abe-\u0acf\u0b82\u0bbe-\u0bc2\u0bc6-\u0bc8\u0bca-\u0bcd\u0c01-\u0c03"
     r"\u0c3e-\u0c56\u0d3e-\u0d44\u0d46-\u0d48\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ecd"
 )
-# Everything else that is a token by itself; what is neither here nor in a rule is dropped.
+# All other characters that are tokens by themselves; characters neither here nor in a rule are dropped.
 SYMBOLS = (
     r"%&+=/\\^|~\u00a1\u00a6-\u00a9\u00ac\u00ae-\u00b1\u00b2-\u00ba\u00bf\u00d7\u00f7\u037e\u0387\u0589\u05be\u05c0"
     r"\u05c3\u05c6\u05f3\u05f4\u0600-\u0603\u0606-\u060a\u060c\u0614\u061b\u061e\u061f\u066a\u066d\u06d4\u0700-\u070d"
@@ -141,13 +143,13 @@ TITLES = (
     "St Ste Ave Pres Lieut Hon Brig Cmdr Comdr Pfc Spc Supt Supts Det Mt Ft Adj Adv Asst Assoc Ens Insp Mlle Mme Msgr "
     "Sfc vs Alex Wm Jos Cie a.k.a cf TREAS Ph Invt Elec Natl Dept"
 )
-BEFORE_NUMBERS = "ca fig figs prop no nos art bldg pp op"  # abbreviations only there: "no. 5"
+BEFORE_NUMBERS = "ca fig figs prop no nos art bldg pp op"  # abbreviations only before a number: "no. 5"
 COUNTRY_ACRONYM = r"(?:(?ai:Canada|Sino|Korean|EU|Japan|non)-(?ai:U\.S)|(?ai:U\.S\.-U\.S\.S\.R|U\.S\.-U\.K))"
 LONG_ACRONYM = rf"(?:{COUNTRY_ACRONYM}|[A-Za-z](?:\.[A-Za-z])+)"
 ACRONYM = rf"(?:{COUNTRY_ACRONYM}|[A-Za-z](?:\.[A-Za-z])*)"
 ABBREVIATION = rf"(?:{_any_case(ABBREVIATIONS)}|{_capitalized(CAPITALIZED_ABBREVIATIONS)}|[Pp]{{1,2}}[Tt][ye][Ss]?)"
 TITLE = rf"(?:{_any_case(TITLES)}|{_capitalized('Miss')}|[Mm][ft][Gg]|{ACRONYM})"
-# Capitalised words that start a sentence: a single letter and a period in front of them end one.
+# Capitalised words that start a sentence: a single letter and a period before them end the previous one.
 SENTENCE_STARTS = _capitalized(
     "About According Additionally After An A As At But Earlier He Her Here However If In It Last Many More Mr\\. Ms\\. "
     "Now Once One Other Our She Since So Some Such That The Their Then There These They This We When While What Yet You"
@@ -216,16 +218,19 @@ def _always(text):
 # --- the rules --------------------------------------------------------------------------------------------------------
 
 
-def _rule(token, write=_as_it_is, before=""):
-    """A token's pattern, how it is written, and what must follow it (which counts for the longest match)."""
-    return re.compile(f"({token}){before}"), write
+def _rule(token, write=_as_it_is, followed_by=""):
+    """-> (pattern, function from the matched token to its written form).
+
+    `followed_by` is the pattern of the text that must follow the token; it counts for the longest match.
+    """
+    return re.compile(f"({token}){followed_by}"), write
 
 
 _RULES = [
     _rule(r"(?ai:c\+\+|[cf]#)"),
     # Two words written as one: can+not, gon+na, 't+is.
     *(
-        _rule(f"(?ai:{word[:-second]})", before=f"(?ai:{word[-second:]})")
+        _rule(f"(?ai:{word[:-second]})", followed_by=f"(?ai:{word[-second:]})")
         for word, second in {**ASSIMILATIONS, "'twas": 3, "'tis": 2}.items()
     ),
     _rule(MARKUP, _unbroken),
@@ -233,15 +238,15 @@ _RULES = [
     _rule(r"&(?ai:amp);", _with_ampersand),
     _rule(r"&(?:(?ai:ht|tl|ur|lr|qc|ql|qr|odq|cdq)|#[0-9]+);"),
     # Words; "it's" is it+'s, "don't" is do+n't.
-    _rule(WORD, _without_soft_hyphens, before=CLITIC),
-    _rule(r"[A-Za-z\u00ad]*[A-MO-Za-mo-z]\u00ad*", _without_soft_hyphens, before=NOT),
+    _rule(WORD, _without_soft_hyphens, followed_by=CLITIC),
+    _rule(r"[A-Za-z\u00ad]*[A-MO-Za-mo-z]\u00ad*", _without_soft_hyphens, followed_by=NOT),
     _rule(WORD, _without_soft_hyphens),
     # Words with an apostrophe that stay whole: 'n', l'amour, 'em, O'Hara, '90s, 'til, ma'am, ...
     _rule(rf"{APOSTROPHE}(?ai:n){APOSTROPHE}?|[lLdDjJ]{APOSTROPHE}|(?ai:dunkin|somethin|ol){APOSTROPHE}"),
     _rule(rf"{APOSTROPHE}(?:(?ai:em|till|til|cause)|[2-9]0(?ai:s))|[A-HJ-XZn]{ANY_APOSTROPHE}[{ALPHA}]{{2,}}"),
     _rule(rf"[{ALPHA}]+[aeiouyAEIOUY]{ANY_APOSTROPHE}[aeiouA-Z][{ALPHA}]*|(?ai:o){ANY_APOSTROPHE}(?ai:o)"),
     _rule(r"(?ai:cont'd\.?|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l)"),
-    _rule(rf"(?ai:y){APOSTROPHE}", before=f"[{ALPHA}]"),  # y'+all
+    _rule(rf"(?ai:y){APOSTROPHE}", followed_by=f"[{ALPHA}]"),  # y'+all
     # Addresses.
     _rule(rf"(?ai:https?)://{IN_URL}+{URL_END}"),
     *(
@@ -256,8 +261,8 @@ _RULES = [
         rf"(?:(?ai:&lt;)|<)?[a-zA-Z0-9][^ \t\n\f\r\"<>|()\u00a0{{}}]*@(?:{IN_EMAIL}+\.)*{IN_EMAIL}+(?:(?ai:&gt;)|>)?"
     ),
     _rule(rf"@[a-zA-Z_][a-zA-Z_0-9]*|\#{LETTER}+"),
-    _rule(f"{CLITIC}|{NOT}", _quotes, before="[^A-Za-z]"),
-    # Numbers, dates, fractions; what a currency is written as is the treebank's choice, pounds are "#".
+    _rule(f"{CLITIC}|{NOT}", _quotes, followed_by="[^A-Za-z]"),
+    # Numbers, dates, fractions. Currencies are written as the treebank writes them: pounds are "#".
     _rule(r"\d{1,2}[\-/]\d{1,2}[\-/]\d{2,4}"),
     _rule(rf"[\-+]?{NUMBER}", _without_soft_hyphens),
     _rule(r"[\u207a\u207b\u208a\u208b]?(?:[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+|[\u2080-\u2089]+)"),
@@ -274,31 +279,31 @@ _RULES = [
         r"[\u00a2-\u00a5\x80\u20a0\u20ac\u060b\u0e3f\u20a4\uffe0\uffe1\uffe5\uffe6]",
         lambda token: token.translate(_CURRENCIES),
     ),
-    # Abbreviations. A single letter loses its period where a sentence starts behind it.
+    # Abbreviations. A single letter loses its period where a sentence starts after it.
     _rule(
         rf"{ACRONYM}\.",
         lambda token: token[0] if len(token) == 2 else token,
-        before=rf"{GAP}+(?:{SENTENCE_STARTS}|{MARKUP}){GAP}",
+        followed_by=rf"{GAP}+(?:{SENTENCE_STARTS}|{MARKUP}){GAP}",
     ),
-    _rule(rf"{_any_case(BEFORE_NUMBERS)}\.", before=rf"{GAP}?\d"),
-    _rule(r"(?:(?ai:pt)[eyEY]|(?ai:co))\.", before=rf"[{SPACE}](?ai:ltd|lim)"),
-    _rule(rf"{ABBREVIATION}\.", before=r"(?:[\s\S]{2})?"),
+    _rule(rf"{_any_case(BEFORE_NUMBERS)}\.", followed_by=rf"{GAP}?\d"),
+    _rule(r"(?:(?ai:pt)[eyEY]|(?ai:co))\.", followed_by=rf"[{SPACE}](?ai:ltd|lim)"),
+    _rule(rf"{ABBREVIATION}\.", followed_by=r"(?:[\s\S]{2})?"),
     _rule(rf"{TITLE}\."),
-    _rule(TITLE, before=f"[{SPACE}]"),
-    _rule(ACRONYM, before=GAP),
-    _rule(rf"{APOSTROPHE}[0-9][0-9]", before=GAP),
-    _rule(rf"(?:{LETTER}|\d)+(?:\.(?:{LETTER}|\d)+)*\.{_any_case(FILE_ENDINGS)}", before=rf"(?:{GAP}|[.?!,])"),
-    _rule(rf"{WORD}\.", _without_soft_hyphens, before=INNER_PUNCTUATION),
+    _rule(TITLE, followed_by=f"[{SPACE}]"),
+    _rule(ACRONYM, followed_by=GAP),
+    _rule(rf"{APOSTROPHE}[0-9][0-9]", followed_by=GAP),
+    _rule(rf"(?:{LETTER}|\d)+(?:\.(?:{LETTER}|\d)+)*\.{_any_case(FILE_ENDINGS)}", followed_by=rf"(?:{GAP}|[.?!,])"),
+    _rule(rf"{WORD}\.", _without_soft_hyphens, followed_by=INNER_PUNCTUATION),
     _rule(
         r"(?:\([0-9]{2,3}\)[ \u00a0]?|(?:\+\+?)?(?:[0-9]{2,4}[\- \u00a0])?[0-9]{2,4}[\- \u00a0])"
         r"[0-9]{3,4}[\- \u00a0]?[0-9]{3,5}|(?:(?:\+\+?)?[0-9]{2,4}\.)?[0-9]{2,4}\.[0-9]{3,4}\.[0-9]{3,5}",
         _telephone,
     ),
     # Punctuation and symbols.
-    _rule(r'"|&(?ai:quot);', _quotes, before="(?:[A-Za-z0-9$])?"),
+    _rule(r'"|&(?ai:quot);', _quotes, followed_by="(?:[A-Za-z0-9$])?"),
     _rule(r"<|&(?ai:lt);", _always("<")),
     _rule(r">|&(?ai:gt);", _always(">")),
-    _rule(r"[<>]?[:;=][\-o*']?[()DPdpO\\{@|\[\]]", _without_parentheses, before="[^A-Za-z0-9]"),
+    _rule(r"[<>]?[:;=][\-o*']?[()DPdpO\\{@|\[\]]", _without_parentheses, followed_by="[^A-Za-z0-9]"),
     _rule(r"[\-^x=~<>']_[\-^x=~<>']|\([\-^x=~<>'][_.]?[\-^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)", _without_parentheses),
     *(
         _rule(re.escape(bracket), _always(name))
@@ -312,11 +317,11 @@ _RULES = [
     _rule(
         rf"[A-Za-z0-9][A-Za-z0-9.,\u00ad]*(?:-(?:{LONG_ACRONYM}\.|[A-Za-z0-9\u00ad]+))+\.",
         _without_soft_hyphens,
-        before=INNER_PUNCTUATION,
+        followed_by=INNER_PUNCTUATION,
     ),
     _rule(rf"[A-Za-z0-9][A-Za-z0-9.,\u00ad]*(?:-(?:{LONG_ACRONYM}\.|[A-Za-z0-9\u00ad]+))+", _without_soft_hyphens),
     *(
-        _rule(token + end, write, before)
+        _rule(token + end, write, followed_by)
         for token, write in (
             (
                 rf"(?:[dDoOlL]{ANY_APOSTROPHE}[{ALPHA}\d])?[{ALPHA}\d]+"
@@ -325,10 +330,10 @@ _RULES = [
             ),
             (r"[A-Z]+(?:(?:&(?ai:amp);|[+&])[A-Z]+)+", _with_ampersand),
         )
-        for end, before in ((r"\.", INNER_PUNCTUATION), ("", ""))
+        for end, followed_by in ((r"\.", INNER_PUNCTUATION), ("", ""))
     ),
     # Quotes.
-    _rule("'", _always("`"), before=r"[A-Za-z][^ \t\n\r\u00a0]"),
+    _rule("'", _always("`"), followed_by=r"[A-Za-z][^ \t\n\r\u00a0]"),
     _rule(f"{CLITIC}|{NOT}", _quotes),
     _rule(rf"''|[`\x91-\x94\u2018-\u201f\u2039\u203a\u00ab\u00bb]{{1,2}}|{APOSTROPHE}", _quotes),
     _rule("<<|>>"),
@@ -336,13 +341,16 @@ _RULES = [
     _rule(rf"[{SPACE}]+|&(?ai:nbsp);", _always("")),
 ]
 
-# Most of a caption is plain words. They are taken without asking every rule, with the comma or period behind them,
-# unless a rule above has something else in mind for them.
+# Most of a caption is plain words. These are matched without trying every rule, together with a following comma or
+# period, unless a rule above treats them differently.
 _PLAIN = re.compile(r"([A-Za-z]+)(?:,|(\.))?(?=[ \n])")
 _SPACES = re.compile(f"[{SPACE}]+")
 _IRREGULAR = frozenset(ASSIMILATIONS)
 _IRREGULAR_BEFORE_PERIOD = frozenset(
-    (*"abcdefghijklmnopqrstuvwxyz", "pte", "ptes", "pty", "ptys", "ppte", "pptes", "ppty", "pptys", "mfg", "mtg",
-     *f"{ABBREVIATIONS} {CAPITALIZED_ABBREVIATIONS} {TITLES} {BEFORE_NUMBERS} cannot gonna gotta lemme gimme wanna"
-     .lower().split())
-)  # fmt: skip
+    (
+        *"abcdefghijklmnopqrstuvwxyz",
+        *["pte", "ptes", "pty", "ptys", "ppte", "pptes", "ppty", "pptys", "mfg", "mtg"],
+        *f"{ABBREVIATIONS} {CAPITALIZED_ABBREVIATIONS} {TITLES} {BEFORE_NUMBERS}".lower().split(),
+        *ASSIMILATIONS,
+    )
+)

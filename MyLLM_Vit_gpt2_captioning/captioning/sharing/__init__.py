@@ -1,1 +1,1 @@
-"""What is shared on the Hugging Face Hub: the folder, its model card, the upload."""
+"""Sharing on the Hugging Face Hub: the folder that is uploaded, its model card, the upload."""

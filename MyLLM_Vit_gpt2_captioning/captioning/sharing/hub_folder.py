@@ -1,4 +1,4 @@
-"""The folder that is shared: a checkpoint, the source it needs, an example that captions with it, and a model card.
+"""The folder that is shared: a checkpoint, the source code it needs, an example that captions with it, a model card.
 
 captioner.safetensors, config.json, tokenizer.json    the checkpoint
 example.py, requirements.txt                          captions a photo with nothing but this folder
@@ -23,17 +23,17 @@ from captioning.sharing import model_card
 
 SCRIPT = Path(__file__).resolve().parents[2] / "MyLLM_Vit_gpt2_captioning.py"
 SOURCE, SAMPLES = "source", "samples"
-OWN_FOLDERS = (f"{SOURCE}/", f"{SAMPLES}/")  # in a repository nobody else writes there
+OWN_FOLDERS = (f"{SOURCE}/", f"{SAMPLES}/")  # in a repository, only uploads write there
 CHECKPOINT_FILES = (WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE)
-BESIDE_SOURCE = ("LICENSE", "requirements.txt")  # of the project
-NOT_OF_A_RECIPE = {"resume", "push_every_epoch"}  # what only that one run could do
-PACKAGE_OF = {"PIL": "pillow"}  # modules that are called otherwise than their packages
+PROJECT_FILES = ("LICENSE", "requirements.txt")  # shared with the source code
+NOT_IN_RECIPE = {"resume", "push_every_epoch"}  # constants that only concern one run
+PACKAGE_OF = {"PIL": "pillow"}  # modules whose package has another name
 
 EXAMPLE = '''"""Caption photos with the model in this folder, with the source in this folder.
 
     pip install -r requirements.txt
     python example.py photo.jpg
-    python example.py photo.jpg --prompt "a man"    how the caption begins, or the question to a model that answers
+    python example.py photo.jpg --prompt "a man"    the caption's first words, or a question if the model answers them
 """
 
 import argparse
@@ -70,68 +70,71 @@ for photo, caption in zip(args.photos, captions):
 
 
 def source_files(script=SCRIPT):
-    """The script and every file of the project that it imports, directly or through another one, and what belongs to
-    them -> {path seen from the project's root: bytes}.
+    """The script, all files of the project that it imports directly or indirectly, LICENSE and requirements.txt
+    -> {path relative to the project's root: bytes}.
 
-    Imports inside functions count, too: whatever the shipped source may import is shipped. Tools and tests are not.
+    Imports inside functions count as well. Tools and tests are not among the files.
     """
     script = Path(script).resolve()
     root = script.parents[1]
-    found, waiting = {}, [script]
-    while waiting:
-        path = waiting.pop()
+    files, queue = {}, [script]
+    while queue:
+        path = queue.pop()
         name = path.relative_to(root).as_posix()
-        if name not in found:
-            found[name] = path.read_bytes()
-            waiting += [file for module in imports(found[name]) for file in _own_files(module, script)]
-    for name in BESIDE_SOURCE:
+        if name not in files:
+            files[name] = path.read_bytes()
+            queue += [file for module in imports(files[name]) for file in _own_files(module, script)]
+    for name in PROJECT_FILES:
         if (root / name).is_file():
-            found[name] = (root / name).read_bytes()
-    return found
+            files[name] = (root / name).read_bytes()
+    return files
 
 
 def imports(source, in_functions=True):
-    """Source text -> names of the modules it imports, dotted; `from a import b` gives a and a.b."""
-    names, waiting = set(), [ast.parse(source)]
-    while waiting:
-        node = waiting.pop()
+    """Source code -> set of the dotted names of the modules it imports; `from a import b` gives a and a.b."""
+    names, queue = set(), [ast.parse(source)]
+    while queue:
+        node = queue.pop()
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif in_functions or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            waiting += ast.iter_child_nodes(node)
+            queue += ast.iter_child_nodes(node)
     return names
 
 
 def _own_files(module, script):
-    """Files of the project that importing `module` runs: its own, and __init__.py of the packages around it."""
+    """The project's files that importing `module` runs: its own, and __init__.py of its packages; [] for a library."""
     parts = module.split(".")
     for base in (script.parent, script.parents[1]):  # the search path of the script
         path = base.joinpath(*parts)
-        around = [base.joinpath(*parts[:n], "__init__.py") for n in range(1, len(parts))]
-        files = [file for file in (path.with_suffix(".py"), path / "__init__.py", *around) if file.is_file()]
+        packages = [base.joinpath(*parts[:n], "__init__.py") for n in range(1, len(parts))]
+        files = [file for file in (path.with_suffix(".py"), path / "__init__.py", *packages) if file.is_file()]
         if files:
             return files
     return []
 
 
 def requirements(source, model_config, script=SCRIPT):
-    """Lines of the project's requirements.txt that loading and captioning need: libraries that are imported with the
-    script, not inside functions; and timm where the encoder is not the plain ViT."""
+    """The sorted lines of the project's requirements.txt that loading and captioning need.
+
+    These are the libraries that are imported together with the script, not those imported inside functions, and timm
+    unless the encoder is the plain ViT. `source`: the result of `source_files`.
+    """
     script, root = Path(script).resolve(), Path(script).resolve().parents[1]
-    seen, libraries, waiting = set(), set(), [script.relative_to(root).as_posix()]
-    while waiting:
-        name = waiting.pop()
-        if name in seen:
+    visited, libraries, queue = set(), set(), [script.relative_to(root).as_posix()]
+    while queue:
+        name = queue.pop()
+        if name in visited:
             continue
-        seen.add(name)
+        visited.add(name)
         for module in imports(source[name], in_functions=False):
             own = [file.relative_to(root).as_posix() for file in _own_files(module, script)]
-            waiting += own
-            top = module.partition(".")[0]
-            if not own and top not in sys.stdlib_module_names and not _own_files(top, script):
-                libraries.add(PACKAGE_OF.get(top, top))
+            queue += own
+            package = module.partition(".")[0]
+            if not own and package not in sys.stdlib_module_names and not _own_files(package, script):
+                libraries.add(PACKAGE_OF.get(package, package))
     encoder, options = model_config.get("encoder", ""), model_config.get("encoder_options")
     if not plain_vit.options_of(encoder, options):
         libraries.add("timm")
@@ -143,16 +146,16 @@ def requirements(source, model_config, script=SCRIPT):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def place_checkpoint(target, folder, link=False):
-    """Copy the checkpoint's files from `folder` to `target`; with `link` as second names of the same files, where the
-    file system has such: a file that is replaced later stays what it was.
+def copy_checkpoint(target, folder, link=False):
+    """Copy the checkpoint's files from `folder` to `target`.
 
-    Raises FileNotFoundError for a missing one.
+    With `link` they are hard links where the file system has them: a file that is replaced later, by `os.replace`,
+    stays the same under its second name. Raises FileNotFoundError for a missing file.
     """
     for name in CHECKPOINT_FILES:
         source, copy = Path(folder) / name, Path(target) / name
         if not source.is_file():
-            raise FileNotFoundError(f"{source}: not found; the checkpoint is not whole")
+            raise FileNotFoundError(f"{source}: not found; the checkpoint is incomplete")
         try:
             if not link:
                 raise OSError
@@ -162,9 +165,10 @@ def place_checkpoint(target, folder, link=False):
 
 
 def write_folder(target, facts, source):
-    """Add everything else to the checkpoint in `target`. `facts`: of `model_card.read_facts`; `source`: `source_files`.
+    """Add everything else to the checkpoint in `target`.
 
-    config.json is written anew, without paths of the machine it comes from.
+    `facts`: the result of `model_card.read_facts`; `source`: that of `source_files`. config.json is rewritten without
+    the paths of the machine it comes from.
     """
     target = Path(target)
     facts.config = without_paths(facts.config)
@@ -174,17 +178,16 @@ def write_folder(target, facts, source):
     files["requirements.txt"] = "\n".join([*requirements(source, model), ""]).encode()
     files[CONFIG_FILE] = (json.dumps(facts.config, indent=2, ensure_ascii=False) + "\n").encode()
     if "train_config" in facts.config:
-        sections = {name: facts.config[name] for name in ("model_config", "train_config")}
-        kept = {
-            name: SimpleNamespace(**{key: value for key, value in values.items() if key not in NOT_OF_A_RECIPE})
-            for name, values in sections.items()
-        }
-        files[RECIPE_FILE] = as_toml(**kept).encode()
+        sections = {}
+        for name in ("model_config", "train_config"):
+            constants = {key: value for key, value in facts.config[name].items() if key not in NOT_IN_RECIPE}
+            sections[name] = SimpleNamespace(**constants)
+        files[RECIPE_FILE] = as_toml(**sections).encode()
     if facts.metrics_csv:
         files["metrics.csv"] = facts.metrics_csv.encode()
     for sample in facts.samples:
-        if sample.picture:
-            files[sample.file] = sample.picture
+        if sample.image:
+            files[sample.file] = sample.image
     files["README.md"] = model_card.write_card(facts, parameters=count_parameters(target / WEIGHTS_FILE)).encode()
     for name, content in files.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -192,7 +195,7 @@ def write_folder(target, facts, source):
 
 
 def count_parameters(weights_file):
-    """Numbers in a safetensors file, of which only the head is read."""
+    """The number of parameters in a safetensors file, of which only the header is read."""
     from math import prod
 
     from safetensors import safe_open
@@ -202,7 +205,7 @@ def count_parameters(weights_file):
 
 
 def without_paths(value):
-    """A copy in which each text that is an absolute path is only its last part: no folder of a machine is shared."""
+    """A copy of a JSON value in which every string that is an absolute path is reduced to its last part."""
     if isinstance(value, dict):
         return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,6 +1,6 @@
-"""The model card of a shared captioner (Mitchell et al. 2019): what it is, what it was trained on, what was measured.
+"""The model card of a shared captioner (Mitchell et al. 2019): description, training data and scores.
 
-Only what files beside the checkpoint say is written, and only where they belong to these very weights.
+It states only what the files beside the checkpoint say, and only where they belong to exactly these weights.
 """
 
 import csv
@@ -16,15 +16,15 @@ from captioning.common.files import WEIGHTS_FILE
 from captioning.model.checkpoint import load_config
 
 NO_LICENSE = "other"
-DATASETS = {  # beginning of a folder's name -> what it is
+DATASETS = {  # beginning of a folder's name: description of the data set
     "flickr30k": "Flickr30k (Young et al. 2014), photos with five captions each",
     "flickr8k": "Flickr8k (Hodosh et al. 2013), photos with five captions each",
     "coco": "MS COCO (Lin et al. 2014), photos with five captions each",
     "shapes": "Shapes, the project's built-in data set: rendered scenes of coloured shapes with captions that are true "
     "by construction",
 }
-METRICS = ("perplexity", "bleu", "rouge", "cider", "meteor", "spice", "exact_answers")  # beginnings of names of scores
-RECIPE = {  # constants that are shown; the rest is in recipe.toml
+METRICS = ("perplexity", "bleu", "rouge", "cider", "meteor", "spice", "exact_answers")  # prefixes of names of scores
+RECIPE = {  # constants in the card, with a description; recipe.toml has all
     "epochs": "epochs with cross-entropy",
     "scst_epochs": "epochs of self-critical training",
     "freeze_epochs_gpt": "epochs before the pretrained GPT-2 blocks train",
@@ -40,32 +40,32 @@ RECIPE = {  # constants that are shown; the rest is in recipe.toml
     "precision": "precision",
     "seed": "seed",
 }
-SAMPLES = 8  # captions that the card shows
+MAX_SAMPLES = 8  # captions in the card
 
 
 @dataclass
-class Sample:
-    """A caption for the card, with what is true of the image, or with its picture."""
+class CardSample:
+    """A generated caption for the card, with the image's reference captions, or with the image itself."""
 
     name: str
     caption: str
-    truth: list = field(default_factory=list)
-    file: str = ""  # of the picture in the shared folder
-    picture: bytes = b""
+    references: list = field(default_factory=list)
+    file: str = ""  # the image's path in the shared folder
+    image: bytes = b""  # the content of that file
 
 
 @dataclass
 class Facts:
-    """What is known about a checkpoint."""
+    """Everything that the card states about a checkpoint."""
 
     repo_id: str
-    config: dict  # of config.json
-    row: dict = field(default_factory=dict)  # of metrics.csv, of the epoch that was kept
-    metrics_csv: str = ""
+    config: dict  # the content of config.json
+    row: dict = field(default_factory=dict)  # the row of metrics.csv of the epoch that was kept
+    metrics_csv: str = ""  # the whole file
     scores: dict = field(default_factory=dict)  # {what was scored: content of a scores.json}
-    samples: list = field(default_factory=list)
-    datasets: list = field(default_factory=list)
-    guessed: bool = False  # nobody has said so: the data sets are those that the run's folders are named after
+    samples: list = field(default_factory=list)  # of `CardSample`
+    datasets: list = field(default_factory=list)  # names
+    guessed: bool = False  # the data sets are guessed from the names of the run's folders
     license: str = NO_LICENSE
     converted_from: str = ""
 
@@ -74,11 +74,11 @@ class Facts:
 
 
 def read_facts(folder, repo_id, license=NO_LICENSE, datasets=None, scores_files=None):
-    """What the files of a run say about the checkpoint in `folder` -> `Facts`.
+    """Collect the `Facts` about the checkpoint in `folder` from the files of its run.
 
-    `datasets`: names; by default those that are found in the paths of the training configuration. `scores_files`:
-    scores.json files of evaluate_captions.py; by default those in `folder`/evaluation_*, unless they are older than
-    the weights. Raises FileNotFoundError or ValueError that names the file.
+    `datasets`: names; by default those found in the paths of the training configuration. `scores_files`: scores.json
+    files of evaluate_captions.py; by default those in `folder`/evaluation_* that are not older than the weights.
+    Raises FileNotFoundError or ValueError that names the file.
     """
     folder = Path(folder)
     config = load_config(folder)
@@ -87,10 +87,10 @@ def read_facts(folder, repo_id, license=NO_LICENSE, datasets=None, scores_files=
     facts.guessed = not datasets
     facts.metrics_csv, facts.row = _read_metrics(folder / "metrics.csv", config)
     if scores_files is None:
-        written = (folder / WEIGHTS_FILE).stat().st_mtime if (folder / WEIGHTS_FILE).is_file() else 0
+        weights_time = (folder / WEIGHTS_FILE).stat().st_mtime if (folder / WEIGHTS_FILE).is_file() else 0
         scores_files = []
         for path in sorted(folder.glob("evaluation_*/scores.json")):
-            if path.stat().st_mtime >= written:
+            if path.stat().st_mtime >= weights_time:
                 scores_files.append(path)
             else:
                 print(f"{path}: older than the weights, so it is not in the model card")
@@ -105,15 +105,15 @@ def read_facts(folder, repo_id, license=NO_LICENSE, datasets=None, scores_files=
 
 
 def _datasets_in(train_config):
-    """Known data sets that a folder or file of the run is named after: flickr8k, flickr30k_256, vqa_shapes, ..."""
+    """The known data sets whose names folders or files of the run have: flickr8k, flickr30k_256, vqa_shapes, ..."""
     paths = [str(train_config.get(key, "")).lower() for key in ("data_dir", "image_dir", "captions_file")]
     names = [part for path in paths for part in re.split(r"[/\\]", path)]
     return [known for known in DATASETS if any(re.fullmatch(rf"(vqa_)?{known}(\d{{4}})?([_.-].*)?", n) for n in names)]
 
 
 def _read_metrics(path, config):
-    """metrics.csv -> (its text, the row of the epoch that was kept as {name: text}); ("", {}) where there is none, or
-    where it belongs to other weights."""
+    """metrics.csv -> (its text, the row of the epoch that was kept as {column: text}); ("", {}) if there is no such
+    file or it belongs to other weights."""
     epoch, best = config.get("best_epoch"), config.get("best_perplexity")
     if not path.is_file() or epoch is None or best is None:
         return "", {}
@@ -124,40 +124,44 @@ def _read_metrics(path, config):
                 return text, row
         except (KeyError, TypeError, ValueError):
             break
-    print(f"{path}: says nothing of these weights, so it is not shared")
+    print(f"{path}: has no row for these weights, so it is not shared")
     return "", {}
 
 
 def _read_samples(path, epoch):
-    """samples.md -> what its images were called in the epoch `epoch` (text), or [] where that is not in it."""
+    """samples.md -> list of `CardSample` with the captions of the epoch `epoch` (text); [] if they are not in it."""
     samples = []
     if path.is_file():
-        for part in re.split(r"^## ", path.read_text(encoding="utf-8"), flags=re.M)[1:]:
-            caption = re.search(rf"^\| {epoch} \| (.*) \|$", part, re.M)
+        for section in re.split(r"^## ", path.read_text(encoding="utf-8"), flags=re.M)[1:]:
+            caption = re.search(rf"^\| {epoch} \| (.*) \|$", section, re.M)
             if caption:
-                truth = re.findall(r"^- true: (.*)$", part, re.M)
-                samples.append(Sample(part.splitlines()[0], caption[1].replace(r"\|", "|"), truth))
-    return samples[:SAMPLES]
+                references = re.findall(r"^- true: (.*)$", section, re.M)
+                samples.append(CardSample(section.splitlines()[0], caption[1].replace(r"\|", "|"), references))
+    return samples[:MAX_SAMPLES]
 
 
-def picture(image, path, caption, number):
-    """A photo for the card -> `Sample`. Pixels only are kept, no larger than 512: no place, no date, no name."""
+def photo_sample(image, path, caption, number):
+    """A photo (PIL image, from the file `path`) and its caption -> `CardSample`.
+
+    Only its pixels are kept, at most 512 a side: no metadata and no file name.
+    """
     import numpy as np
     from PIL import Image
 
-    plain = Image.fromarray(np.asarray(image))
-    plain.thumbnail((512, 512))
-    kind = "png" if Path(path).suffix.lower() == ".png" else "jpg"
-    file = io.BytesIO()
-    plain.save(file, "PNG" if kind == "png" else "JPEG", **({} if kind == "png" else {"quality": 90}))
-    return Sample(f"sample {number}", caption, file=f"samples/sample_{number}.{kind}", picture=file.getvalue())
+    pixels = Image.fromarray(np.asarray(image))
+    pixels.thumbnail((512, 512))
+    is_png = Path(path).suffix.lower() == ".png"
+    content = io.BytesIO()
+    pixels.save(content, "PNG" if is_png else "JPEG", **({} if is_png else {"quality": 90}))
+    file = f"samples/sample_{number}.{'png' if is_png else 'jpg'}"
+    return CardSample(f"sample {number}", caption, file=file, image=content.getvalue())
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def write_card(facts, parameters):
-    """-> the text of README.md with YAML front matter. `parameters`: how many numbers the weights are."""
+    """-> the text of README.md, with YAML front matter. `parameters`: number of parameters of the model."""
     name = facts.repo_id.partition("/")[2]
     parts = [
         f"---\n{_front_matter(facts)}\n---",
@@ -175,25 +179,30 @@ def write_card(facts, parameters):
 def _front_matter(facts):
     from huggingface_hub import ModelCardData
 
-    other = dict(license_name="not-stated") if facts.license == NO_LICENSE else {}
+    license_name = dict(license_name="not-stated") if facts.license == NO_LICENSE else {}
     encoder = str(facts.config["model_config"].get("encoder", ""))
     data = ModelCardData(
-        license=facts.license, **other, pipeline_tag="image-to-text", library_name="pytorch",
+        license=facts.license,
+        **license_name,
+        pipeline_tag="image-to-text",
+        library_name="pytorch",
         tags=["image-captioning", "gpt2", *(["vit"] if "vit" in encoder else []), "safetensors"],
-        datasets=facts.datasets or None, metrics=_metric_names(facts) or None,
-    )  # fmt: skip
+        datasets=facts.datasets or None,
+        metrics=_metric_names(facts) or None,
+    )
     return data.to_yaml().strip()
 
 
 def _metric_names(facts):
-    names = {name.lower().replace(" ", "_").replace("valid_", "") for name in _row_scores(facts)}
-    names |= {
-        name.lower().replace(" ", "_") for scores in facts.scores.values() for name, v in scores.items() if _number(v)
-    }
+    """Those of METRICS of which the card has a value."""
+    names = {name.replace("valid_", "") for name in _row_scores(facts)}
+    for scores in facts.scores.values():
+        names |= {name for name, value in scores.items() if _is_finite_number(value)}
+    names = {name.lower().replace(" ", "_") for name in names}
     return [metric for metric in METRICS if any(name.startswith(metric) for name in names)]
 
 
-def _number(value):
+def _is_finite_number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -236,21 +245,21 @@ python MyLLM_Vit_gpt2_captioning/caption_image.py photo.jpg --checkpoint {facts.
 
 def _training(facts):
     model, train = facts.config["model_config"], facts.config.get("train_config", {})
-    known = [DATASETS.get(name, name) for name in facts.datasets]
-    how = ", by the name of its folder" if facts.guessed and known else ""
-    lines = [f"Data set{how}: {'; '.join(known) if known else 'not stated'}."]
-    starts = {
-        "the encoder": "from random weights" if model.get("encoder_weights") == "scratch" else "pretrained",
-        "the decoder": "from random weights" if model.get("decoder_weights") == "scratch" else "pretrained",
-    }
+    datasets = [DATASETS.get(name, name) for name in facts.datasets]
+    source = ", by the name of its folder" if facts.guessed and datasets else ""
+    lines = [f"Data set{source}: {'; '.join(datasets) if datasets else 'not stated'}."]
     if model.get("start_from"):
-        lines.append(f"It went on from the captioner `{model['start_from']}`.")
+        lines.append(f"Training continued from the captioner `{model['start_from']}`.")
     elif not facts.converted_from:
-        lines.append("Started: " + ", ".join(f"{part} {how}" for part, how in starts.items()) + ".")
+        encoder, decoder = (
+            "from random weights" if model.get(key) == "scratch" else "pretrained"
+            for key in ("encoder_weights", "decoder_weights")
+        )
+        lines.append(f"Initialisation: the encoder {encoder}, the decoder {decoder}.")
     if not train:
         return "\n\n".join(lines)
     rows = ["| constant | value | |", "| --- | --- | --- |"]
-    rows += [f"| `{key}` | {train[key]} | {what} |" for key, what in RECIPE.items() if key in train]
+    rows += [f"| `{key}` | {train[key]} | {description} |" for key, description in RECIPE.items() if key in train]
     lines += ["\n".join(rows), "All constants are in `recipe.toml`, which repeats the run: `--recipe recipe.toml`."]
     if facts.config.get("best_epoch") is not None:
         lines.append(
@@ -260,32 +269,31 @@ def _training(facts):
 
 
 def _row_scores(facts):
-    """{name: value} that metrics.csv, or config.json, says of the epoch that was kept."""
-    names = ("valid_perplexity", "CIDEr", "BLEU-4", "exact_answers")
-    found = {}
-    for name in names:
+    """{name: value} of the scores of the epoch that was kept, from metrics.csv or config.json."""
+    scores = {}
+    for name in ("valid_perplexity", "CIDEr", "BLEU-4", "exact_answers"):
         try:
-            found[name] = float(facts.row.get(name) or "nan")
+            scores[name] = float(facts.row.get(name) or "nan")
         except ValueError:
-            found[name] = math.nan
+            scores[name] = math.nan
     if not facts.row and facts.config.get("best_perplexity") is not None:
-        found["valid_perplexity"] = float(facts.config["best_perplexity"])
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+        scores["valid_perplexity"] = float(facts.config["best_perplexity"])
+    return {name: value for name, value in scores.items() if math.isfinite(value)}
 
 
 def _measured(facts):
     images = facts.config.get("train_config", {}).get("score_images")
-    scored = f"greedy captions of {f'at most {images} ' if images else ''}validation images"
-    of = {
+    captions = f"greedy captions of {f'at most {images} ' if images else ''}validation images"
+    labels = {  # name: (title, what was scored)
         "valid_perplexity": ("perplexity per token", "all captions of the validation split"),
-        "CIDEr": ("CIDEr-D", scored),
-        "BLEU-4": ("BLEU-4", scored),
+        "CIDEr": ("CIDEr-D", captions),
+        "BLEU-4": ("BLEU-4", captions),
         "exact_answers": ("share of answers that are right to the letter", "validation questions"),
     }
-    parts, found = [], _row_scores(facts)
-    if found:
+    parts, row_scores = [], _row_scores(facts)
+    if row_scores:
         rows = ["| score | value | of |", "| --- | ---: | --- |"]
-        rows += [f"| {of[name][0]} | {value:.4f} | {of[name][1]} |" for name, value in found.items()]
+        rows += [f"| {labels[name][0]} | {value:.4f} | {labels[name][1]} |" for name, value in row_scores.items()]
         parts.append("On the validation split, which also decided which epoch was kept:\n\n" + "\n".join(rows))
     for what, scores in facts.scores.items():
         from captioning.scoring.evaluation import table_rows
@@ -301,7 +309,7 @@ def _measured(facts):
 
 
 def _cell(text):
-    """Text for a cell of a Markdown table, as it is: no markup in it counts."""
+    """Text -> the same text for a cell of a Markdown table, with all markup escaped."""
     return html.escape(" ".join(str(text).split()), quote=False).replace("|", "&#124;")
 
 
@@ -312,7 +320,7 @@ def _samples(facts):
         return "Greedy captions of images that were chosen by whoever published the model:\n\n" + "\n".join(lines)
     lines = ["| image | caption | one of its true captions |", "| --- | --- | --- |"]
     for s in facts.samples:
-        lines.append(f"| {_cell(s.name)} | {_cell(s.caption)} | {_cell(s.truth[0] if s.truth else '')} |")
+        lines.append(f"| {_cell(s.name)} | {_cell(s.caption)} | {_cell(s.references[0] if s.references else '')} |")
     return (
         "Greedy captions of the first images of the validation split (the images themselves are not shared):\n\n"
         + "\n".join(lines)

@@ -216,7 +216,7 @@ def _samples(log, dataset):
         )
         true = "".join(f"<li>{html.escape(text)}</li>" for text in truth[image, prompt])
         parts.append(
-            f'<figure><img src="{html_pages.photo(image)}" alt=""><figcaption>'
+            f'<figure><img src="{html_pages.photo_url(image)}" alt=""><figcaption>'
             f"{f'<b>{html.escape(prompt)}</b>' if prompt else ''}<ul>{true}</ul><table>{called}</table>"
             "</figcaption></figure>"
         )
@@ -261,7 +261,7 @@ def _attention(log, run, model):
     ids = encode_caption(run.tokenizer, caption, model.config.seq_len, dataset.prompts[row])
     with run.autocast():
         words, maps = word_maps(model, run.tokenizer, dataset.images[row], ids)
-    pictures = [("", html_pages.photo(dataset.images[row]))]
+    pictures = [("", html_pages.photo_url(dataset.images[row]))]
     pictures += [
         (word, html_pages.thumbnail(overlay(dataset.images[row], at))) for word, at in zip(words, maps, strict=True)
     ]

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from captioning.common.files import CURVES, write_atomically
-from captioning.decoding.cached_decoder import without_graphs
+from captioning.decoding.cached_decoder import cuda_graphs_disabled
 from captioning.model import summary
 from captioning.pages import html_pages, plots
 from captioning.training import report
@@ -137,7 +137,7 @@ class RunLog:
         if config.score_every < 1 or config.score_images < 1 or (epoch + 1) % config.score_every:
             return {}
         load_batch = dataset.token_caches[0].batch if dataset.token_caches else None
-        with without_graphs():  # a few batches, in the middle of training, which needs the memory
+        with cuda_graphs_disabled():  # a few batches, in the middle of training, which needs the memory
             references, captions, scores = score_subset(
                 model, tokenizer, dataset, config.score_images, self.processes, load_batch
             )

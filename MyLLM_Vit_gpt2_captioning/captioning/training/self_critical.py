@@ -15,8 +15,8 @@ import torch.nn.functional as F
 import torch.utils.data
 
 from captioning.data.batching import CaptionBatchSampler, build_loader, stack, to_device
-from captioning.decoding.cached_decoder import next_token_scores
-from captioning.decoding.search import generate_ids
+from captioning.decoding.cached_decoder import next_token_logits
+from captioning.decoding.search import generate_ids, until_first_eos
 from captioning.model.tokenizer import encode_caption
 
 # Rewarded as a word of its own, in draws that ended and in all references: without it a caption that breaks off ("a man
@@ -87,10 +87,9 @@ class SelfCritical:
         readable = torch.tensor([self.photos[i] not in self.bad_images for i in indices.tolist()])  # (B,)
         advantages = ((rewards - baselines) * readable[:, None]).to(ids.device).flatten()  # (B * samples,)
         targets = ids[:, 1:]
-        ends = targets == self.tokenizer.eos_token_id
-        real = ends.cumsum(1) - ends.long() == 0  # (B * samples, T - 1): up to the first EOS, which counts
+        real = until_first_eos(targets, self.tokenizer.eos_token_id)  # (B * samples, T - 1)
         hidden = model.decode(ids[:, :-1], model.encoder_states(levels))
-        nll = F.cross_entropy(next_token_scores(model, hidden[real]), targets[real], reduction="none")
+        nll = F.cross_entropy(next_token_logits(model, hidden[real]), targets[real], reduction="none")
         # Minimising reward-weighted -log p raises the probability of what was better than its baseline.
         return (nll * advantages[:, None].expand_as(real)[real]).mean(), float(rewards.mean())
 
