@@ -191,14 +191,26 @@ def test_the_options_of_tools_in_the_pages_exist(tool, capsys):
     for page in PAGES:
         for command in re.findall(rf"{tool}\.py((?: .*| \\\n.*)+)", page.read_text(encoding="utf-8")):
             for option in re.findall(r"--\w+", command):
-                assert option in shown, f"{page}: {tool} {option}"
+                assert re.search(rf"{option}\b", shown), f"{page}: {tool} {option}"
+
+
+def test_options_named_in_the_text_exist(script):
+    """Those that a sentence or a table names, outside of whole commands."""
+    known = {f"--{key}" for section in (script.model_config, script.train_config) for key in vars(section)}
+    for folder in (FOLDER, REPO_ROOT / "MyLLM", REPO_ROOT / "benchmarks"):
+        for path in folder.rglob("*.py"):
+            known |= set(re.findall(r'"(--[\w-]+)"', path.read_text(encoding="utf-8")))
+    known |= {"--help", "--recipe", "--download", "--standalone", "--nproc-per-node", "--max-restarts", "--logdir"}
+    for page in PAGES:
+        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text(encoding="utf-8")):
+            assert option in known, f"{page}: {option}"
 
 
 def test_python_in_the_pages_imports_what_exists():
     import importlib
 
     for page in PAGES:
-        for snippet in re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        for snippet in re.findall(r"^```python\n([^`]*)^```$", page.read_text(encoding="utf-8"), re.MULTILINE):
             for node in ast.walk(ast.parse(snippet)):
                 if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in MODULES:
                     module = importlib.import_module(node.module)
