@@ -4,7 +4,7 @@
 
 Photos are synthetic ones of bench_data.py from a photo store, few of them many times. Seconds are the processor's, of
 this process: files that were just written are in the disk cache, so this is what is left for a disk to be faster than.
-docs/SCALING.md reckons with these numbers.
+docs/scaling.md reckons with these numbers.
 """
 
 import argparse

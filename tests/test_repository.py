@@ -38,6 +38,13 @@ def imports(path):
 IMPORTS = {name: imports(path) for name, path in MODULES.items()}
 TOOLS = {name for name, used in IMPORTS.items() if SCRIPT in used}
 
+README = REPO_ROOT / "README.md"
+DOCS = sorted((REPO_ROOT / "docs").glob("*.md"))
+PAGES = [
+    README, FOLDER / "README.md", REPO_ROOT / "data" / "README.md", *DOCS, REPO_ROOT / "recipes" / "RESULTS.md",
+    REPO_ROOT / "benchmarks" / "RESULTS.md",
+]  # fmt: skip
+
 
 def test_the_rooms_are_those_of_the_table():
     assert {path.name for path in (FOLDER / "captioning").iterdir() if path.is_dir()} - {"__pycache__"} == set(ROOMS)
@@ -93,19 +100,23 @@ def test_the_script_stays_readable():
     assert len((FOLDER / f"{SCRIPT}.py").read_text(encoding="utf-8").splitlines()) <= 1010
 
 
-def test_the_file_tree_in_the_readme_is_true():
-    """Every tracked file stands in the tree (or lies in a folder listed as a whole), and everything in it exists."""
-    readme = (REPO_ROOT / "README.md").read_text(encoding="utf-8")
-    tree = re.search(r"## Files\n+```\n(.*?)```", readme, re.DOTALL).group(1)
-    listed, folders = set(), [(-1, "")]
-    for line in tree.splitlines():
+def tree_of(readme):
+    """The paths in the fenced block of the page's section "Files", in their order; folders end with a slash."""
+    tree = readme.read_text(encoding="utf-8").split("\n## Files\n")[1].split("```")[1]
+    listed, folders = [], [(-1, "")]
+    for line in tree.strip("\n").splitlines():
         indent, name = len(line) - len(line.lstrip()), line.split()[0]
         while folders[-1][0] >= indent:
             folders.pop()
-        path = folders[-1][1] + name
-        listed.add(path)
+        listed.append(folders[-1][1] + name)
         if name.endswith("/"):
-            folders.append((indent, path))
+            folders.append((indent, listed[-1]))
+    return listed
+
+
+def test_the_file_tree_in_the_readme_is_true():
+    """Every tracked file stands in the tree (or lies in a folder listed as a whole), and everything in it exists."""
+    listed = set(tree_of(README))
     made_by_running = {"captioner/"}
     for path in listed - made_by_running:
         assert (REPO_ROOT / path).exists(), f"{path} is in the README's tree, but not there"
@@ -119,28 +130,101 @@ def test_the_file_tree_in_the_readme_is_true():
             assert path in listed or any(path.startswith(folder) for folder in whole), f"{path} is not in the tree"
 
 
-def test_commands_in_the_readmes_name_real_files_and_options(script):
+def test_the_files_of_the_package_in_its_readme_are_true():
+    """A line a room, in the order of the rooms, and a line a file; a room's line stands for its __init__.py, too."""
+    listed = tree_of(FOLDER / "README.md")
+    assert len(listed) == len(set(listed))
+    for path in listed:
+        assert (FOLDER / path).exists(), f"{path} is in the tree of {SCRIPT}/README.md, but not there"
+    files = {path.relative_to(FOLDER).as_posix() for path in (FOLDER / "captioning").rglob("*.py")}
+    files = {path.removesuffix("__init__.py") for path in files}  # captioning/data/__init__.py -> captioning/data/
+    assert not files - set(listed), "not in the tree of MyLLM_Vit_gpt2_captioning/README.md"
+    assert [path for path in listed if path.count("/") == 2 and path.endswith("/")] == [
+        f"captioning/{room}/" for room in ROOMS
+    ]
+
+
+def test_the_readme_is_a_front_door():
+    """It stays short, and leads to every page of docs/."""
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
+    for page in DOCS:
+        assert page.name == page.name.lower()
+        assert f"](docs/{page.name})" in text, f"the README has no line for {page.name}"
+
+
+def prose(page):
+    """The page's text without code, in which brackets are no links."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"^ {4}.*$", "", text, flags=re.MULTILINE)
+
+
+def anchors(page):
+    """The anchors of the page's headings, as GitHub and GitLab make them."""
+    found = []
+    for heading in re.findall(r"^#+ (.*)$", prose(page), flags=re.MULTILINE):
+        name = re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        found.append(f"{name}-{n}" if (n := found.count(name)) else name)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPO_ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        leads_to = (page.parent / path).resolve() if path else page
+        assert leads_to.exists(), f"{page}: {target}"
+        assert not anchor or anchor in anchors(leads_to), f"{page}: {target}"
+
+
+def test_commands_in_the_pages_name_real_files_and_options(script):
     keys = {key for section in (script.model_config, script.train_config) for key in vars(section)}
-    for readme in (REPO_ROOT / "README.md", FOLDER / "README.md", REPO_ROOT / "data" / "README.md"):
-        text = readme.read_text(encoding="utf-8")
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
         for path in re.findall(r"python (\S+\.py)", text):
-            assert (REPO_ROOT / path).is_file(), f"{readme}: {path}"
+            assert (REPO_ROOT / path).is_file(), f"{page}: {path}"
         for command in re.findall(rf"{SCRIPT}\.py((?: .*| \\\n.*)+)", text):
             for key in re.findall(r"--(\w+)", command):
-                assert key in keys | {"help", "recipe", "download"}, f"{readme}: --{key}"
+                assert key in keys | {"help", "recipe", "download"}, f"{page}: --{key}"
 
 
 @pytest.mark.parametrize(
     "tool", ["caption_image", "convert_captioner", "evaluate_captions", "export_to_hub", "prepare_data", "web_demo"]
 )
-def test_the_options_of_tools_in_the_readmes_exist(tool, capsys):
-    """Each tool answers --help, and what the READMEs give it is in there."""
+def test_the_options_of_tools_in_the_pages_exist(tool, capsys):
+    """Each tool answers --help, and what the pages give it is in there."""
     import importlib
 
     with pytest.raises(SystemExit):
         importlib.import_module(tool).main(["--help"])
     shown = capsys.readouterr().out
-    for readme in (REPO_ROOT / "README.md", FOLDER / "README.md", REPO_ROOT / "data" / "README.md"):
-        for command in re.findall(rf"{tool}\.py((?: .*| \\\n.*)+)", readme.read_text(encoding="utf-8")):
+    for page in PAGES:
+        for command in re.findall(rf"{tool}\.py((?: .*| \\\n.*)+)", page.read_text(encoding="utf-8")):
             for option in re.findall(r"--\w+", command):
-                assert option in shown, f"{readme}: {tool} {option}"
+                assert re.search(rf"{option}\b", shown), f"{page}: {tool} {option}"
+
+
+def test_options_named_in_the_text_exist(script):
+    """Those that a sentence or a table names, outside of whole commands."""
+    known = {f"--{key}" for section in (script.model_config, script.train_config) for key in vars(section)}
+    for folder in (FOLDER, REPO_ROOT / "MyLLM", REPO_ROOT / "benchmarks"):
+        for path in folder.rglob("*.py"):
+            known |= set(re.findall(r'"(--[\w-]+)"', path.read_text(encoding="utf-8")))
+    known |= {"--help", "--recipe", "--download", "--standalone", "--nproc-per-node", "--max-restarts", "--logdir"}
+    for page in PAGES:
+        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text(encoding="utf-8")):
+            assert option in known, f"{page}: {option}"
+
+
+def test_python_in_the_pages_imports_what_exists():
+    import importlib
+
+    for page in PAGES:
+        for snippet in re.findall(r"^```python\n([^`]*)^```$", page.read_text(encoding="utf-8"), re.MULTILINE):
+            for node in ast.walk(ast.parse(snippet)):
+                if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in MODULES:
+                    module = importlib.import_module(node.module)
+                    for alias in node.names:
+                        assert hasattr(module, alias.name), f"{page}: {node.module} has no {alias.name}"
