@@ -75,13 +75,15 @@ def shapes_of(model):
 
 
 @torch.inference_mode()
-def token_shapes(model):
-    """What the encoder makes of one photo: (N, C) of each level, as cross-attention's bridges get it."""
+def token_shapes(model, refined=True):
+    """The encoder's tokens of one photo: (N, C) of each level, as cross-attention's bridges get them, or before the
+    refiner."""
     training, size = model.training, model.preprocessing["img_size"]
     device = next(model.parameters()).device
     model.eval()  # an empty photo must not count in BatchNorm's statistics
     try:
-        levels = model.encoder.refine(model.levels(torch.zeros(1, 3, size, size, device=device)))
+        levels = model.levels(torch.zeros(1, 3, size, size, device=device))
+        levels = model.encoder.refine(levels) if refined else levels
     finally:
         model.train(training)
     return [tuple(level.shape[1:]) for level in levels]
