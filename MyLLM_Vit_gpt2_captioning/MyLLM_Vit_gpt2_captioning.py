@@ -36,14 +36,14 @@ from captioning.data.batching import (
     CaptionBatchSampler,
     build_loader,
     exact_captions_per_image,
-    several,
+    grouped,
     stack,
     to_device,
 )
 from captioning.data.built_in import data_paths, default_recipe, load_data
 from captioning.data.shards import streaming
 from captioning.data.token_cache import read_tokens_from_disk
-from captioning.data.unreadable_photos import BadImages
+from captioning.data.unreadable_photos import UnreadablePhotos
 from captioning.decoding.cached_decoder import BlockCache
 from captioning.decoding.search import caption_images, generate_ids, trim
 from captioning.images.augmentation import TrainingTransforms, ValidationTransforms
@@ -250,7 +250,7 @@ class Dataset(torch.utils.data.Dataset):
             self.captions_of.setdefault(image, []).extend(filter(None, texts))
         self.tfms, self.tokenizer = tfms, _gpt2_tokenizer() if tokenizer is None else tokenizer
         self.captions_per_image, self.max_length, self.seed = captions_per_image, max_length, seed
-        self.bad_images = BadImages(self.captions_of, max_bad_images)
+        self.unreadable_photos = UnreadablePhotos(self.captions_of, max_bad_images)
         self.token_caches = []  # a `TokenCache` for each view, where the encoder's tokens are not computed anew
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # shared: workers live longer than an epoch
 
@@ -274,13 +274,13 @@ class Dataset(torch.utils.data.Dataset):
         seed = [self.seed, int(self.epoch), row]
         if self.token_caches:
             return self.token_caches[np.random.default_rng(seed).integers(len(self.token_caches))][path]
-        pixels = self.bad_images.load(path, getattr(self.tfms, "least_side", None))  # (H, W, 3) uint8
+        pixels = self.unreadable_photos.load(path, getattr(self.tfms, "least_side", None))  # (H, W, 3) uint8
         return self.tfms(image=pixels, captions=self.captions_of[path], seed=seed)["image"]
 
     def _items(self, rows):
         """Captions of one image -> their items; the image is loaded once."""
         image = self.look(self.images[rows[0]], rows[0])
-        readable = self.images[rows[0]] not in self.bad_images
+        readable = self.images[rows[0]] not in self.unreadable_photos
         return [(image, *self.tokens(self.captions[row], self.prompts[row], readable)) for row in rows]
 
     def tokens(self, caption, prompt="", readable=True):
@@ -812,11 +812,11 @@ class Trainer:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         at = self.state.enter(epoch)
-        loader.batch_sampler.first = at["batches"]
+        loader.batch_sampler.skip_batches = at["batches"]
         K = getattr(loader.dataset, "captions_per_image", 1)
         epochs = self.train_config.epochs + self.train_config.scst_epochs
         bar = progress_bar(len(loader.dataset) // K, f"epoch {epoch + 1}/{epochs}")  # images, whatever K
-        for batches in several(loader, self.train_config.accumulate):
+        for batches in grouped(loader, self.train_config.accumulate):
             seen, total, count = [], 0.0, 0
             with self.state.step():
                 if self.optimization.step(self._losses(batches, seen)):

@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from captioning.data import sources
-from captioning.data.conventions import IMAGE_SUFFIXES, SPLITS
+from captioning.data.conventions import IMAGE_SUFFIXES, NOT_UTF8, SPLITS
 from captioning.data.shards import reading
 from captioning.images import tar_members
 from captioning.images.preprocessing import load_image
@@ -64,7 +64,7 @@ def check_dataset(data_dir, report_dir, captions_file=None, image_dir=None):
     source = Path(captions_file) if captions_file else sources.find_captions(data_dir)
     photos = read_photos(dict.fromkeys(df["image"]))
     problems = find_problems(df, photos, source, image_dir)
-    damage = reading.find_damage(data_dir) if source == Path(data_dir) and reading.are_in(source) else []
+    damage = reading.find_damage(data_dir) if source == Path(data_dir) and reading.has_shards(source) else []
     if damage:
         problems.insert(0, Problem("damaged shards, and samples in them", True, damage))
     readable = [photo for photo in photos if not photo.fault]
@@ -157,7 +157,7 @@ def find_problems(df, photos, source, image_dir=None):
         Problem(
             "captions that are not UTF-8",
             False,
-            [name for name, caption in zip(names, captions, strict=True) if "\ufffd" in caption],
+            [name for name, caption in zip(names, captions, strict=True) if NOT_UTF8 in caption],
         ),
         Problem(
             f"captions of more than {LONG_CAPTION} words",

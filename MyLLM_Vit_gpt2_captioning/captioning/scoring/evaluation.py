@@ -58,12 +58,12 @@ def evaluate(model, dataloader, tokenizer, device=None, java=False, **options):
 
 def score_subset(model, tokenizer, dataset, count, team, look=None):
     """Caption, together with the other processes of `team`, the first `count` images of a `Dataset` (without
-    `bad_images`), or answer its first `count` questions -> ({(image, question or ""): true captions}, captions,
+    `unreadable_photos`), or answer its first `count` questions -> ({(image, question or ""): true captions}, captions,
     {"CIDEr", "BLEU-4"} or {"exact_answers"})."""
-    truth, flags = {}, dataset.bad_images.flags
+    truth, flags = {}, dataset.unreadable_photos.flags
     flags.copy_(team.any(flags))  # each process has seen other photos
     for image, prompt, caption in zip(dataset.images, dataset.prompts, dataset.captions, strict=True):
-        if image not in dataset.bad_images and ((image, prompt) in truth or len(truth) < count):
+        if image not in dataset.unreadable_photos and ((image, prompt) in truth or len(truth) < count):
             truth.setdefault((image, prompt), []).append(caption)
     images, prompts = (list(column) for column in zip(*truth, strict=True))
     mine = slice(team.rank, None, team.size)

@@ -183,7 +183,7 @@ class RunState:
         trainer, team, self.shares = self.trainer, self.trainer.team, shares
         for loader in (trainer.train_dl, trainer.valid_dl, trainer.self_critical and trainer.self_critical.loader):
             if loader:
-                loader.batch_sampler.share(team.rank, team.size, shares)
+                loader.batch_sampler.set_rank(team.rank, team.size, shares)
         trainer.rebuild_schedule(trainer.train_config.epochs)
         captions = shares * trainer.train_config.batch_size
         print(f"the run had {shares} processes, now it has {team.size}: a batch of them all stays {captions} captions")

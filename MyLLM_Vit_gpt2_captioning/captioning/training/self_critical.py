@@ -59,7 +59,7 @@ class SelfCritical:
         lengths = [len(encode_caption(self.tokenizer, text, dataset.max_length)) for text in texts]
         self.max_tokens = int(np.quantile(lengths, 0.99))
         per_step = max(1, config.batch_size // samples)
-        self.bad_images = dataset.bad_images
+        self.unreadable_photos = dataset.unreadable_photos
         sampler = CaptionBatchSampler(self.photos, per_step, seed=dataset.seed)
         self.loader = build_loader(_PhotoDataset(dataset, self.photos), sampler, _collate, config)
 
@@ -84,7 +84,7 @@ class SelfCritical:
             with autocast():
                 greedy = draw(deterministic=True)  # (B, T)
             baselines = self.rewards(greedy, places)[:, None]
-        readable = torch.tensor([self.photos[place] not in self.bad_images for place in places.tolist()])
+        readable = torch.tensor([self.photos[place] not in self.unreadable_photos for place in places.tolist()])
         advantages = ((rewards - baselines) * readable[:, None]).to(ids.device).flatten()  # (B * samples,)
         targets = ids[:, 1:]
         ends = targets == self.tokenizer.eos_token_id
@@ -110,7 +110,7 @@ class _PhotoDataset(torch.utils.data.Dataset):
     """Each photo of a caption dataset once: (what the model takes, its place)."""
 
     def __init__(self, dataset, photos):
-        self.dataset, self.photos, self.bad_images = dataset, photos, dataset.bad_images
+        self.dataset, self.photos, self.unreadable_photos = dataset, photos, dataset.unreadable_photos
 
     def set_epoch(self, epoch):
         self.dataset.set_epoch(epoch)
