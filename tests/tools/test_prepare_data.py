@@ -107,8 +107,10 @@ def test_a_cut_download_goes_on_where_it_stopped(server, tmp_path):
     assert target.read_bytes() == CONTENT
     (_, first), (_, second) = server.requests
     assert first is None
-    assert len(CONTENT) // 2 - downloads.PIECE <= int(second.removeprefix("bytes=").rstrip("-")) <= len(CONTENT) // 2
-    assert server.sent <= len(CONTENT) + downloads.PIECE
+    assert (
+        len(CONTENT) // 2 - downloads.CHUNK_BYTES <= int(second.removeprefix("bytes=").rstrip("-")) <= len(CONTENT) // 2
+    )
+    assert server.sent <= len(CONTENT) + downloads.CHUNK_BYTES
     assert list(tmp_path.iterdir()) == [target]
 
 
