@@ -133,12 +133,12 @@ def _make_missing(store, names, side, quality, num_workers):
         if finished.get(name) != identities[image] or not (store / IMAGE_FOLDER / name).is_file()
     ]
     make, faults = partial(_make_photo, side=side, quality=quality), []
-    with resumable_work.Index(store / INDEX_FILE, [[name, *same] for name, same in finished.items()]) as index:
+    with resumable_work.open_index(store / INDEX_FILE, [[name, *same] for name, same in finished.items()]) as index:
         for (image, _), fault in resumable_work.run_jobs(make, jobs, num_workers, "photos", prefetch=PREFETCH):
             if fault:
                 faults.append(fault)
             else:
-                index.add([names[image], *identities[image]])
+                resumable_work.add_entries(index, [names[image], *identities[image]])
     return faults, len(jobs) - len(faults)
 
 

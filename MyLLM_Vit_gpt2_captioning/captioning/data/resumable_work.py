@@ -1,12 +1,8 @@
 """Work on many files that survives being killed: each finished item gets a line in an index file, and the next run does
-only what has no line there.
-
-An item counts when its line is whole, so the line is written after everything the item consists of is on the disk. A
-`FileLock` on the folder lets a second run wait for the first.
+only the items without one. The line is written once the item itself is complete.
 """
 
 import json
-import os
 from functools import partial
 
 import torch
@@ -17,10 +13,8 @@ from captioning.common.progress import progress_bar
 
 
 def read_index(path):
-    """The entries of an index file (JSON values) -> list; empty when there is no such file.
-
-    Reading stops at the first line that is damaged or not whole: what is behind it does not count.
-    """
+    """An index file -> list of its entries (JSON values) in front of the first damaged or incomplete line; empty when
+    there is no such file."""
     entries = []
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
         try:
@@ -30,26 +24,17 @@ def read_index(path):
     return entries
 
 
-class Index:
-    """An index file, open for more entries: `with Index(path, entries) as index: index.add(entry)`."""
+def open_index(path, entries):
+    """Start an index file anew with `entries`, those that `read_index` returned and that still count -> the file, open
+    for `add_entries`."""
+    write_atomically(path, lambda draft: draft.write_text(_as_lines(entries)))
+    return path.open("a")
 
-    def __init__(self, path, entries):
-        """Start the file anew with `entries`: those that `read_index` returned and that still count."""
-        write_atomically(path, lambda draft: draft.write_text(_as_lines(entries), encoding="utf-8"))
-        self.file = path.open("a", encoding="utf-8")
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.file.close()
-
-    def add(self, *entries, sync=False):
-        """Append entries; `sync` waits until they are on the disk, so that a power cut does not lose them either."""
-        self.file.write(_as_lines(entries))
-        self.file.flush()
-        if sync:
-            os.fsync(self.file.fileno())
+def add_entries(index, *entries):
+    """Append entries to an index file and hand them to the operating system, so that a killed process keeps them."""
+    index.write(_as_lines(entries))
+    index.flush()
 
 
 def _as_lines(entries):

@@ -126,7 +126,7 @@ class TokenCache:
         bar = progress_bar(len(paths), "tokens")
         try:
             with ExitStack() as open_files:
-                index = open_files.enter_context(resumable_work.Index(self.folder / "index.jsonl", entries))
+                index = open_files.enter_context(resumable_work.open_index(self.folder / "index.jsonl", entries))
                 levels = [open_files.enter_context(file.open("ab")) for file in self._files()]
                 for file, shape in zip(levels, self.shapes, strict=True):
                     file.truncate(self.rows * 2 * math.prod(shape))  # behind these may be unfinished work
@@ -149,7 +149,8 @@ class TokenCache:
                         for file in levels:
                             file.flush()
                             os.fsync(file.fileno())
-                        index.add(*([path, *identities[path]] for path in unsynced), sync=True)
+                        resumable_work.add_entries(index, *([path, *identities[path]] for path in unsynced))
+                        os.fsync(index.fileno())
                         for path in unsynced:
                             self.index[path] = [self.rows, *identities[path]]
                             self.rows += 1
@@ -165,7 +166,7 @@ class TokenCache:
             bar.close()
 
     def _identity(self, path, captions):
-        """What tells whether a photo's tokens would be the same: size, time of the last change, may be mirrored."""
+        """[size, time of the last change, may be mirrored] of a photo: while these stay, its tokens do."""
         try:
             return [*tar_members.file_identity(path), may_mirror(captions) if self.view["view"] else None]
         except FileNotFoundError:

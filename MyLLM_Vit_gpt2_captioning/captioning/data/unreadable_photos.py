@@ -76,15 +76,15 @@ class UnreadablePhotos(UnreadableFlags):
             if not folder.is_dir():
                 raise FileNotFoundError(
                     f"{folder}: the folder with the photos has vanished; bring it back and start again. "
-                    "What the run has written so far stays"
+                    "Everything written so far is kept"
                 )
         if count > self.max_bad_images or count == len(self.images):
             everything = "" if count < len(self.images) else ", so none is left"
             raise ValueError(
                 f"{count:,} of {len(self.images):,} photos of a split cannot be read{everything} (one is "
                 f"{unreadable[0]}; max_bad_images is {self.max_bad_images}): prepare_data.py --check FOLDER lists them "
-                "all with their rows. Replace them, or allow more with --max_bad_images N. What the run has written so "
-                "far stays"
+                "all with their rows. Replace them, or allow more with --max_bad_images N. Everything written so far "
+                "is kept"
             )
 
 

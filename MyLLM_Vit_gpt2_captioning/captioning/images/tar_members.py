@@ -76,7 +76,7 @@ def opened(path):
 
 
 def file_identity(path):
-    """What tells whether a file, or the tar that a path leads into, is unchanged: [size, time of the last change]."""
+    """[size, time of the last change] of a file, or of the tar that a path leads into: other ones tell of a change."""
     stat = os.stat(tar_of(path) or path)
     return [stat.st_size, stat.st_mtime_ns]
 

@@ -185,8 +185,8 @@ def count_shard(path):
 
 
 def find_damage(folder):
-    """What is wrong with shards -> ["train-000003.tar: ...", ...]: not there, another size or hash than the manifest
-    says, a tar that breaks off, samples that cannot be read."""
+    """The faults of shards -> ["train-000003.tar: ...", ...]: not there, another size or hash than in the manifest, a
+    tar that breaks off, samples that cannot be read."""
     folder, entries, cases = Path(folder), read_manifest(folder), []
     for name, entry in entries.items():
         path = folder / name

@@ -99,15 +99,15 @@ class UnreadableSamples(UnreadableFlags):
     def _check(self, count):
         if not has_shards(self.folder):
             raise FileNotFoundError(
-                f"{self.folder}: the shards have vanished; bring them back and start again. What the run has written "
-                "so far stays"
+                f"{self.folder}: the shards have vanished; bring them back and start again. Everything written so far "
+                "is kept"
             )
         lost = super().count() + sum(list(self.photos_lost_with.values()))  # a list: the reading thread may add to it
         if count > self.max_bad_images or lost >= len(self.flags):
             raise ValueError(
                 f"{self.folder}: {count:,} photos and shards cannot be read, {lost:,} of {len(self.flags):,} photos "
                 f"are lost (max_bad_images is {self.max_bad_images}): prepare_data.py --check FOLDER lists them. Write "
-                "shards again, or allow more with --max_bad_images N. What the run has written so far stays"
+                "shards again, or allow more with --max_bad_images N. Everything written so far is kept"
             )
 
 

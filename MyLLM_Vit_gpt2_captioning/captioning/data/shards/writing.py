@@ -104,7 +104,7 @@ def _keys(images):
 
 
 def _hash_of(plan):
-    """By which shards of another dataset are told apart; where the photos lie does not count."""
+    """A hash of everything that is to be written, except where the photos lie: other datasets have another one."""
     samples_of = {name: [(key, *texts) for key, _, *texts in samples] for name, samples in plan.items()}
     content = json.dumps([SHARDS_FORMAT, samples_of])
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
@@ -140,13 +140,14 @@ def _written_shards(folder, records, source_hash):
 
 def _write_missing(folder, plan, missing, written, source_hash, num_workers):
     """Write the missing shards, and add their entries to `written`."""
-    with resumable_work.Index(folder / reading.PROGRESS_FILE, [("source", source_hash), *written.items()]) as progress:
+    entries = [("source", source_hash), *written.items()]
+    with resumable_work.open_index(folder / reading.PROGRESS_FILE, entries) as progress:
         (folder / reading.MANIFEST_FILE).unlink(missing_ok=True)
         jobs = [(folder / name, plan[name]) for name in missing]
         results = resumable_work.run_jobs(_write_job, jobs, num_workers, "photos", images_of=lambda job: len(job[1]))
         for (path, _), entry in results:
             written[path.name] = entry
-            progress.add([path.name, entry])
+            resumable_work.add_entries(progress, [path.name, entry])
 
 
 def _write_job(job):
