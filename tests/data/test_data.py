@@ -147,11 +147,16 @@ def test_default_normalisation_is_one_half(script):
 @pytest.mark.parametrize(
     ("caption", "expected"),
     [
-        ("a dog on the left", False), ("a RIGHT-handed player", False), ("the rightmost car", False),
-        ("a sign that reads stop", False), ("a bright light", True), ("a man in a copyright office", True),
-        ("the logo of a team", False), ("", True),
+        ("a dog on the left", False),
+        ("a RIGHT-handed player", False),
+        ("the rightmost car", False),
+        ("a sign that reads stop", False),
+        ("a bright light", True),
+        ("a man in a copyright office", True),
+        ("the logo of a team", False),
+        ("", True),
     ],
-)  # fmt: skip
+)
 def test_what_may_be_mirrored(caption, expected):
     assert may_mirror(["a plain caption", caption]) is expected
 

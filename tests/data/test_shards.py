@@ -1,4 +1,4 @@
-"""Tar shards: written bit for bit the same, read exactly once by any number of ranks and workers, gone on with exactly;
+"""Tar shards: written bit for bit the same, read exactly once by any number of ranks and workers, resumed exactly;
 what is broken in them is counted, and what is hostile does no harm."""
 
 import io
@@ -462,8 +462,10 @@ def test_hostile_names_and_links_do_nothing(tmp_path):
     (sample,) = reading.read_samples(path, lambda *problem: problems.append(problem), with_photos=True)
     assert sample.name == "fine.jpg" and sample.photo == jpeg(3)
     assert [(Path(name).name, reason) for name, reason in problems] == [
-        ("l", "has no photo"), ("d", "has no photo"), ("huge", "its .txt has 2,097,152 bytes")
-    ]  # fmt: skip
+        ("l", "has no photo"),
+        ("d", "has no photo"),
+        ("huge", "its .txt has 2,097,152 bytes"),
+    ]
     with pytest.raises(ValueError, match=r"fine.txt: not a readable image \(cannot identify image file '.*fine.txt'\)"):
         load_image(path / "fine.txt")
     for name in ("../secret.jpg", "../../secret.jpg", "l.jpg", "/etc/x.jpg"):

@@ -90,8 +90,18 @@ def saved_dataset(folder):
         path.rename(folder / path.name)
 
 
-FORMATS = (flickr30k, flickr8k, flickr8k_tokens, coco, karpathy, mapping, json_lines, json_lines_with_lists, table,
-           side_by_side)  # fmt: skip
+FORMATS = (
+    flickr30k,
+    flickr8k,
+    flickr8k_tokens,
+    coco,
+    karpathy,
+    mapping,
+    json_lines,
+    json_lines_with_lists,
+    table,
+    side_by_side,
+)
 
 
 @pytest.mark.parametrize("write", FORMATS)
