@@ -46,8 +46,8 @@ class CaptionBatchSampler(Sampler):
     def set_rank(self, rank, world_size, saved_world_size=None):
         """Yield the part of every batch that belongs to process `rank` of `world_size`.
 
-        Together the processes take a batch, and a window, that is `world_size` times as large; when a run is resumed
-        that had another number of processes, `saved_world_size` times, so that a step keeps its captions.
+        A batch of all processes together, and a window, is `world_size` times as large. A run that is resumed with
+        another number of processes keeps batches `saved_world_size` times as large, so that a step keeps its captions.
         """
         self.rank, self.world_size, self.batch_world_size = rank, world_size, saved_world_size or world_size
 

@@ -113,7 +113,7 @@ class TokenCache:
 
     def _compute(self, model, identities, entries, captions_of, batch_size, num_workers):
         """Append the tokens of the photos in `identities`, and a line for each behind the `entries` of the index."""
-        device, paths = next(model.parameters()).device, list(identities)
+        paths = list(identities)
         load_input = partial(preprocess, **self.preprocessing)
         if self.view["view"]:
             load_input = _AugmentedView(self.preprocessing, self.view, captions_of)
@@ -132,16 +132,8 @@ class TokenCache:
                     file.truncate(self.rows * 2 * math.prod(shape))  # behind these may be unfinished work
                 for images in loader:  # (B, 3, H, W)
                     batch = paths[computed : computed + len(images)]
-                    with torch.inference_mode():
-                        tokens = model.levels(to_device(images, device))
-                    for file, level in zip(levels, tokens, strict=True):
-                        level = level.half().cpu()  # (B, N, C)
-                        bad = (~level.isfinite()).flatten(1).any(1).nonzero()
-                        if len(bad):
-                            raise ValueError(
-                                f"{batch[int(bad[0])]}: its tokens do not fit float16; leave out --cache_tokens"
-                            )
-                        file.write(level.contiguous().numpy().tobytes())
+                    for file, tokens in zip(levels, _float16_tokens(model, images, batch), strict=True):
+                        file.write(tokens.numpy().tobytes())
                     unsynced += batch
                     computed += len(batch)
                     bar.update(len(batch))
@@ -253,6 +245,19 @@ def weights_digest(encoder):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+@torch.inference_mode()
+def _float16_tokens(model, images, paths):
+    """images (B, 3, H, W) -> their tokens (B, N, C) for each level, on the CPU. Raises ValueError that names the first
+    of the `paths` whose tokens float16 cannot hold."""
+    device = next(model.parameters()).device
+    levels = [level.half().cpu().contiguous() for level in model.levels(to_device(images, device))]
+    for level in levels:
+        bad = (~level.isfinite()).flatten(1).any(1).nonzero()
+        if len(bad):
+            raise ValueError(f"{paths[int(bad[0])]}: its tokens do not fit float16; leave out --cache_tokens")
+    return levels
 
 
 class _AugmentedView:

@@ -53,7 +53,7 @@ class UnreadableFlags:
 
 
 class UnreadablePhotos(UnreadableFlags):
-    """Unreadable ones among photo files: `path in unreadable_photos`, known once `load` was called for the path."""
+    """The photo files of a split that cannot be read: `path in unreadable_photos`, known once the path was loaded."""
 
     consequence = "Training goes on without it and its captions"
 

@@ -64,7 +64,7 @@ class Group(NamedTuple):
 
 
 class UnreadableSamples(UnreadableFlags):
-    """Unreadable ones among the photos of a stream, and what the stream could not read at all: samples and shards.
+    """The photos of a stream that cannot be read, and the samples and shards that the stream had to leave out.
 
     A shard that breaks off is one file, and counts as one, however many photos are lost with it.
     """

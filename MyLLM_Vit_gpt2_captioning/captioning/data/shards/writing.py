@@ -70,7 +70,7 @@ def write_shards(
     return manifest
 
 
-# --- what belongs into which shard ------------------------------------------------------------------------------------
+# --- the plan: which samples in which shard ---------------------------------------------------------------------------
 
 
 def _plan(df, photos_per_shard):
