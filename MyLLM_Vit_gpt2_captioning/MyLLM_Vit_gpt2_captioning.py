@@ -37,7 +37,7 @@ from captioning.data import batching, shapes, sources
 from captioning.data.built_in import data_paths, default_recipe, load_data
 from captioning.data.shards import streaming
 from captioning.data.token_cache import read_tokens_from_disk
-from captioning.data.unreadable_photos import BadImages
+from captioning.data.unreadable_photos import UnreadablePhotos
 from captioning.decoding.cached_decoder import BlockCache
 from captioning.decoding.search import caption_images, generate_ids, trim
 from captioning.images.augmentation import TrainingTransforms, ValidationTransforms
@@ -249,7 +249,7 @@ class Dataset(torch.utils.data.Dataset):
         for image, *texts in zip(self.images, self.captions, self.prompts, strict=True):
             self.captions_of.setdefault(image, []).extend(filter(None, texts))
         self.captions_per_image, self.max_length, self.seed = captions_per_image, max_length, seed
-        self.bad_images = BadImages(self.captions_of, max_bad_images)
+        self.unreadable_photos = UnreadablePhotos(self.captions_of, max_bad_images)
         self.token_caches = []  # a `TokenCache` for each view, where the encoder's tokens are not computed anew
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # shared: workers live longer than an epoch
 
@@ -273,13 +273,13 @@ class Dataset(torch.utils.data.Dataset):
         seed = [self.seed, int(self.epoch), row]
         if self.token_caches:
             return self.token_caches[np.random.default_rng(seed).integers(len(self.token_caches))][path]
-        pixels = self.bad_images.load(path, getattr(self.tfms, "least_side", None))  # (H, W, 3) uint8
+        pixels = self.unreadable_photos.load(path, getattr(self.tfms, "least_side", None))  # (H, W, 3) uint8
         return self.tfms(image=pixels, captions=self.captions_of[path], seed=seed)["image"]
 
     def _items(self, rows):
         """Captions of one image -> their items; the image is loaded once."""
         image = self.load_input(self.images[rows[0]], rows[0])
-        readable = self.images[rows[0]] not in self.bad_images
+        readable = self.images[rows[0]] not in self.unreadable_photos
         return [(image, *self.tokens(self.captions[row], self.prompts[row], readable)) for row in rows]
 
     def tokens(self, caption, prompt="", readable=True):
@@ -769,9 +769,9 @@ class Trainer:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         position = self.state.enter(epoch)
-        objective.loader.batch_sampler.first = position["batches"]
+        objective.loader.batch_sampler.skip_batches = position["batches"]
         bar = progress_bar(objective.images, f"epoch {epoch + 1}/{config.epochs + config.scst_epochs}")
-        for batches in batching.several(objective.loader, config.accumulate):
+        for batches in batching.grouped(objective.loader, config.accumulate):
             captions = sum(objective.captions_in(batch) for batch in batches)
             with self.state.step():
                 total, count = self.train_step(batches)

@@ -33,9 +33,7 @@ SHAPES_SCENES = 6000  # for training, as the script renders by default
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "name", nargs="?", choices=[*DATASETS, SHAPES], metavar="NAME", help=", ".join([*DATASETS, SHAPES])
-    )
+    parser.add_argument("name", nargs="?", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="(default: data/NAME, FOLDER_SIDE[_bmp], ...)")
     parser.add_argument("--keep_archives", action="store_true", help="keep what was downloaded, once it is unpacked")
     parser.add_argument("--check", type=Path, metavar="FOLDER", help="check the dataset in this folder instead")
@@ -91,7 +89,7 @@ def main(argv=None):
 def render_shapes(folder):
     """Render the built-in dataset into `folder`, unless it is there.
 
-    Raises FileExistsError when the folder holds something else, which rendering would replace.
+    Raises FileExistsError when the folder holds something else, because rendering would replace it.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / shapes.SPLIT_FILE).is_file():
         raise FileExistsError(f"{folder} holds something other than Shapes: give another folder with --to")

@@ -41,8 +41,8 @@ def write(path, photos, count):
 
 def stream(found, count):
     """An epoch of batches as data workers get them. Raises ValueError when photos are missing."""
-    bad_images = streaming.BadSamples(found[0].path.parent, count, 0)
-    dataset = SimpleNamespace(captions_per_image=5, seed=0, bad_images=bad_images)
+    unreadable_photos = streaming.UnreadableSamples(found[0].path.parent, count, 0)
+    dataset = SimpleNamespace(captions_per_image=5, seed=0, unreadable_photos=unreadable_photos)
     batches = list(streaming.ShardBatchSampler(found, dataset, 160, buffer=500, window=16))
     if sum(group is not None for batch in batches for group in batch) != count:
         raise ValueError("photos are missing")
@@ -76,7 +76,7 @@ def main(argv=None):
         found = reading.training_shards(folder)
         works = {
             "written, each decoded once": (args.photos, lambda: write(val, photos, args.photos)),
-            "counted": (args.photos, lambda: reading.count(train)),
+            "counted": (args.photos, lambda: reading.count_shard(train)),
             "read, grouped, shuffled": (args.photos, lambda: stream(found, args.photos)),
             "places of the shuffle buffer": (PLACES, places),
         }

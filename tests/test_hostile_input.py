@@ -249,7 +249,7 @@ def test_a_broken_photo_changes_neither_order_nor_steps(
             loader.dataset.set_epoch(epoch)
             loader.batch_sampler.set_epoch(epoch)
             yield from loader
-        yield loader.dataset.bad_images
+        yield loader.dataset.unreadable_photos
 
     *whole, known = epochs()
     assert not known.flags.any()
@@ -299,7 +299,7 @@ def test_an_unreadable_photo_teaches_no_reward(script, tiny_config, tiny_train_c
     rewards = iter(range(1000))
     scst.rewards = lambda ids, places: torch.tensor([float(next(rewards)) for _ in ids])
     for images, places in scst.loader:
-        readable = [place for place in places.tolist() if scst.photos[place] not in scst.bad_images]
+        readable = [place for place in places.tolist() if scst.photos[place] not in scst.unreadable_photos]
         loss, _ = scst.loss((images, places))
         (gradient,) = torch.autograd.grad(loss, model.gpt.tok_emb.weight)
         assert gradient.any() == bool(readable)

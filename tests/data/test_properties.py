@@ -45,9 +45,8 @@ def encoded(text):
 
 def comma_separated(captions):
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows([("image", "caption")] + [
-        (f"{i}.jpg", caption) for i, caption in enumerate(captions)
-    ])  # fmt: skip
+    rows = [("image", "caption"), *((f"{i}.jpg", caption) for i, caption in enumerate(captions))]
+    csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(rows)
     return "captions.csv", encoded(text.getvalue())
 
 
@@ -113,9 +112,10 @@ def test_any_line_survives_a_format_without_quotes_or_is_refused(tmp_path, write
         assert df["caption"].tolist() == [as_read(caption) for caption in captions]
 
 
-@given(content=st.one_of(st.binary(max_size=200), TEXTS.map(encoded)), name=st.sampled_from(
-    ["captions.csv", "captions.tsv", "results.csv", "captions.json", "captions.jsonl", "Flickr8k.token.txt"]
-))  # fmt: skip
+FILE_NAMES = ["captions.csv", "captions.tsv", "results.csv", "captions.json", "captions.jsonl", "Flickr8k.token.txt"]
+
+
+@given(content=st.one_of(st.binary(max_size=200), TEXTS.map(encoded)), name=st.sampled_from(FILE_NAMES))
 def test_any_file_is_read_or_refused_by_its_name(tmp_path, content, name):
     (tmp_path / name).write_bytes(content)
     try:
@@ -124,13 +124,13 @@ def test_any_file_is_read_or_refused_by_its_name(tmp_path, content, name):
         assert str(error).startswith(f"{tmp_path / name}")
 
 
+KEYS = ["image", "images", "annotations", "caption", "id", "image_id", "file_name", "filename", "sentences", "raw"]
+KEYS += ["split", "prompt"]
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-        st.sampled_from(["image", "images", "annotations", "caption", "id", "image_id", "file_name", "filename",
-                         "sentences", "raw", "split", "prompt"]) | TEXTS, inner, max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS) | TEXTS, inner, max_size=4),
     max_leaves=12,
-)  # fmt: skip
+)
 
 
 @settings(max_examples=200)
@@ -174,8 +174,10 @@ def test_labels_are_the_next_tokens(script, ids):
     assert labels[:-1] == ids[1:] and labels[-1:] == ids[-1:]
 
 
-@given(rows=st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=12), min_size=1, max_size=6),
-       pad=st.integers(0, 299))  # fmt: skip
+@given(
+    rows=st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=12), min_size=1, max_size=6),
+    pad=st.integers(0, 299),
+)
 def test_padding_adds_to_the_right_and_changes_nothing(script, rows, pad):
     padded = script._pad_token_batch(SimpleNamespace(pad_token_id=pad), rows)
     assert padded.shape == (len(rows), max(map(len, rows))) and padded.dtype == torch.long

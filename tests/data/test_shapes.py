@@ -26,9 +26,15 @@ def test_every_wording_describes_its_scene():
 
 
 @pytest.mark.parametrize(
-    "caption", ["", "a dog", "a small red circle", "a small red circle above a large blue square and more",
-                "a tiny red circle above a large blue square"],
-)  # fmt: skip
+    "caption",
+    [
+        "",
+        "a dog",
+        "a small red circle",
+        "a small red circle above a large blue square and more",
+        "a tiny red circle above a large blue square",
+    ],
+)
 def test_other_text_describes_nothing(caption):
     assert shapes.parse_caption(caption) is None
 

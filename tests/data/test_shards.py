@@ -1,4 +1,4 @@
-"""Tar shards: written bit for bit the same, read exactly once by any number of ranks and workers, gone on with exactly;
+"""Tar shards: written bit for bit the same, read exactly once by any number of ranks and workers, resumed exactly;
 what is broken in them is counted, and what is hostile does no harm."""
 
 import io
@@ -53,7 +53,7 @@ def make_loader(script, tiny_train_config, words):
         rows = script.Dataset(df[:0], script.build_transforms(16)[0], words, K, 24, config.seed, 100)
         collate = lambda batch: script.collate_fn(batch, words, K)  # noqa: E731
         loader = build(streaming.streamed_folder(df), rows, collate, config)
-        loader.batch_sampler.share(rank, ranks)
+        loader.batch_sampler.set_rank(rank, ranks)
         return loader
 
     return make
@@ -153,11 +153,11 @@ def test_a_resumed_epoch_has_exactly_the_rest(make_loader, tmp_path, buffer, win
     whole = list(make_loader(folder, ranks - 1, ranks, **changes))
     loader = make_loader(folder, ranks - 1, ranks, **changes)
     for first in range(len(whole) + 1):
-        loader.batch_sampler.first = first
+        loader.batch_sampler.skip_batches = first
         assert_same_batches(list(loader), whole[first:])
-    assert_same_batches(list(loader), whole)  # `first` counts for one epoch
+    assert_same_batches(list(loader), whole)  # `skip_batches` counts for one epoch
     with pytest.raises(ValueError, match="goes on with as many processes as it had: start 7"):
-        loader.batch_sampler.share(0, ranks, 7)
+        loader.batch_sampler.set_rank(0, ranks, 7)
 
 
 def test_shards_that_were_read_are_not_opened_again(make_loader, tmp_path, monkeypatch):
@@ -172,7 +172,7 @@ def test_shards_that_were_read_are_not_opened_again(make_loader, tmp_path, monke
     assert len(opened) == 8
     order = list(opened)
     opened.clear()
-    loader.batch_sampler.first = 15  # 60 of 80 photos, behind which the buffer may still hold older ones
+    loader.batch_sampler.skip_batches = 15  # 60 of 80 photos, behind which the buffer may still hold older ones
     list(loader)
     assert opened == order[-len(opened) :] and 2 <= len(opened) <= 4
 
@@ -245,10 +245,8 @@ def test_a_truncated_shard_is_survived_and_counted(make_loader, words, tmp_path,
     intact = [sample for i in (0, 2, 3) for sample in reading.read_samples(folder / f"train-{i:06d}.tar", pytest.fail)]
     assert 2 <= len(lost) <= 8 and len(lost) % 2 == 0
     assert not {text for sample in intact for text in sample.captions} & set(lost)
-    assert (
-        sum(loader.dataset.bad_images.lost.get(str(folder / "train-000001.tar"), 0) for loader in loaders)
-        == len(lost) // 2
-    )
+    lost_with = [loader.dataset.unreadable_photos.photos_lost_with for loader in loaders]
+    assert sum(names.get(str(folder / "train-000001.tar"), 0) for names in lost_with) == len(lost) // 2
     list(loaders[0])
     assert "warning" not in capsys.readouterr().err  # it is named once
 
@@ -282,7 +280,7 @@ def test_a_broken_member_is_skipped_and_counted(make_loader, words, tmp_path, ca
     assert len(loader) == len(before)
     said = capsys.readouterr()
     assert (said.out + said.err).count("warning: ") == (what != "photo")  # else a worker says it, which has its own
-    assert int(loader.dataset.bad_images.flags.sum()) + len(loader.dataset.bad_images.lost) == 1
+    assert loader.dataset.unreadable_photos.count() == 1
 
 
 def test_too_much_that_is_broken_ends_the_run(make_loader, tmp_path):
@@ -303,7 +301,7 @@ def test_vanished_shards(make_loader, tmp_path):
     loader = make_loader(folder)
     (folder / "train-000002.tar").rename(tmp_path / "elsewhere")
     list(loader)
-    assert loader.dataset.bad_images.lost == {str(folder / "train-000002.tar"): 5}
+    assert loader.dataset.unreadable_photos.photos_lost_with == {str(folder / "train-000002.tar"): 5}
     with pytest.raises(FileNotFoundError, match=r"train-000002.tar: not there, though manifest.json names it"):
         make_loader(folder)
     (tmp_path / "elsewhere").rename(folder / "train-000002.tar")
@@ -342,8 +340,8 @@ def test_what_img2dataset_writes_is_read(make_loader, words, tmp_path, monkeypat
     assert sorted(captions_in(loader, words)) == expected
     assert "train: 7 photos in 2 shards, read as a stream" in capsys.readouterr().out
     counted = []
-    count = reading.count
-    monkeypatch.setattr(reading, "count", lambda path: counted.append(path.name) or count(path))
+    count = reading.count_shard
+    monkeypatch.setattr(reading, "count_shard", lambda path: counted.append(path.name) or count(path))
     make_loader(folder)
     assert counted == []
     write_tar(folder / "00001.tar", {"a.jpg": jpeg(), "a.txt": b"one\ntwo", "b.jpg": jpeg(), "b.txt": b""})
@@ -374,7 +372,7 @@ def test_a_folder_that_may_only_be_read(make_loader, capsys):
 def test_names_tell_splits(tmp_path, names, splits):
     for name in names:
         (tmp_path / name).touch()
-    assert {split: len(paths) for split, paths in reading.files_of(tmp_path).items()} == splits
+    assert {split: len(paths) for split, paths in reading.shards_by_split(tmp_path).items()} == splits
 
 
 def test_one_shard_alone_leaves_nothing_for_validation(tmp_path):
@@ -398,7 +396,7 @@ def test_one_shard_alone_leaves_nothing_for_validation(tmp_path):
 )
 def test_captions_beside_a_photo(tmp_path, content, captions, prompts):
     path = write_tar(tmp_path / "0.tar", {"a/b.JPG": jpeg(), **{f"a/b.{kind}": text for kind, text in content.items()}})
-    (sample,) = reading.read_samples(path, pytest.fail, content=True)
+    (sample,) = reading.read_samples(path, pytest.fail, with_photos=True)
     assert sample == ("a/b.JPG", jpeg() if captions else None, captions, prompts)
 
 
@@ -425,11 +423,13 @@ def test_hostile_names_and_links_do_nothing(tmp_path):
     path = write_tar(tmp_path / "tars" / "0.tar", content)
     before = sorted(tmp_path.rglob("*"))
     problems = []
-    (sample,) = reading.read_samples(path, lambda *problem: problems.append(problem), content=True)
+    (sample,) = reading.read_samples(path, lambda *problem: problems.append(problem), with_photos=True)
     assert sample.name == "fine.jpg" and sample.photo == jpeg(3)
     assert [(Path(name).name, reason) for name, reason in problems] == [
-        ("l", "has no photo"), ("d", "has no photo"), ("huge", "its .txt has 2,097,152 bytes")
-    ]  # fmt: skip
+        ("l", "has no photo"),
+        ("d", "has no photo"),
+        ("huge", "its .txt has 2,097,152 bytes"),
+    ]
     with pytest.raises(ValueError, match=r"fine.txt: not a readable image \(cannot identify image file '.*fine.txt'\)"):
         load_image(path / "fine.txt")
     for name in ("../secret.jpg", "../../secret.jpg", "l.jpg", "/etc/x.jpg"):
@@ -446,7 +446,7 @@ def test_a_header_that_lies_about_the_size(tmp_path, monkeypatch):
     (tmp_path / "0.tar").write_bytes(content + b"x" * 2000)
     problems = []
     with pytest.raises(ValueError, match="not a whole tar"):
-        list(reading.read_samples(tmp_path / "0.tar", lambda *problem: problems.append(problem), content=True))
+        list(reading.read_samples(tmp_path / "0.tar", lambda *problem: problems.append(problem), with_photos=True))
     with pytest.raises(FileNotFoundError):
         load_image(tmp_path / "0.tar" / "a.jpg")
 
@@ -462,7 +462,7 @@ def test_damaged_bytes_are_an_error_or_a_loss_never_more(tmp_path):
         path = tmp_path / "damaged.tar"
         path.write_bytes(damaged[: int(rng.integers(1, len(whole) + 1))])
         try:
-            for sample in reading.read_samples(path, lambda name, reason: None, content=True):
+            for sample in reading.read_samples(path, lambda name, reason: None, with_photos=True):
                 read[sample.name] += 1
         except ValueError:
             failed += 1
@@ -495,7 +495,7 @@ def test_the_manifest_tells_what_is_there(in_one_go):
         shards=5, photos=19, captions=38, bytes=sum(len(content[f"train-{i:06d}.tar"]) for i in range(5))
     )
     for name, entry in manifest["shards"].items():
-        counted, problems = reading.count(folder / name)
+        counted, problems = reading.count_shard(folder / name)
         assert not problems
         assert [counted[key] for key in ("samples", "captions", "bytes")] == [
             entry[key] for key in ("samples", "captions", "bytes")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from captioning.data import sources
-from captioning.data.splits import assign_splits, split_by_lists
+from captioning.data.splits import assign_splits, published_splits
 from helpers.annotation_files import FORMATS, NAMES, TRUTH, coco, flickr8k, saved_dataset
 
 
@@ -164,10 +164,10 @@ def test_other_files_with_the_names_of_splits(photos):
     assert len(sources.load(photos)) == len(TRUTH)
     (photos / "train.jpg").write_bytes((photos / "images" / "0.jpg").read_bytes())
     (photos / "train.txt").write_text("a train\n")
-    assert split_by_lists(photos) == {}
+    assert published_splits(photos) == {}
     (photos / "train.jpg").unlink()
     (photos / "train.txt").write_text("images/my photo.jpg\n0.jpg\n")
-    assert split_by_lists(photos) == {"my photo.jpg": "train", "0.jpg": "train"}
+    assert published_splits(photos) == {"my photo.jpg": "train", "0.jpg": "train"}
 
 
 def test_no_usable_row(photos):

@@ -107,8 +107,10 @@ def test_a_cut_download_goes_on_where_it_stopped(server, tmp_path):
     assert target.read_bytes() == CONTENT
     (_, first), (_, second) = server.requests
     assert first is None
-    assert len(CONTENT) // 2 - downloads.PIECE <= int(second.removeprefix("bytes=").rstrip("-")) <= len(CONTENT) // 2
-    assert server.sent <= len(CONTENT) + downloads.PIECE
+    assert (
+        len(CONTENT) // 2 - downloads.CHUNK_BYTES <= int(second.removeprefix("bytes=").rstrip("-")) <= len(CONTENT) // 2
+    )
+    assert server.sent <= len(CONTENT) + downloads.CHUNK_BYTES
     assert list(tmp_path.iterdir()) == [target]
 
 
@@ -350,8 +352,14 @@ def publish(server, monkeypatch):
 
 LAYOUTS = {
     "flickr8k": (
-        ["Flickr8k.token.txt", "Flickr_8k.devImages.txt", "Flickr_8k.testImages.txt", "Flickr_8k.trainImages.txt",
-         *(f"images/{i}.jpg" for i in range(6)), "prepared.json"],
+        [
+            "Flickr8k.token.txt",
+            "Flickr_8k.devImages.txt",
+            "Flickr_8k.testImages.txt",
+            "Flickr_8k.trainImages.txt",
+            *(f"images/{i}.jpg" for i in range(6)),
+            "prepared.json",
+        ],
         {"train": 15, "val": 5, "test": 5},  # not 5.jpg, which is in no list, nor the photo that does not exist
     ),
     "flickr30k": (
@@ -359,11 +367,17 @@ LAYOUTS = {
         {"train": 20, "val": 5, "test": 5},
     ),
     "coco2017": (
-        ["annotations/captions_train2017.json", "annotations/captions_val2017.json", "prepared.json",
-         *(f"train2017/{i}.jpg" for i in range(4)), "val2017/4.jpg", "val2017/5.jpg"],
+        [
+            "annotations/captions_train2017.json",
+            "annotations/captions_val2017.json",
+            "prepared.json",
+            *(f"train2017/{i}.jpg" for i in range(4)),
+            "val2017/4.jpg",
+            "val2017/5.jpg",
+        ],
         {"train": 8, "val": 4},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -551,19 +565,31 @@ def damage(kind, data):
         ("missing", 1, "error: missing images: 1", "results.csv, line 2: 1000.jpg"),
         ("truncated", 1, "error: images that cannot be decoded: 1", "1000.jpg (image file is truncated"),
         ("not an image", 1, "error: images that cannot be decoded: 1", "line 2: 1000.jpg (not an image of"),
-        ("same file in two splits", 1, "error: photos that are in more than one split: 1",
-         "results.csv, line 2: 1000.jpg (train) = results.csv, line 24: 1011.jpg (test)"),
-        ("same pixels in two splits", 1, "error: photos that are in more than one split: 1",
-         "results.csv, line 2: 1000.jpg (train) = results.csv, line 24: 1011.jpg (test), in pixels"),
-        ("same photo twice", 0, "warning: photos that are in one split more than once: 1",
-         "results.csv, line 2: 1000.jpg (train) = results.csv, line 4: 1001.jpg (train)"),
+        (
+            "same file in two splits",
+            1,
+            "error: photos that are in more than one split: 1",
+            "results.csv, line 2: 1000.jpg (train) = results.csv, line 24: 1011.jpg (test)",
+        ),
+        (
+            "same pixels in two splits",
+            1,
+            "error: photos that are in more than one split: 1",
+            "results.csv, line 2: 1000.jpg (train) = results.csv, line 24: 1011.jpg (test), in pixels",
+        ),
+        (
+            "same photo twice",
+            0,
+            "warning: photos that are in one split more than once: 1",
+            "results.csv, line 2: 1000.jpg (train) = results.csv, line 4: 1001.jpg (train)",
+        ),
         ("tiny", 0, "warning: images with a side below 32 pixels: 1", "results.csv, line 2: 1000.jpg (64 x 31)"),
         ("empty", 0, "warning: empty captions: 1", "results.csv, line 2: 1000.jpg"),
         ("latin-1", 0, "warning: captions that are not UTF-8: 1", "results.csv, line 2: 1000.jpg"),
         ("long", 0, "warning: captions of more than 100 words: 1", "results.csv, line 2: 1000.jpg (108 words)"),
         ("unnamed", 0, "warning: photos on disk that no row names: 1", "extra.jpg"),
     ],
-)  # fmt: skip
+)
 def test_each_damage_is_found_with_its_row(data, capsys, kind, status, title, row):
     damage(kind, data)
     found, printed = check(data, capsys)

@@ -34,7 +34,7 @@ def sampled(ranks, shares=None, groups=23, K=2, **options):
     batches = []
     for rank in range(ranks):
         sampler = CaptionBatchSampler(images, 4, K, seed=3, lengths=[i % 7 for i in images], window=2, **options)
-        sampler.share(rank, ranks, shares)
+        sampler.set_rank(rank, ranks, shares)
         sampler.set_epoch(1)
         batches.append(list(sampler))
         assert len(batches[-1]) == len(sampler)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from captioning.data.batching import several
+from captioning.data.batching import grouped
 from captioning.model.loss import chunked_cross_entropy
 
 UNDETERMINED = ("qkv.bias", ".k.bias")  # a key's bias has gradient zero: AdamW makes steps of the rounding
@@ -168,9 +168,9 @@ def test_frozen_blocks_keep_no_activations(script, tiny_config, batch, trainable
     assert len(saved) > 0
 
 
-def test_several():
-    assert list(several(range(5), 2)) == [[0, 1], [2, 3], [4]]
-    assert list(several([], 2)) == []
+def test_grouped():
+    assert list(grouped(range(5), 2)) == [[0, 1], [2, 3], [4]]
+    assert list(grouped([], 2)) == []
 
 
 def test_accumulated_batches_are_one_large_batch(script, tiny_config, tiny_train_config, bpe):

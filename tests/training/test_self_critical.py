@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from captioning.data.unreadable_photos import BadImages
+from captioning.data.unreadable_photos import UnreadablePhotos
 from captioning.model.tokenizer import CaptionTokenizer
 from captioning.scoring.metrics import CiderD
 from captioning.scoring.ptb_tokenization import tokenize
@@ -23,7 +23,7 @@ class Photos:
 
     def __init__(self):
         self.captions_of = {f"{name}.jpg": [f"a {name} runs .", f"the {name} is here ."] for name in SUBJECTS}
-        self.bad_images = BadImages(self.captions_of, 0)
+        self.unreadable_photos = UnreadablePhotos(self.captions_of, 0)
         texts = [text for captions in self.captions_of.values() for text in captions]
         self.tokenizer = CaptionTokenizer.train(texts, 100, "word")
         self.prompts, self.max_length, self.seed = [""] * len(texts), 24, 0

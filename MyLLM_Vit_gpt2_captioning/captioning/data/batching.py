@@ -1,5 +1,5 @@
-"""Which captions form a batch: K captions of one image side by side, so that the image is encoded once for all K, and
-captions of like length together, so that little of a batch is padding."""
+"""Batches of captions: K captions of one image side by side, so that the image is encoded once for all K, and captions
+of similar length together, so that little of a batch is padding."""
 
 import itertools
 from collections import Counter
@@ -15,13 +15,14 @@ from captioning.data.unreadable_photos import CheckedLoader
 class CaptionBatchSampler(Sampler):
     """Yields lists of row indices; rows b*K .. b*K+K-1 of a batch are captions of the same image.
 
-    An epoch visits every image: n captions make n // K groups of K different ones (which are left over changes from
+    An epoch visits every image: n captions make n // K groups of K different ones (the captions left over change from
     epoch to epoch), and an image with fewer than K captions makes one group in which they repeat. With K = 1 every
     caption comes once an epoch, as in a classic loader.
     """
 
     def __init__(self, images, batch_size, captions_per_image=1, shuffle=True, seed=0, lengths=None, window=1):
-        """`images`: the image of every row. `batch_size` counts captions and is a multiple of `captions_per_image`.
+        """`images`: the image of every row. `batch_size` counts captions; ValueError when it is not a multiple of
+        `captions_per_image`.
 
         With `lengths`, one a row, the groups of `window` batches are sorted by their longest caption before they are
         cut into batches; batches then come in random order again.
@@ -38,14 +39,17 @@ class CaptionBatchSampler(Sampler):
         self.captions_per_image = captions_per_image
         self.groups_per_batch = batch_size // captions_per_image
         self.shuffle, self.seed, self.epoch = shuffle, seed, 0
-        self.first = 0  # batches that the next epoch leaves out, because a run that goes on has seen them
+        self.skip_batches = 0  # of the next epoch, because a resumed run has trained on them
         self.lengths, self.window = lengths, window
-        self.rank, self.ranks, self.shares = 0, 1, 1
+        self.set_rank(0, 1)
 
-    def share(self, rank, ranks, shares=None):
-        """This is process `rank` of `ranks`: take its part of every batch. Batches and windows are then `shares` times
-        as large: `ranks` unless a run goes on that had another number of processes."""
-        self.rank, self.ranks, self.shares = rank, ranks, shares or ranks
+    def set_rank(self, rank, world_size, saved_world_size=None):
+        """Yield the part of every batch that belongs to process `rank` of `world_size`.
+
+        A batch of all processes together, and a window, is `world_size` times as large. A run that is resumed with
+        another number of processes keeps batches `saved_world_size` times as large, so that a step keeps its captions.
+        """
+        self.rank, self.world_size, self.batch_world_size = rank, world_size, saved_world_size or world_size
 
     def set_epoch(self, epoch):
         """Choose the epoch's order: it depends on (seed, epoch) only."""
@@ -53,14 +57,15 @@ class CaptionBatchSampler(Sampler):
 
     def __len__(self):
         groups = sum(max(1, len(rows) // self.captions_per_image) for rows in self.rows_of_image)
-        return len(self._starts(groups))
+        return len(self._batch_starts(groups))
 
-    def _starts(self, groups):
-        """Where batches start. When the last would have too few groups for all processes it joins the one before."""
-        starts = np.arange(0, groups, self.groups_per_batch * self.shares)
-        if groups < self.ranks:
-            raise ValueError(f"{groups} photos cannot be shared by {self.ranks} processes: start fewer")
-        return starts[:-1] if groups - starts[-1] < self.ranks else starts
+    def _batch_starts(self, groups):
+        """The first group of each batch of all processes. A last batch with too few groups for all of them is joined to
+        the one before."""
+        starts = np.arange(0, groups, self.groups_per_batch * self.batch_world_size)
+        if groups < self.world_size:
+            raise ValueError(f"{groups} photos cannot be shared by {self.world_size} processes: start fewer")
+        return starts[:-1] if groups - starts[-1] < self.world_size else starts
 
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch])
@@ -72,23 +77,24 @@ class CaptionBatchSampler(Sampler):
                 rows = np.resize(rows, K)  # repeats from the front
             groups += [rows[start : start + K] for start in range(0, len(rows) - K + 1, K)]
         order = rng.permutation(len(groups)) if self.shuffle else np.arange(len(groups))
-        starts, per_batch = self._starts(len(groups)), self.groups_per_batch * self.shares
+        starts = self._batch_starts(len(groups))
         ends = dict(zip(starts, [*starts[1:], len(groups)], strict=True))
         if self.lengths is not None and self.window > 1:
             longest = np.array([max(self.lengths[row] for row in rows) for rows in groups])
-            size = self.window * per_batch
+            size = self.window * self.groups_per_batch * self.batch_world_size
             windows = [order[start : start + size] for start in range(0, len(order), size)]
             order = np.concatenate([window[np.argsort(longest[window], kind="stable")] for window in windows])
             starts = rng.permutation(starts) if self.shuffle else starts
-        first, self.first = self.first, 0
-        for start in starts[first:]:
-            yield [int(row) for g in order[start : ends[start]][self.rank :: self.ranks] for row in groups[g]]
+        skip, self.skip_batches = self.skip_batches, 0
+        for start in starts[skip:]:
+            own = order[start : ends[start]][self.rank :: self.world_size]
+            yield [int(row) for group in own for row in groups[group]]
 
 
 def build_loader(dataset, batch_sampler, collate_fn, config):
-    """A DataLoader of a caption dataset with what `config`, the train_config, says about workers and the device. Of
-    several processes each loads its part."""
-    batch_sampler.share(*rank_and_world_size())
+    """A DataLoader of a caption dataset, with the workers and the device of `config`, the train_config. With several
+    processes each loads its part."""
+    batch_sampler.set_rank(*rank_and_world_size())
     return CheckedLoader(
         dataset,
         batch_sampler=batch_sampler,
@@ -96,7 +102,7 @@ def build_loader(dataset, batch_sampler, collate_fn, config):
         num_workers=config.num_workers,
         persistent_workers=config.num_workers > 0,
         pin_memory=config.device.startswith("cuda"),
-        generator=torch.Generator(),  # its own: how often workers start must not shift the dropout's random numbers
+        generator=torch.Generator(),  # its own: how often workers start must not shift the model's random numbers
     )
 
 
@@ -106,8 +112,8 @@ def exact_captions_per_image(images, wanted):
 
 
 def stack(inputs):
-    """What single photos are for the model -> what a batch of them is: images (3, H, W) -> (B, 3, H, W), and lists with
-    tokens (N, C) of each level -> a list of (B, N, C)."""
+    """Inputs of the model for single photos -> for a batch: images (3, H, W) -> (B, 3, H, W), and lists of the tokens
+    (N, C) of each encoder level -> a list of (B, N, C)."""
     if isinstance(inputs[0], list):
         return [torch.stack(level) for level in zip(*inputs, strict=True)]
     return torch.stack(inputs)
@@ -120,7 +126,7 @@ def to_device(inputs, device):
     return inputs.to(device, non_blocking=True)
 
 
-def several(loader, count):
+def grouped(loader, count):
     """Yields lists of `count` batches, which make one step together; the last list may be shorter."""
     batches = iter(loader)
     while group := list(itertools.islice(batches, count)):

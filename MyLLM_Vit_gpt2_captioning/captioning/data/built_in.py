@@ -1,18 +1,22 @@
-"""The data of a run: built-in datasets, which are rendered on first use, downloads, and a user's own folder."""
+"""The dataset of a run: a built-in one, which is rendered on first use, a download, or a user's own folder."""
 
 from filelock import FileLock
 
 from captioning.data import shapes, sources
 
-# What fills the folder of each name.
+# Name of a built-in dataset -> the function that renders it into its folder.
 BUILT_IN = {"shapes": shapes.write_dataset, "vqa_shapes": shapes.write_questions}
 
 
 def default_recipe(given, data_dir, data_folder, download):
-    """The recipe of a run that names none -> that of the built-in dataset in the folder it was given, or Shapes' where
-    there is no dataset at all, or None. `given`: its train constants; `data_dir`: where the dataset else is."""
+    """The recipe for a run that names none -> that of the built-in dataset whose folder is given as data_dir, that of
+    Shapes when there is no dataset at all, else None.
+
+    `given`: the train constants from the command line; `data_dir`: the default one; `data_folder`: where the built-in
+    datasets have their folders.
+    """
     if "data_dir" in given:
-        return _built_in(given["data_dir"], data_folder)
+        return _built_in_name(given["data_dir"], data_folder)
     if "captions_file" in given or download or sources.find_captions(data_dir) is not None:
         return None
     print(
@@ -22,20 +26,22 @@ def default_recipe(given, data_dir, data_folder, download):
     return "shapes"
 
 
-def _built_in(folder, data_folder):
+def _built_in_name(folder, data_folder):
+    """The name of the built-in dataset that has this folder, or None."""
     return next((name for name in BUILT_IN if folder.resolve() == (data_folder / name).resolve()), None)
 
 
 def data_paths(recipe, chosen, defaults, data_folder):
-    """Where the data of a run is, as far as nobody said -> dict of train constants.
+    """Paths that follow from the dataset where they are not chosen -> dict of train constants.
 
-    `chosen`: the train constants that were given or are in the `recipe`; `defaults`: the train_config.
+    `chosen`: the train constants from the command line and the `recipe`; `defaults`: the train_config; `data_folder`:
+    where the built-in datasets have their folders.
     """
     paths = {}
     if recipe in BUILT_IN and "data_dir" not in chosen:
         paths["data_dir"] = data_folder / recipe
-    elsewhere = paths or "data_dir" in chosen or not defaults.image_dir.is_dir()
-    if elsewhere and "image_dir" not in chosen:
+    default_image_dir_fits = not paths and "data_dir" not in chosen and defaults.image_dir.is_dir()
+    if not default_image_dir_fits and "image_dir" not in chosen:
         paths["image_dir"] = None  # looked for beside the captions
     return paths
 
@@ -43,14 +49,14 @@ def data_paths(recipe, chosen, defaults, data_folder):
 def load_data(train_cfg, data_folder, download=False):
     """The captions that the run trains on, rendered or downloaded first if need be -> DataFrame of usable rows.
 
-    `data_folder`: where built-in datasets have their folders. Raises FileNotFoundError with the command that fetches a
-    public dataset that is not there.
+    `data_folder`: where the built-in datasets have their folders. Raises FileNotFoundError with the command that
+    fetches the public dataset when there is none.
     """
     data_dir = train_cfg.data_dir
-    built_in = _built_in(data_dir, data_folder)
+    built_in = _built_in_name(data_dir, data_folder)
     if built_in or download:
         data_dir.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(data_dir.parent / f".{data_dir.name}.lock"):  # other processes wait, and find it done
+        with FileLock(data_dir.parent / f".{data_dir.name}.lock"):  # other processes wait, and then find the dataset
             if built_in:
                 BUILT_IN[built_in](data_dir, train_cfg.shapes_scenes)
             else:

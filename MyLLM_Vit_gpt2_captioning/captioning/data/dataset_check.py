@@ -1,4 +1,4 @@
-"""Is a dataset fit for training? Counts, caption lengths, and every problem with the rows that have it.
+"""The check of a dataset before training: counts, caption lengths, and every problem with the rows that have it.
 
 All photos are decoded in full, as training would, so that a truncated one is found here and not in the third hour of
 a run; photos are compared by their pixels, so that a test photo is found in the training split under another name.
@@ -9,7 +9,6 @@ import io
 import os
 import random
 import re
-import sys
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,10 +17,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
+from captioning.common.progress import progress_bar
 from captioning.data import sources
-from captioning.data.conventions import IMAGE_SUFFIXES, SPLITS
+from captioning.data.conventions import IMAGE_SUFFIXES, NOT_UTF8, SPLITS
 from captioning.data.shards import reading
 from captioning.images import tar_members
 from captioning.images.preprocessing import load_image
@@ -29,15 +28,15 @@ from captioning.pages import plots
 
 REPORT_FILE = "report.md"
 SHEET_FILE = "contact_sheet.png"
-LONG_CAPTION = 100  # words; longer ones are rarely captions
-SMALL_SIDE = 32  # pixels; a photo with a shorter side shows nothing
+LONG_CAPTION = 100  # words; a longer text is rarely a caption
+SMALL_SIDE = 32  # pixels; on a photo with a shorter side nothing can be recognised
 ROWS_SHOWN = 10
 SHEET_PHOTOS = 24
 WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
 
 
 @dataclass
-class Photo:
+class CheckedPhoto:
     path: Path
     fault: str = ""  # why it cannot be decoded; "missing" when there is no such file
     size: tuple[int, int] = (0, 0)  # width, height of the upright image
@@ -48,7 +47,7 @@ class Photo:
 
 @dataclass
 class Problem:
-    what: str
+    kind: str
     is_error: bool
     cases: list[str] = field(default_factory=list)
 
@@ -57,14 +56,14 @@ def check_dataset(data_dir, report_dir, captions_file=None, image_dir=None):
     """Check the dataset that `sources.load` finds, print the report and write it with a contact sheet to `report_dir`.
 
     Returns whether it is free of errors: photos that are missing or cannot be decoded, photos that are in two splits,
-    tar shards that are not what their manifest says.
-    Everything else that is found is a warning. Raises FileNotFoundError or ValueError when there is no dataset to read.
+    tar shards that differ from their manifest. All other problems are warnings. Raises FileNotFoundError or ValueError
+    when there is no dataset to read.
     """
     df = sources.load(data_dir, captions_file, image_dir)
     source = Path(captions_file) if captions_file else sources.find_captions(data_dir)
     photos = read_photos(dict.fromkeys(df["image"]))
     problems = find_problems(df, photos, source, image_dir)
-    damage = reading.find_damage(data_dir) if source == Path(data_dir) and reading.are_in(source) else []
+    damage = reading.find_damage(data_dir) if source == Path(data_dir) and reading.has_shards(source) else []
     if damage:
         problems.insert(0, Problem("damaged shards, and samples in them", True, damage))
     readable = [photo for photo in photos if not photo.fault]
@@ -86,34 +85,39 @@ def check_dataset(data_dir, report_dir, captions_file=None, image_dir=None):
 
 
 def read_photos(paths):
-    """Decode every photo in full, on all cores -> list of Photo in the order of `paths`."""
+    """Decode every photo in full, on all cores -> list of CheckedPhoto in the order of `paths`."""
+    photos, bar = [], progress_bar(len(paths), "photos")
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # pillow and hashlib let other threads run
-        interval = 0.2 if sys.stderr.isatty() else 30  # seconds; in a log file the bar speaks only now and then
-        done = tqdm(pool.map(read_photo, paths), total=len(paths), desc="photos", unit="img", mininterval=interval)
-        return list(done)
+        for photo in pool.map(read_photo, paths):
+            photos.append(photo)
+            bar.update(1)
+    bar.close()
+    return photos
 
 
 def read_photo(path):
-    """One photo -> Photo; what is wrong with it is in `fault`."""
+    """One photo -> CheckedPhoto, with `fault` set when it is missing or cannot be decoded."""
     try:
         content = tar_members.read_bytes(path)
         with Image.open(io.BytesIO(content)) as opened:
             image = load_image(opened)
             pixels = hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16)
-            return Photo(path, "", image.size, opened.format, hashlib.blake2b(content).hexdigest(), pixels.hexdigest())
+            return CheckedPhoto(
+                path, "", image.size, opened.format, hashlib.blake2b(content).hexdigest(), pixels.hexdigest()
+            )
     except FileNotFoundError:
-        return Photo(path, "missing")
+        return CheckedPhoto(path, "missing")
     except UnidentifiedImageError:
-        return Photo(path, "empty" if not content else "not an image of a known format")
+        return CheckedPhoto(path, "empty" if not content else "not an image of a known format")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        return Photo(path, str(error.__cause__ or error))  # `load_image` puts its advice around the cause
+        return CheckedPhoto(path, str(error.__cause__ or error))  # `load_image` puts its advice around the cause
 
 
 # --- problems ---------------------------------------------------------------------------------------------------------
 
 
 def find_problems(df, photos, source, image_dir=None):
-    """Everything that is wrong -> list of Problem, errors first; kinds that do not occur are left out."""
+    """All problems of a dataset -> list of Problem, errors first, without kinds that do not occur."""
     names = [
         f"{source.name}, {df.index.name} {row}: {image.name}" for row, image in zip(df.index, df["image"], strict=True)
     ]
@@ -129,9 +133,9 @@ def find_problems(df, photos, source, image_dir=None):
         if not photo.fault:
             by_pixels[photo.pixels].append(photo)
     for same in by_pixels.values():
-        places = [f"{first_row[photo.path]} ({split})" for photo in same for split in splits[photo.path]]
-        if len(places) > 1:
-            case = " = ".join(places) + ("" if len({photo.content for photo in same}) == 1 else ", in pixels")
+        uses = [f"{first_row[photo.path]} ({split})" for photo in same for split in splits[photo.path]]
+        if len(uses) > 1:
+            case = " = ".join(uses) + ("" if len({photo.content for photo in same}) == 1 else ", in pixels")
             (leaks if len({split for photo in same for split in splits[photo.path]}) > 1 else repeats).append(case)
 
     def of_photos(chosen, detail="{}"):
@@ -157,7 +161,7 @@ def find_problems(df, photos, source, image_dir=None):
         Problem(
             "captions that are not UTF-8",
             False,
-            [name for name, caption in zip(names, captions, strict=True) if "\ufffd" in caption],
+            [name for name, caption in zip(names, captions, strict=True) if NOT_UTF8 in caption],
         ),
         Problem(
             f"captions of more than {LONG_CAPTION} words",
@@ -241,7 +245,7 @@ def _describe_photos(readable):
 def _describe_problems(problems):
     lines = ["## Problems", ""]
     for problem in problems:
-        lines += [f"**{'error' if problem.is_error else 'warning'}: {problem.what}: {len(problem.cases):,}**", ""]
+        lines += [f"**{'error' if problem.is_error else 'warning'}: {problem.kind}: {len(problem.cases):,}**", ""]
         lines += [f"- {case}" for case in problem.cases[:ROWS_SHOWN]]
         if len(problem.cases) > ROWS_SHOWN:
             lines.append(f"- and {len(problem.cases) - ROWS_SHOWN:,} more")

@@ -1,7 +1,7 @@
 """Public datasets: download, verify and unpack them into the layout that `sources` reads.
 
-A download that was cut goes on where it stopped, an unpacking that was interrupted is done again, and what is there
-already is left alone: `prepared.json` in the dataset's folder lists the finished files.
+A download that broke off goes on where it stopped, an unpacking that was interrupted starts again, and finished files,
+which `prepared.json` in the dataset's folder lists, stay as they are.
 """
 
 import csv
@@ -24,19 +24,20 @@ from tqdm import tqdm
 from captioning.common.files import write_atomically
 
 MANIFEST_FILE = "prepared.json"
-ATTEMPTS = 5  # in a row that bring nothing new, before a download is given up
-PAUSE = 2.0  # seconds before the second attempt; one pause longer before each further one
-TIMEOUT = (15, 60)  # seconds to connect, and between two pieces of an answer
-PIECE = 1 << 16  # bytes that are written at once; a cut loses at most as many
+ATTEMPTS = 5  # in a row without a new byte, before a download is given up
+PAUSE = 2.0  # seconds before the second attempt; before each further one it is that much longer
+TIMEOUT = (15, 60)  # seconds to connect, and between two chunks of an answer
+CHUNK_BYTES = 1 << 16  # written at once; a broken connection loses at most as many
 TEMPORARY_FAILURES = (408, 429)  # of the 4xx answers of a server; the others will be the same tomorrow
+FLICKR8K_LISTS = ("Flickr_8k.trainImages.txt", "Flickr_8k.devImages.txt", "Flickr_8k.testImages.txt")
 
 # --- how a downloaded file becomes part of a dataset: unpack(file, folder) --------------------------------------------
 
 
-def extract(archive, folder, places):
-    """Unpack the part of a zip archive that `places` names, {file or "folder/" in the archive: place in `folder`}.
+def extract(archive, folder, targets):
+    """Unpack the part of a zip archive that `targets` names, {file or "folder/" in the archive: target in `folder`}.
 
-    Raises ValueError that names the archive when it is damaged, lacks one of the places, or holds a link or a name
+    Raises ValueError that names the archive when it is damaged, lacks one of these files, or holds a link or a name
     that leads out of the folder; OSError when the disk is too small.
     """
     try:
@@ -44,15 +45,15 @@ def extract(archive, folder, places):
             chosen = {}
             for member in opened.infolist():
                 _refuse_unsafe(member, archive)
-                place = _place(member.filename, places)
-                if place and not member.is_dir():
-                    chosen[place] = member
-            for inside, place in places.items():
-                if not any(name == place or (place.endswith("/") and name.startswith(place)) for name in chosen):
+                target = _target(member.filename, targets)
+                if target and not member.is_dir():
+                    chosen[target] = member
+            for inside, wanted in targets.items():
+                if not any(name == wanted or (wanted.endswith("/") and name.startswith(wanted)) for name in chosen):
                     raise ValueError(f"{archive}: holds no {inside}")
             _require_space(folder, sum(member.file_size for member in chosen.values()), f"to unpack {archive}")
-            for place, member in _bar(chosen.items(), desc=f"unpack {archive.name}", unit=" files"):
-                target = folder / place
+            for name, member in _bar(chosen.items(), desc=f"unpack {archive.name}", unit=" files"):
+                target = folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with opened.open(member) as source, open(target, "wb") as file:
                     shutil.copyfileobj(source, file, 1 << 20)
@@ -63,7 +64,8 @@ def extract(archive, folder, places):
 
 
 def _refuse_unsafe(member, archive):
-    """Only plain files and folders, and only below the folder, on any operating system."""
+    """Raise ValueError for a member that is not a plain file or folder, or whose name leads out of the target folder on
+    any operating system."""
     mode = stat.S_IFMT(member.external_attr >> 16)
     for path in (PurePosixPath(member.filename), PureWindowsPath(member.filename)):
         if path.anchor or ".." in path.parts or mode not in (0, stat.S_IFREG, stat.S_IFDIR):
@@ -73,17 +75,14 @@ def _refuse_unsafe(member, archive):
             )
 
 
-def _place(name, places):
-    """Where a member of the archive goes, or None when it is not wanted."""
-    for inside, place in places.items():
+def _target(name, targets):
+    """The name that a member of the archive gets in the folder, or None when it is not wanted."""
+    for inside, target in targets.items():
         if name == inside:
-            return place
+            return target
         if inside.endswith("/") and name.startswith(inside):
-            return place + name[len(inside) :]
+            return target + name[len(inside) :]
     return None
-
-
-FLICKR8K_LISTS = ("Flickr_8k.trainImages.txt", "Flickr_8k.devImages.txt", "Flickr_8k.testImages.txt")
 
 
 def unpack_flickr8k_text(archive, folder):
@@ -124,7 +123,7 @@ class Download:
     url: str
     size: int  # bytes
     hash: str  # "sha256:..." or "md5:...", whichever its publisher or its users have published
-    unpacked: int  # bytes, about
+    unpacked: int  # bytes on the disk, approximately
     unpack: Callable  # unpack(downloaded file, folder to write into)
 
     @property
@@ -133,7 +132,7 @@ class Download:
 
 
 @dataclass(frozen=True)
-class Dataset:
+class PublicDataset:
     licence: str
     downloads: tuple[Download, ...]
 
@@ -141,11 +140,11 @@ class Dataset:
 GITHUB_FLICKR8K = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
 # A revision by its hash never changes, unlike "main".
 HUB_FLICKR30K = "https://huggingface.co/datasets/nlphuji/flickr30k/resolve/2b239befc81b6e3f035ce6bd52f5f4d60f5625f7/"
-COCO = "http://images.cocodataset.org/"  # its HTTPS certificate is another host's; the hashes protect
+COCO = "http://images.cocodataset.org/"  # HTTPS fails there, with another host's certificate; the hashes protect
 FLICKR_LICENCE = "the photos belong to their authors: research use only, and they may not be republished"
 
 DATASETS = {
-    "flickr8k": Dataset(
+    "flickr8k": PublicDataset(
         FLICKR_LICENCE,
         (
             Download(
@@ -160,11 +159,11 @@ DATASETS = {
                 1_115_419_746,
                 "md5:f18a1e2920de5bd84dae7cf08ec78978",
                 1_150_000_000,
-                partial(extract, places={"Flicker8k_Dataset/": "images/"}),  # spelt so by its publisher
+                partial(extract, targets={"Flicker8k_Dataset/": "images/"}),  # spelt so by its publisher
             ),
         ),
     ),
-    "flickr30k": Dataset(
+    "flickr30k": PublicDataset(
         FLICKR_LICENCE,
         (
             Download(
@@ -179,11 +178,11 @@ DATASETS = {
                 4_390_240_817,
                 "sha256:2ce2420c0d17f0531deaa89ac657b4d5067ec519da16ff1ea12acbf5619c7391",
                 4_450_000_000,
-                partial(extract, places={"flickr30k-images/": "flickr30k_images/"}),
+                partial(extract, targets={"flickr30k-images/": "flickr30k_images/"}),
             ),
         ),
     ),
-    "coco2017": Dataset(
+    "coco2017": PublicDataset(
         "captions CC BY 4.0; the photos belong to their authors, under the Flickr licence that each has chosen",
         (
             Download(
@@ -193,7 +192,7 @@ DATASETS = {
                 100_000_000,
                 partial(
                     extract,
-                    places={name: name for name in map("annotations/captions_{}2017.json".format, ("train", "val"))},
+                    targets={name: name for name in map("annotations/captions_{}2017.json".format, ("train", "val"))},
                 ),
             ),
             Download(
@@ -201,14 +200,14 @@ DATASETS = {
                 815_585_330,
                 "sha256:4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
                 830_000_000,
-                partial(extract, places={"val2017/": "val2017/"}),
+                partial(extract, targets={"val2017/": "val2017/"}),
             ),
             Download(
                 COCO + "zips/train2017.zip",
                 19_336_861_798,
                 "sha256:69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
                 19_600_000_000,
-                partial(extract, places={"train2017/": "train2017/"}),
+                partial(extract, targets={"train2017/": "train2017/"}),
             ),
         ),
     ),
@@ -220,7 +219,7 @@ def fetch_dataset(name, folder, keep_archives=False):
 
     Only what is missing is downloaded and unpacked; other files in `folder` stay. Archives are removed once unpacked
     unless `keep_archives`. Raises ValueError or OSError that says what is wrong and names the address: unknown name,
-    disk too small, network down, wrong size or hash, unsafe archive. What has arrived by then is kept.
+    disk too small, network down, wrong size or hash, unsafe archive. Bytes that have arrived by then are kept.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown dataset {name!r}; known are {', '.join(DATASETS)}")
@@ -271,7 +270,7 @@ def _move_into(source, target):
 
 
 def _read_manifest(folder):
-    """{name of a download: {file: bytes}} for what is finished; empty when nothing is, or the file is damaged."""
+    """{name of a finished download: {file: bytes}}; empty when none is finished, or the manifest is damaged."""
     try:
         return json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["finished"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -295,7 +294,7 @@ def _is_complete(folder, files):
 
 
 def _bytes_to_come(part, folder):
-    """What is still to be written for a part: the rest of its download, and what comes out of it."""
+    """Bytes that a part still needs on the disk: the rest of its download, and its unpacked files."""
     arrived = sum(path.stat().st_size for path in (folder / part.name, _part_file(folder / part.name)) if path.exists())
     return max(0, part.size - arrived) + part.unpacked
 
@@ -314,10 +313,10 @@ def _require_space(folder, needed, purpose):
 
 
 def download(url, path, size, known_hash):
-    """Download `url` to the file `path` unless it is there; go on with what an earlier attempt left in `path`.part.
+    """Download `url` to the file `path` unless it is there; an earlier attempt, in `path`.part, is continued.
 
-    `size` in bytes; `known_hash` is "sha256:..." or "md5:...". Raises ValueError when they are not those of the file at
-    the address (which is then removed), OSError when the address cannot be had or the network stays down (what has
+    `size` in bytes; `known_hash` is "sha256:..." or "md5:...". Raises ValueError when the file at the address has
+    another size or hash (it is then removed), OSError when the server refuses or the network stays down (what has
     arrived is then kept). Both name the address.
     """
     import pooch  # here, like requests below, so that a run without downloads does not wait for it
@@ -363,10 +362,10 @@ class ResumingDownloader:
             os.replace(self.part, output_file)
 
     def _fetch(self, url):
-        """Go on until the file is complete; give up after `ATTEMPTS` in a row that bring nothing new."""
+        """Try until the file is complete; give up after ATTEMPTS in a row without a new byte."""
         import requests
 
-        failures, most = 0, 0
+        failures, most_arrived = 0, 0
         while True:
             try:
                 return self._fetch_rest(url)
@@ -375,7 +374,8 @@ class ResumingDownloader:
                 if status and 400 <= status < 500 and status not in TEMPORARY_FAILURES:
                     raise OSError(f"{url}: the server answers {status} {error.response.reason}") from error
                 arrived = self._arrived()
-                failures, most = (1, arrived) if arrived > most else (failures + 1, most)
+                failures = 1 if arrived > most_arrived else failures + 1
+                most_arrived = max(most_arrived, arrived)
                 reason = _reason(error)
                 if failures >= ATTEMPTS:
                     raise OSError(
@@ -386,8 +386,8 @@ class ResumingDownloader:
                 time.sleep(PAUSE * failures)
 
     def _fetch_rest(self, url):
-        """Append what `part` lacks. Raises requests.RequestException when the connection fails, ValueError when the
-        file at the address has another size."""
+        """Append the bytes that `part` lacks. Raises requests.RequestException when the connection fails, ValueError
+        when the file at the address has another size."""
         import requests
 
         arrived = self._arrived()
@@ -411,9 +411,9 @@ class ResumingDownloader:
                 open(self.part, "ab" if arrived else "wb") as file,
                 _bar(desc=name, total=self.size, initial=arrived, unit="B", unit_scale=True) as bar,
             ):
-                for piece in response.iter_content(PIECE):
-                    file.write(piece)
-                    bar.update(len(piece))
+                for chunk in response.iter_content(CHUNK_BYTES):
+                    file.write(chunk)
+                    bar.update(len(chunk))
         if self._arrived() != self.size:
             raise requests.ConnectionError(f"the connection ended after {self._arrived():,} of {self.size:,} bytes")
 
@@ -422,9 +422,9 @@ class ResumingDownloader:
 
 
 def _total_size(response):
-    """Bytes of the whole file as the server tells it, or None."""
-    told = response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers.get("Content-Length", "")
-    return int(told) if told.isdigit() else None
+    """Bytes of the whole file by the headers of the response, or None."""
+    size = response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers.get("Content-Length", "")
+    return int(size) if size.isdigit() else None
 
 
 def _reason(error):
@@ -435,5 +435,5 @@ def _reason(error):
 
 
 def _bar(*args, **options):
-    """A progress bar; in a log file it speaks only now and then."""
+    """A progress bar; in a log file it prints only every 30 seconds."""
     return tqdm(*args, **options, mininterval=0.2 if sys.stderr.isatty() else 30)

@@ -4,27 +4,27 @@ A store is a dataset folder like any other:
     images/          the photos, upright RGB whose shorter side has at most 256 pixels, as JPEG or uncompressed BMP
     captions.jsonl   a line a caption: image, caption, split and, where there are questions, prompt
     manifest.json    how the photos were made
-    index.jsonl      a line a photo that is there: name, size and time of the last change of the original
-A photo has its name only when it is whole, its line follows, and the captions come last: whatever ends the work, an
-unfinished store is no dataset yet, and the next run goes on. A photo that changed is made anew.
+    index.jsonl      a line a finished photo: name, size and time of the last change of the original
+A photo gets its name only when it is whole, then its line in the index, and the captions are written last: whatever
+ends the work, an unfinished store is not a dataset yet, and the next run goes on. A photo that changed is made anew.
 """
 
 import io
 import json
 import os
+from functools import partial
 from pathlib import Path
 
-import torch.utils.data
 from filelock import FileLock
 from PIL import ExifTags, Image
 
 from captioning.common.files import write_atomically
-from captioning.common.progress import progress_bar
-from captioning.data import sources
+from captioning.data import resumable_work, sources
+from captioning.data.unreadable_photos import print_left_out
 from captioning.images import tar_members
 from captioning.images.preprocessing import load_image
 
-FORMAT = 1  # of these files
+STORE_FORMAT = 1  # of these files
 SIDE = 256  # pixels of the shorter side: what a crop for 224 pixels needs
 # Of the JPEGs, with colours at half resolution (4:2:0). On 80 COCO photos the model's 224 x 224 pixels then differ from
 # those of the original by 1.8 of 255 levels (39 dB), about as bicubic from bilinear resampling (1.3, 40 dB). Colours in
@@ -33,14 +33,14 @@ QUALITY = 90
 # In the place of the quality: BMP, 6 times as large and ready in two thirds of the time; 0.6 levels (47 dB).
 UNCOMPRESSED = "uncompressed"
 MANIFEST_FILE, INDEX_FILE, CAPTIONS_FILE, IMAGE_FOLDER = "manifest.json", "index.jsonl", "captions.jsonl", "images"
-FAULTS_SHOWN = 10
+PREFETCH = 16  # photos that each worker is given in advance
 
 
 def write_store(data_dir, store, side=SIDE, captions_file=None, image_dir=None, num_workers=0, quality=QUALITY):
     """Write the dataset that `sources.load` finds to the folder `store`, with reduced photos.
 
     `sources.load(store)` gives the same rows. Photos that cannot be read are counted, named and left out; their rows
-    stay, and training leaves them out as it does the rows of a missing photo. Returns how many there are. With
+    stay, and training leaves them out as it does the rows of a missing photo. Returns the number of these photos. With
     `num_workers` processes; 0 works in this one. `quality`: of the JPEGs, or UNCOMPRESSED.
     Raises what `sources.load` raises, ValueError when the store has another side or quality or no photo can be read,
     and FileExistsError when its folder holds something else.
@@ -54,23 +54,20 @@ def write_store(data_dir, store, side=SIDE, captions_file=None, image_dir=None, 
     names = store_names(df["image"].unique(), quality)
     (store / IMAGE_FOLDER).mkdir(parents=True, exist_ok=True)
     with FileLock(store / ".lock"):  # a second run waits, and then has nothing to do
-        _agree(store, dict(format=FORMAT, side=side, quality=quality))
-        faults, made = _make_photos(store, names, side, quality, num_workers)
+        _write_or_compare_manifest(store, dict(format=STORE_FORMAT, side=side, quality=quality))
+        faults, made = _make_missing(store, names, side, quality, num_workers)
         if len(faults) == len(names):
             raise ValueError(f"{data_dir}: none of its {len(names):,} photos can be read; the first: {faults[0]}")
         rows = df.assign(image=[names[image] for image in df["image"]]).to_dict("records")
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(store / CAPTIONS_FILE, lambda path: path.write_text(lines, encoding="utf-8"))
     print(f"{store}: {len(names) - len(faults):,} photos, {made:,} of them made now; {len(df):,} captions")
-    if faults:
-        print(f"warning: {len(faults):,} photos cannot be read and are left out:")
-        more = [f"and {len(faults) - FAULTS_SHOWN:,} more"] if len(faults) > FAULTS_SHOWN else []
-        print("\n".join(f"    {fault}" for fault in faults[:FAULTS_SHOWN] + more))
+    print_left_out(faults)
     return len(faults)
 
 
 def store_names(images, quality=QUALITY):
-    """Paths of photos -> {path: name in the store's image folder}: as seen from the folder that holds them all, with
+    """Paths of photos -> {path: name in the store's image folder}: relative to the folder that holds them all, with
     ".jpg" (or ".bmp") added where the name has another ending, so that 1.png and 1.jpg stay two photos."""
     endings = (".bmp",) if quality == UNCOMPRESSED else (".jpg", ".jpeg")
     paths = {image: Path(os.path.abspath(image)) for image in images}
@@ -110,88 +107,57 @@ def shrink(path, side, quality=QUALITY):
     return buffer.getvalue()
 
 
-def _agree(store, manifest):
-    """Write the manifest of a new store. Raises ValueError when the store was made in another way."""
+def _write_or_compare_manifest(store, manifest):
+    """Write the manifest of a new store. Raises ValueError when an existing store was made in another way."""
     path = store / MANIFEST_FILE
     if not path.is_file():
         write_atomically(path, lambda draft: draft.write_text(json.dumps(manifest, indent=2) + "\n"))
         return
-    made = json.loads(path.read_text())
+    existing = json.loads(path.read_text())
     differing = [
-        f"{key} {made.get(key)} instead of {value}" for key, value in manifest.items() if made.get(key) != value
+        f"{key} {existing.get(key)} instead of {value}" for key, value in manifest.items() if existing.get(key) != value
     ]
     if differing:
         raise ValueError(f"{path}: the photos there have {', '.join(differing)}: give another folder with --to")
 
 
-def _make_photos(store, names, side, quality, num_workers):
-    """Make what is missing -> ([why a photo cannot be read, ...], how many were made)."""
+def _make_missing(store, names, side, quality, num_workers):
+    """Make the photos that are missing or changed -> ([why a photo cannot be read, ...], how many were made)."""
     for draft in (store / IMAGE_FOLDER).rglob(".*.part"):
         draft.unlink()  # of a run that was killed
     identities = {image: _identity(image) for image in names}
-    done = _read_index(store)
-    missing = [
-        image
+    finished = {name: identity for name, *identity in resumable_work.read_index(store / INDEX_FILE)}
+    jobs = [
+        (image, store / IMAGE_FOLDER / name)
         for image, name in names.items()
-        if done.get(name) != identities[image] or not (store / IMAGE_FOLDER / name).is_file()
+        if finished.get(name) != identities[image] or not (store / IMAGE_FOLDER / name).is_file()
     ]
-    jobs = _Shrinking([(str(image), store / IMAGE_FOLDER / names[image]) for image in missing], side, quality)
-    loader = torch.utils.data.DataLoader(
-        jobs, batch_size=None, num_workers=num_workers, generator=torch.Generator(),
-        prefetch_factor=16 if num_workers else None,
-    )  # fmt: skip
-    whole = "".join(json.dumps([name, *identity]) + "\n" for name, identity in done.items())
-    write_atomically(store / INDEX_FILE, lambda path: path.write_text(whole, encoding="utf-8"))
-    faults, bar = [], progress_bar(len(missing), "photos")
-    try:
-        with (store / INDEX_FILE).open("a", encoding="utf-8") as index:
-            for image, fault in zip(missing, loader, strict=True):
-                if fault:
-                    faults.append(fault)
-                else:
-                    index.write(json.dumps([names[image], *identities[image]]) + "\n")
-                    index.flush()
-                bar.update(1)
-    finally:
-        bar.close()
-    return faults, len(missing) - len(faults)
+    make, faults = partial(_make_photo, side=side, quality=quality), []
+    with resumable_work.open_index(store / INDEX_FILE, [[name, *same] for name, same in finished.items()]) as index:
+        for (image, _), fault in resumable_work.run_jobs(make, jobs, num_workers, "photos", prefetch=PREFETCH):
+            if fault:
+                faults.append(fault)
+            else:
+                resumable_work.add_entries(index, [names[image], *identities[image]])
+    return faults, len(jobs) - len(faults)
 
 
-def _identity(path):
-    """What tells whether a photo is still the same: size and time of the last change; empty when it is not there."""
+def _identity(image):
+    """`file_identity` of the original; empty when it is not there."""
     try:
-        stat = os.stat(tar_members.tar_of(path) or path)
+        return tar_members.file_identity(image)
     except OSError:
         return []
-    return [stat.st_size, stat.st_mtime_ns]
 
 
-def _read_index(store):
-    """{name: identity of the original}; a last line that is not whole does not count."""
-    path = store / INDEX_FILE
-    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-    return {name: identity for name, *identity in (json.loads(line) for line in lines if line.endswith(b"\n"))}
-
-
-class _Shrinking(torch.utils.data.Dataset):
-    """[(path, path in the store), ...]; an item makes the photo -> "", or why the original cannot be read.
-
-    A `Dataset`, because data workers are processes that end with the one that started them, however that ends.
-    """
-
-    def __init__(self, jobs, side, quality):
-        self.jobs, self.side, self.quality = jobs, side, quality
-
-    def __len__(self):
-        return len(self.jobs)
-
-    def __getitem__(self, i):
-        path, target = self.jobs[i]
-        try:
-            content = shrink(path, self.side, self.quality)
-        except (OSError, ValueError) as error:
-            target.unlink(missing_ok=True)  # made when the original could still be read
-            return str(error)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(target, lambda draft: draft.write_bytes(content))
-        return ""
+def _make_photo(job, side, quality):
+    """(path, path in the store): make the photo -> "", or why the original cannot be read."""
+    path, target = job
+    try:
+        content = shrink(path, side, quality)
+    except (OSError, ValueError) as error:
+        target.unlink(missing_ok=True)  # made when the original could still be read
+        return str(error)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, lambda draft: draft.write_bytes(content))
+    return ""

@@ -29,9 +29,13 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "cross")
 # Colours (on top, at the bottom) that training never shows together; it shows them the other way round.
 HELD_OUT = {
-    ("red", "green"), ("green", "blue"), ("blue", "yellow"),
-    ("yellow", "purple"), ("purple", "white"), ("white", "red"),
-}  # fmt: skip
+    ("red", "green"),
+    ("green", "blue"),
+    ("blue", "yellow"),
+    ("yellow", "purple"),
+    ("purple", "white"),
+    ("white", "red"),
+}
 
 # The first word tells which object comes first, so that no caption begins with a coin toss between the two.
 WORDINGS = (
@@ -118,7 +122,7 @@ def parse_caption(caption):
 
 
 def exact_rate(captions, scenes):
-    """Share of captions (0..1) that are right in every attribute of both objects and in who is above whom."""
+    """Share of captions (0..1) that are right in every attribute of both objects and in which is above the other."""
     return sum(parse_caption(c) == scene for c, scene in zip(captions, scenes, strict=True)) / len(scenes)
 
 
@@ -166,7 +170,7 @@ def write_dataset(folder, train_scenes, seed=0):
 
 
 def write_questions(folder, train_scenes, seed=0):
-    """The same with questions in the place of captions: `captions.jsonl`."""
+    """As `write_dataset` with questions and answers in place of captions, in `captions.jsonl`."""
 
     def rows(rng, image):
         return [
@@ -174,21 +178,25 @@ def write_questions(folder, train_scenes, seed=0):
             for question, answer in questions(rng, image["scene"])[:QUESTIONS_PER_SCENE]
         ]
 
-    _write(
-        folder, {"questions": QUESTIONS_PER_SCENE, "train_scenes": train_scenes, "seed": seed}, rows, "captions.jsonl"
-    )
+    settings = {"questions": QUESTIONS_PER_SCENE, "train_scenes": train_scenes, "seed": seed}
+    _write(folder, settings, rows, "captions.jsonl")
 
 
 def _write(folder, settings, rows_of, captions_file, header=""):
-    """Scenes, the split file, and what `rows_of(rng, image)` says of each scene, unless all of it is there already."""
+    """Write scenes, the split file, and the captions file with the lines `rows_of(rng, image)` of each scene, unless
+    the folder already has them with the same `settings`."""
     folder = Path(folder)
     split_file = folder / SPLIT_FILE
     if split_file.is_file() and json.loads(split_file.read_text(encoding="utf-8")).get("settings") == settings:
         return
     rng = random.Random(settings["seed"])
     scenes = settings["train_scenes"]
-    parts = [("train", False, scenes), ("val", False, scenes // 12), ("test", False, scenes // 6),
-             ("test", True, scenes // 12)]  # fmt: skip
+    parts = [  # split, held-out combinations, number of scenes
+        ("train", False, scenes),
+        ("val", False, scenes // 12),
+        ("test", False, scenes // 6),
+        ("test", True, scenes // 12),
+    ]
     draft = folder.with_name(folder.name + ".part")  # renamed when complete: an interrupted run leaves no half dataset
     shutil.rmtree(draft, ignore_errors=True)
     (draft / IMAGE_FOLDER).mkdir(parents=True)
@@ -207,7 +215,7 @@ def _write(folder, settings, rows_of, captions_file, header=""):
 
 
 def read_scenes(folder, held_out):
-    """The test scenes: list of image paths, list of their scenes; with held-out combinations or without."""
+    """The test scenes with held-out combinations, or those without -> (list of image paths, list of their scenes)."""
     folder = Path(folder)
     images = json.loads((folder / SPLIT_FILE).read_text(encoding="utf-8"))["images"]
     chosen = [image for image in images if image["split"] == "test" and image["held_out"] == held_out]
@@ -216,7 +224,7 @@ def read_scenes(folder, held_out):
 
 
 def score(caption, folder):
-    """Share of captions that are right in every attribute, for test scenes -> dict; printed beside the chance level.
+    """Share of captions of test scenes that are right in every attribute -> dict; prints it beside the chance level.
 
     `caption` takes a list of paths to a list of captions.
     """
@@ -236,7 +244,8 @@ def score(caption, folder):
 
 
 def score_answers(answer, folder):
-    """Share of right answers to all questions about test scenes -> dict; printed beside what needs no image.
+    """Share of right answers to all questions about test scenes -> dict; prints it beside the share with shuffled
+    images, which needs no look at them.
 
     `answer(paths, prompt=questions)` gives a list of answers.
     """

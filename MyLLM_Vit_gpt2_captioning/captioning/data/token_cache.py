@@ -1,7 +1,7 @@
-"""Token cache: what a frozen encoder makes of a photo never changes, so it is computed once and kept on disk.
+"""Token cache: a frozen encoder's tokens of a photo never change, so they are computed once and kept on disk.
 
 A cache is a folder that holds one view of the photos, plain or augmented:
-    manifest.json      all that its tokens depend on but the photos; a hash of it ends the folder's name
+    manifest.json      everything except the photos that its tokens depend on; a hash of it ends the folder's name
     index.jsonl        a line a photo, in the order of the rows: path, size, time of the last change, may be mirrored
     level_0.float16    tokens (rows, N, C); a file for each level of the encoder
 A photo's tokens are on the disk before its line, so whatever ends the work, what the index lists is whole, and the rest
@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import zlib
-from contextlib import suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -25,13 +25,16 @@ from filelock import FileLock
 
 from captioning.common.files import write_atomically
 from captioning.common.progress import progress_bar
-from captioning.data.batching import to_device
+from captioning.data import resumable_work
+from captioning.data.batching import stack, to_device
 from captioning.images import tar_members
 from captioning.images.augmentation import TrainingTransforms, may_mirror
 from captioning.images.preprocessing import load_image, preprocess
+from captioning.model.stages import stages_of_run, trainable_names
+from captioning.model.summary import token_shapes
 
-FORMAT = 1  # of these files; a change makes every cache a new one
-AUGMENTATION = 2  # of augmented views likewise: number of the augmentation that made their pixels
+CACHE_FORMAT = 1  # of these files; a change makes every cache a new one
+AUGMENTATION_VERSION = 2  # of TrainingTransforms; a change makes every cache of an augmented view a new one
 SYNC_EVERY = 512  # photos between two points from which interrupted work goes on
 SPARE_BYTES = 2**30  # of the disk stay free
 
@@ -45,22 +48,23 @@ class TokenCache:
         View 0 is the plain photo, the others are augmented as in training, drawn from (view, photo): alike in all runs.
         """
         config, encoder = model.config, model.encoder
-        augmented = dict(view=view, crop_scale=crop_scale, augmentation=AUGMENTATION) if view else dict(view=0)
+        augmented = dict(view=view, crop_scale=crop_scale, augmentation=AUGMENTATION_VERSION) if view else dict(view=0)
         self.view, self.preprocessing = augmented, model.preprocessing
+        # As a ViT has in "final" coupling. A refiner's output is normalised, too, but tokens are cached before it.
+        has_final_norm = encoder.normalized and getattr(encoder, "refiner", None) is None
         self.manifest = {
-            "format": FORMAT,
+            "format": CACHE_FORMAT,
             "encoder": str(config.encoder),
             "encoder_options": config.encoder_options,
-            "weights": fingerprint(encoder),
-            "own final norm": encoder.normalized
-            and getattr(encoder, "refiner", None) is None,  # "final" coupling of a ViT has it
+            "weights": weights_digest(encoder),
+            "own final norm": has_final_norm,
             "levels": len(encoder.widths),
             "preprocessing": {key: list(v) if isinstance(v, tuple) else v for key, v in self.preprocessing.items()},
             **augmented,
         }
         key = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()[:12]
         self.folder = Path(folder) / f"{Path(config.encoder).name}-view{view}-{key}"
-        self.shapes, self.index, self._maps = [], {}, None
+        self.shapes, self.index, self.rows, self._maps = [], {}, 0, None
         self._read_index()
 
     def __getstate__(self):
@@ -80,10 +84,10 @@ class TokenCache:
 
     def batch(self, paths):
         """Photos -> their tokens as the model takes them: float16 (B, N, C) for each level."""
-        return [torch.stack(level) for level in zip(*(self[path] for path in paths), strict=True)]
+        return stack([self[path] for path in paths])
 
     def missing(self, images, captions_of=None):
-        """Photos (paths) that are not here yet, or that changed since -> {absolute path: what tells it is the same}.
+        """Photos (paths) that are not in the cache, or changed since -> {absolute path: identity, see `_identity`}.
 
         `captions_of` {path: captions} says which photos augmentation may mirror.
         """
@@ -92,70 +96,58 @@ class TokenCache:
         return {path: same for path, same in identities.items() if self.index.get(path, [None])[1:] != same}
 
     def fill(self, model, images, captions_of=None, batch_size=32, num_workers=0):
-        """Compute the tokens that are `missing`.
+        """Compute the tokens that are `missing` -> the cache.
 
         Raises ValueError that names a photo that cannot be read or whose tokens float16 cannot hold; the tokens of the
         photos before it stay. OSError that names the folder when the disk is full; the tokens before that stay, too.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".lock"):  # a second run that needs the same tokens waits for them
-            self._read_index()
+            entries = self._read_index()
             missing = self.missing(images, captions_of)
             if missing:
-                self.shapes = shapes_of(model)
+                self.shapes = token_shapes(model, refined=False)
                 content = json.dumps(self.manifest | {"shapes": self.shapes}, indent=2) + "\n"
                 write_atomically(self.folder / "manifest.json", lambda path: path.write_text(content))
-                self._compute(model, missing, captions_of or {}, batch_size, num_workers)
+                self._compute(model, missing, entries, captions_of or {}, batch_size, num_workers)
         return self
 
-    def _compute(self, model, identities, captions_of, batch_size, num_workers):
-        """Append the tokens of the photos in `identities`, a line in the index for each."""
-        device, paths = next(model.parameters()).device, list(identities)
-        look = partial(preprocess, **self.preprocessing)
+    def _compute(self, model, identities, entries, captions_of, batch_size, num_workers):
+        """Append the tokens of the photos in `identities`, and a line for each behind the `entries` of the index."""
+        paths = list(identities)
+        load_input = partial(preprocess, **self.preprocessing)
         if self.view["view"]:
-            look = _AugmentedLook(self.preprocessing, self.view, captions_of)
+            load_input = _AugmentedView(self.preprocessing, self.view, captions_of)
         # A generator of its own: whether tokens are computed must not shift the dropout's random numbers.
         loader = torch.utils.data.DataLoader(
-            _Photos(paths, look), batch_size, num_workers=num_workers, generator=torch.Generator()
+            resumable_work.Jobs(load_input, paths), batch_size, num_workers=num_workers, generator=torch.Generator()
         )
         model.eval()
-        lines = (self.folder / "index.jsonl").open("r+b" if self.rows else "w+b")
-        lines.truncate(self._whole)  # behind what is whole there may be unfinished work
-        lines.seek(0, os.SEEK_END)
-        levels, stored, written = [file.open("r+b" if file.exists() else "w+b") for file in self._files()], 0, []
-        for file, shape in zip(levels, self.shapes, strict=True):
-            file.truncate(self.rows * 2 * math.prod(shape))
-            file.seek(0, os.SEEK_END)
+        computed, unsynced = 0, []
         bar = progress_bar(len(paths), "tokens")
         try:
-            for images in loader:
-                batch = paths[stored : stored + len(images)]
-                with torch.inference_mode():
-                    tokens = model.levels(to_device(images, device))
-                for file, level in zip(levels, tokens, strict=True):
-                    level = level.half().cpu()  # (B, N, C)
-                    bad = (~level.isfinite()).flatten(1).any(1).nonzero()
-                    if len(bad):
-                        raise ValueError(
-                            f"{batch[int(bad[0])]}: its tokens do not fit float16; leave out --cache_tokens"
-                        )
-                    file.write(level.contiguous().numpy().tobytes())
-                written += batch
-                stored += len(batch)
-                bar.update(len(batch))
-                if len(written) >= SYNC_EVERY or stored == len(paths):
-                    for file in levels:
-                        file.flush()
-                        os.fsync(file.fileno())
-                    for path in written:
-                        self.index[path] = [self.rows, *identities[path]]
-                        self.rows += 1
-                    lines.write("".join(json.dumps([path, *identities[path]]) + "\n" for path in written).encode())
-                    lines.flush()
-                    os.fsync(lines.fileno())
-                    written = []
-            for file in (lines, *levels):
-                file.close()  # writes what Python still held back
+            with ExitStack() as open_files:
+                index = open_files.enter_context(resumable_work.open_index(self.folder / "index.jsonl", entries))
+                levels = [open_files.enter_context(file.open("ab")) for file in self._files()]
+                for file, shape in zip(levels, self.shapes, strict=True):
+                    file.truncate(self.rows * 2 * math.prod(shape))  # behind these may be unfinished work
+                for images in loader:  # (B, 3, H, W)
+                    batch = paths[computed : computed + len(images)]
+                    for file, tokens in zip(levels, _float16_tokens(model, images, batch), strict=True):
+                        file.write(tokens.numpy().tobytes())
+                    unsynced += batch
+                    computed += len(batch)
+                    bar.update(len(batch))
+                    if len(unsynced) >= SYNC_EVERY or computed == len(paths):
+                        for file in levels:
+                            file.flush()
+                            os.fsync(file.fileno())
+                        resumable_work.add_entries(index, *([path, *identities[path]] for path in unsynced))
+                        os.fsync(index.fileno())
+                        for path in unsynced:
+                            self.index[path] = [self.rows, *identities[path]]
+                            self.rows += 1
+                        unsynced = []
         except OSError as error:
             if isinstance(error, FileNotFoundError):  # a photo's
                 raise
@@ -165,63 +157,44 @@ class TokenCache:
             ) from error
         finally:
             bar.close()
-            for file in (lines, *levels):
-                with suppress(OSError):  # of a full disk, again
-                    file.close()
-            self._maps = None
 
     def _identity(self, path, captions):
-        """What tells whether a photo is still the same: size, time of the last change, whether it may be mirrored."""
+        """[size, time of the last change, may be mirrored] of a photo: while these stay, its tokens do."""
         try:
-            stat = os.stat(tar_members.tar_of(path) or path)
+            return [*tar_members.file_identity(path), may_mirror(captions) if self.view["view"] else None]
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: no such image") from None
-        return [stat.st_size, stat.st_mtime_ns, may_mirror(captions) if self.view["view"] else None]
 
     def _files(self):
         return [self.folder / f"level_{i}.float16" for i in range(len(self.shapes))]
 
     def _read_index(self):
-        """What is there: {path: [row, size, time, mirrored]}. Only whole lines whose tokens are on the disk
-        count, and none behind a damaged one; nothing is changed, because another run may be at work here."""
-        self.index, self.rows, self._whole, self._maps = {}, 0, 0, None
+        """Read {path: [row, size, time, mirrored]} from the disk -> the entries of the index that count: those in front
+        of the first damaged line whose tokens are on the disk. Changes no file, because another run may be at work."""
+        self.index, self.rows, self._maps = {}, 0, None
         index, manifest = self.folder / "index.jsonl", self.folder / "manifest.json"
         if not (index.is_file() and manifest.is_file()):
-            return
+            return []
         try:
             self.shapes = [tuple(shape) for shape in json.loads(manifest.read_bytes())["shapes"]]
         except (ValueError, KeyError, TypeError):  # damaged: all is computed again
-            return
+            return []
         sizes = [file.stat().st_size if file.is_file() else 0 for file in self._files()]
         stored = min(size // (2 * math.prod(shape)) for size, shape in zip(sizes, self.shapes, strict=True))
-        for line in index.read_bytes().splitlines(keepends=True)[:stored]:
-            if line.endswith(b"\n"):
-                try:
-                    path, *identity = json.loads(line)
-                except ValueError:
-                    break
-                self.index[path] = [self.rows, *identity]
-                self.rows += 1
-                self._whole += len(line)  # bytes of the index that count
-
-
-def shapes_of(model):
-    """(N, C) of the tokens of a photo on each level."""
-    side, device = model.preprocessing["img_size"], next(model.parameters()).device
-    with torch.inference_mode():
-        model.eval()
-        levels = model.encoder.levels(torch.zeros(1, 3, side, side, device=device))
-    return [tuple(level.shape[1:]) for level in levels]
+        entries = resumable_work.read_index(index)[:stored]
+        self.index = {path: [row, *identity] for row, (path, *identity) in enumerate(entries)}
+        self.rows = len(entries)
+        return entries
 
 
 def fill_caches(model, jobs, num_workers=0):
-    """Fill caches of one folder, jobs = [(cache, images, captions_of), ...], after saying how large it gets.
+    """Fill the caches of one folder, jobs = [(cache, images, captions_of), ...]; prints first how much disk they take.
 
     Raises OSError before anything is computed when the disk has too little room.
     """
     missing = [len(cache.missing(images, captions_of)) for cache, images, captions_of in jobs]
     if any(missing):
-        folder, shapes = jobs[0][0].folder.parent, shapes_of(model)
+        folder, shapes = jobs[0][0].folder.parent, token_shapes(model, refined=False)
         need = sum(missing) * sum(2 * math.prod(shape) for shape in shapes)
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
@@ -243,20 +216,17 @@ def read_tokens_from_disk(model, loaders, train_config):
     Raises ValueError when the encoder does not stay frozen, and what `fill_caches` and `TokenCache.fill` raise.
     """
     config = train_config
-    waits = config.freeze_epochs_all >= config.epochs + config.scst_epochs  # to the end nothing pretrained thaws
-    frozen = set(model.pretrained_parameters()) if waits else model.always_frozen()
-    own = [name for name, _ in model.encoder.named_parameters() if not name.startswith("refiner.")]
-    learns = [name for name in own if f"encoder.{name}" not in frozen]
-    if learns:
+    trainable = set().union(*(trainable_names(stage, model) for stage in stages_of_run(model, config)))
+    cached = [name for name, _ in model.encoder.named_parameters() if not name.startswith("refiner.")]
+    trained = [name for name in cached if f"encoder.{name}" in trainable]
+    if trained:
         remedy = "set --trainable_stages 0, or leave out --cache_tokens"
-        if not set(model.pretrained_parameters()) & {f"encoder.{name}" for name in learns}:
+        if not set(model.pretrained_parameters()) & {f"encoder.{name}" for name in trained}:
             remedy = "an encoder from scratch has to train; leave out --cache_tokens"
         raise ValueError(
-            f"cache_tokens: {len(learns)} parameters of the encoder train (the first is {learns[0]}), so its tokens "
+            f"cache_tokens: {len(trained)} parameters of the encoder train (the first is {trained[0]}), so its tokens "
             f"change: {remedy}"
         )
-    if config.cache_views < 1:
-        raise ValueError(f"cache_views {config.cache_views}: 1 is the photos themselves, more are augmented ones")
     views = [TokenCache(config.cache_dir, model, view, config.crop_scale) for view in range(config.cache_views)]
     training, validation = (loader.dataset for loader in loaders)
     jobs = [(cache, list(training.captions_of), training.captions_of) for cache in views]
@@ -265,8 +235,8 @@ def read_tokens_from_disk(model, loaders, train_config):
     training.token_caches, validation.token_caches = views, views[:1]
 
 
-def fingerprint(encoder):
-    """A hash of all weights and buffers that tokens depend on."""
+def weights_digest(encoder):
+    """SHA-256 of all weights and buffers that cached tokens depend on, as hexadecimal text."""
     digest = hashlib.sha256()
     for name, tensor in sorted(encoder.state_dict().items()):
         if not name.startswith("refiner."):
@@ -275,21 +245,21 @@ def fingerprint(encoder):
     return digest.hexdigest()
 
 
-class _Photos(torch.utils.data.Dataset):
-    """Paths -> image tensors."""
+@torch.inference_mode()
+def _float16_tokens(model, images, paths):
+    """images (B, 3, H, W) -> their tokens (B, N, C) for each level, on the CPU. Raises ValueError that names the first
+    of the `paths` whose tokens float16 cannot hold."""
+    device = next(model.parameters()).device
+    levels = [level.half().cpu().contiguous() for level in model.levels(to_device(images, device))]
+    for level in levels:
+        bad = (~level.isfinite()).flatten(1).any(1).nonzero()
+        if len(bad):
+            raise ValueError(f"{paths[int(bad[0])]}: its tokens do not fit float16; leave out --cache_tokens")
+    return levels
 
-    def __init__(self, paths, look):
-        self.paths, self.look = paths, look
 
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        return self.look(self.paths[i])
-
-
-class _AugmentedLook:
-    """path -> image tensor, as training sees it."""
+class _AugmentedView:
+    """path -> image tensor (3, H, W) of one augmented view, the same in every run."""
 
     def __init__(self, preprocessing, view, captions_of):
         names = ("img_size", "mean", "std")
@@ -300,5 +270,5 @@ class _AugmentedLook:
 
     def __call__(self, path):
         seed = [self.view["view"], zlib.crc32(Path(path).name.encode())]
-        pixels = np.asarray(load_image(path))
+        pixels = np.asarray(load_image(path))  # (H, W, 3)
         return self.transforms(image=pixels, captions=self.captions_of.get(path, ()), seed=seed)["image"]

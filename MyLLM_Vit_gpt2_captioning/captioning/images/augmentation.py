@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from captioning.images.preprocessing import normalize, resize, to_tensor
 
-# Words that a mirrored picture would make false: directions, and writing, which would become unreadable.
+# Words that mirroring the picture would make false: directions, and writing, which would become unreadable.
 NOT_MIRRORABLE = re.compile(
     r"\b(left|right|clockwise|anticlockwise|counterclockwise|read|letter|word|text|writing|written|number|say|spell|"
     r"print|label|logo|sign)",
@@ -47,8 +47,8 @@ def random_crop_box(generator, width, height, crop_scale):
 def resize_fast(pixels, side, resample):
     """pixels (H, W, 3) uint8 -> (side, side, 3) uint8, antialiased; `resample` is "bicubic" or "bilinear".
 
-    Pillow's method in torch's 8-bit kernel, four times as fast: few values differ from `preprocessing.preprocess`, and
-    those by rounding. What is published was scored on Pillow's pixels, so validation keeps to them.
+    Pillow's method in torch's 8-bit kernel, four times as fast: few values differ from `preprocessing.resize`, and
+    those by rounding. Published scores were measured on Pillow's pixels, so validation keeps to them.
     """
     image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]  # (1, 3, H, W), channels last
     image = F.interpolate(image, (side, side), mode=resample, antialias=True)
@@ -66,7 +66,7 @@ class TrainingTransforms:
 
         self.img_size, self.mean, self.std, self.crop_scale = img_size, mean, std, crop_scale
         self.resample, self.normalized = resample, normalized
-        # What `load_image` needs of a photo: twice the pixels that are shown, so that the crop is still reduced.
+        # For `load_image`: twice the pixels that the model sees, so that the crop is still reduced.
         self.least_side = 2 * img_size
         light = A.RandomBrightnessContrast(brightness_limit=0.15, contrast_limit=0.15, p=0.5)
         self.mirrored = A.Compose([A.HorizontalFlip(p=0.5), light])

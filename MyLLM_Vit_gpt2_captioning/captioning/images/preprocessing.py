@@ -15,8 +15,8 @@ def load_image(source, least_side=None):
     """Open an image as upright 8-bit RGB.
 
     `source` is a path (or one into a tar, see tar_members.py), an opened file, an opened `PIL.Image.Image`, or an array
-    (H, W, 3) of dtype uint8. With `least_side` a JPEG file
-    may be decoded at 1/2, 1/4 or 1/8 of its size, which is much faster, as long as both sides keep that many pixels.
+    (H, W, 3) of dtype uint8. With `least_side` a JPEG file may be decoded at 1/2, 1/4 or 1/8 of its size, which is much
+    faster, as long as both sides keep that many pixels.
     Raises FileNotFoundError for a missing file, and ValueError that names the file when it is not a readable image.
     """
     if isinstance(source, np.ndarray):
@@ -29,7 +29,7 @@ def load_image(source, least_side=None):
         if least_side:
             image.draft(None, (least_side, least_side))  # does nothing for other formats
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)  # nobody else has this image: it needs no copy
+        ImageOps.exif_transpose(image, in_place=True)  # the image was opened here, so no copy is needed
         return image if image.mode == "RGB" else _as_rgb(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such image") from None
@@ -38,7 +38,7 @@ def load_image(source, least_side=None):
 
 
 def _as_rgb(image):
-    """An image of any mode -> 8-bit RGB. Transparency is left out: the colours are those that are stored."""
+    """An image of any mode -> 8-bit RGB. Transparency is ignored: the stored colours are used."""
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255: nearly all of it white
         values = np.asarray(image).astype(np.int64).clip(0, 65535)
         image = Image.fromarray((values // 257).astype(np.uint8))
@@ -57,9 +57,8 @@ def to_tensor(pixels):
 def normalize(pixels, mean, std):
     """pixels (..., 3, H, W) uint8 -> float32: scaled to 0..1, then (x - mean) / std for each channel."""
     mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (mean, std))
-    return (
-        pixels.float().div_(255).sub_(mean).div_(std)
-    )  # in place: new memory for each step would take most of the time
+    # In place: new memory for each step would take most of the time.
+    return pixels.float().div_(255).sub_(mean).div_(std)
 
 
 def normalize_pixels(images, preprocessing):

@@ -1,4 +1,4 @@
-"""Files inside a tar, read where they lie: the path `shards/val-000000.tar/000123.jpg` is the member 000123.jpg of it.
+"""Files inside a tar, read in place: the path `shards/val-000000.tar/000123.jpg` leads to the tar's member 000123.jpg.
 
 Nothing is ever unpacked to the disk, so a hostile tar can write nowhere: names that lead out of it are not listed, and
 links are not followed.
@@ -11,15 +11,15 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 SUFFIX = ".tar"
-BLOCK = 512  # bytes; a tar is made of such, and two of zeros end it
-LARGEST = 2**27  # bytes of a member; what is larger is no photo and would fill the memory
+BLOCK = 512  # bytes; a tar is a sequence of such blocks, and two blocks of zeros end it
+LARGEST = 2**27  # bytes of a member; a larger one is not a photo and would fill the memory
 
 
 def members(file):
     """A tar, opened for reading -> yields (name, offset, size) of its regular files; their bytes lie there as they are.
 
-    Links, devices, sparse files and names that lead out of the tar are left out. Raises ValueError when the tar breaks
-    off, or is none, once everything in front of that is yielded.
+    Links, devices, sparse files and names that lead out of the tar are left out. When the tar breaks off, or is none,
+    ValueError is raised behind the last whole member.
     """
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -66,13 +66,19 @@ def opened(path):
     tar = tar_of(path) if isinstance(path, str | Path) else None
     if tar is None:
         return path
-    place = _index(tar).get(_name(path, tar))
-    if place is None:
+    offset_and_size = _index(tar).get(_name(path, tar))
+    if offset_and_size is None:
         raise FileNotFoundError(f"{path}: no such file in the tar")
     with open(tar, "rb") as file:
-        member = _Member(read(file, *place))
+        member = _Member(read(file, *offset_and_size))
     member.path = path
     return member
+
+
+def file_identity(path):
+    """[size, time of the last change] of a file, or of the tar that a path leads into: other ones tell of a change."""
+    stat = os.stat(tar_of(path) or path)
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def read_bytes(path):
@@ -83,7 +89,7 @@ def read_bytes(path):
 
 class _Member(io.BytesIO):
     def __repr__(self):
-        return repr(str(self.path))  # what Pillow calls it when it is no image
+        return repr(str(self.path))  # Pillow names it so when it is not an image
 
 
 def _stays_inside(name):
@@ -96,18 +102,17 @@ def _name(path, tar):
 
 
 def _index(tar):
-    stat = os.stat(tar)
-    return _read_index(str(tar), stat.st_size, stat.st_mtime_ns)
+    return _read_index(str(tar), *file_identity(tar))
 
 
 @lru_cache(64)
-def _read_index(tar, size, changed):
-    """{name: (offset, size)} of a tar of this `size`, last `changed` then; of a broken one, as far as it goes."""
+def _read_index(tar, size, modified):
+    """{name: (offset, size)} of a tar of this `size`, last `modified` then; of a broken one, as far as it goes."""
     index = {}
     with open(tar, "rb") as file:
         try:
-            for name, *place in members(file):
-                index.setdefault(name, place)
+            for name, *offset_and_size in members(file):
+                index.setdefault(name, offset_and_size)
         except ValueError:
             pass
     return index

@@ -60,14 +60,14 @@ def evaluate(model, dataloader, tokenizer, device=None, java=False, **options):
 
 def score_subset(model, tokenizer, dataset, count, processes, load_batch=None):
     """Caption the first `count` images of a `Dataset`, or answer its first `count` questions, together with the other
-    `processes` (a `ProcessGroup`); images in `bad_images` are left out.
+    `processes` (a `ProcessGroup`); images in `unreadable_photos` are left out.
 
     -> ({(image, question or ""): reference captions}, captions, {"CIDEr", "BLEU-4"} or {"exact_answers"}).
     """
-    references, flags = {}, dataset.bad_images.flags
+    references, flags = {}, dataset.unreadable_photos.flags
     flags.copy_(processes.any(flags))  # each process has loaded other photos
     for image, prompt, caption in zip(dataset.images, dataset.prompts, dataset.captions, strict=True):
-        if image not in dataset.bad_images and ((image, prompt) in references or len(references) < count):
+        if image not in dataset.unreadable_photos and ((image, prompt) in references or len(references) < count):
             references.setdefault((image, prompt), []).append(caption)
     images, prompts = (list(column) for column in zip(*references, strict=True))
     own = slice(processes.rank, None, processes.world_size)

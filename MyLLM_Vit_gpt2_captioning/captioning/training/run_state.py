@@ -216,7 +216,7 @@ class RunState:
         if state["shares"] != self.batch_shares:
             self.batch_shares, world_size = state["shares"], self.processes.world_size
             for loader in loaders:
-                loader.batch_sampler.share(self.processes.rank, world_size, self.batch_shares)
+                loader.batch_sampler.set_rank(self.processes.rank, world_size, self.batch_shares)
             captions = self.batch_shares * self.config.batch_size
             print(
                 f"the run had {self.batch_shares} processes, now it has {world_size}: a batch of them all stays "

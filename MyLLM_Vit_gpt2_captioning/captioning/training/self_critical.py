@@ -56,7 +56,7 @@ class SelfCritical:
         self.max_tokens = int(np.quantile(lengths, 0.99))
         self.captions_per_image, self.images = self.samples, len(self.photos)
         per_step = max(1, config.batch_size // self.samples)
-        self.bad_images = dataset.bad_images
+        self.unreadable_photos = dataset.unreadable_photos
         sampler = CaptionBatchSampler(self.photos, per_step, seed=dataset.seed)
         self.loader = build_loader(_PhotosOnce(dataset, self.photos), sampler, _collate, config)
 
@@ -84,7 +84,7 @@ class SelfCritical:
             baselines = (rewards.sum(1, keepdim=True) - rewards) / (self.samples - 1)
         else:
             baselines = self.rewards(generate(deterministic=True), indices)[:, None]  # (B, 1)
-        readable = torch.tensor([self.photos[i] not in self.bad_images for i in indices.tolist()])  # (B,)
+        readable = torch.tensor([self.photos[i] not in self.unreadable_photos for i in indices.tolist()])  # (B,)
         advantages = ((rewards - baselines) * readable[:, None]).to(ids.device).flatten()  # (B * samples,)
         targets = ids[:, 1:]
         real = until_first_eos(targets, self.tokenizer.eos_token_id)  # (B * samples, T - 1)
@@ -108,7 +108,7 @@ class _PhotosOnce(torch.utils.data.Dataset):
     """Each photo of a caption dataset once: (the model's input, index of the photo)."""
 
     def __init__(self, dataset, photos):
-        self.dataset, self.photos, self.bad_images = dataset, photos, dataset.bad_images
+        self.dataset, self.photos, self.unreadable_photos = dataset, photos, dataset.unreadable_photos
 
     def set_epoch(self, epoch):
         self.dataset.set_epoch(epoch)
