@@ -39,11 +39,11 @@ def write(path, photos, count):
     return (entry["bytes"] - sum(sample[1].stat().st_size for sample in samples)) / count
 
 
-def stream(found, count):
+def stream(shards, count):
     """Make the batches of an epoch as data workers get them. Raises ValueError when photos are missing."""
-    bad_images = streaming.BadSamples(found[0].path.parent, count, 0)
+    bad_images = streaming.BadSamples(shards[0].path.parent, count, 0)
     dataset = SimpleNamespace(captions_per_image=5, seed=0, bad_images=bad_images)
-    batches = list(streaming.ShardBatchSampler(found, dataset, 160, buffer=500, window=16))
+    batches = list(streaming.ShardBatchSampler(shards, dataset, 160, buffer=500, window=16))
     if sum(group is not None for batch in batches for group in batch) != count:
         raise ValueError("photos are missing")
 
@@ -73,11 +73,11 @@ def main(argv=None):
         kilobytes = sum(path.stat().st_size for path in photos) / len(photos) / 1000
         train, val = folder / "train-000000.tar", folder / "val-000000.tar"
         extra, _ = (write(path, photos, args.photos) for path in (train, val))
-        found = reading.training_shards(folder)
+        shards = reading.training_shards(folder)
         works = {
             "written, each decoded once": (args.photos, lambda: write(val, photos, args.photos)),
             "counted": (args.photos, lambda: reading.count(train)),
-            "read, grouped, shuffled": (args.photos, lambda: stream(found, args.photos)),
+            "read, grouped, shuffled": (args.photos, lambda: stream(shards, args.photos)),
             "indices through the shuffle buffer": (SHUFFLED, shuffle),
         }
         seconds = {work: [] for work in works}

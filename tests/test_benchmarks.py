@@ -108,7 +108,7 @@ def test_the_benchmark_of_shards_reads_what_it_wrote(tmp_path, capsys):
 
 def test_both_captioners_are_one_model(tmp_path):
     """Ours and Hugging Face's have the same loss in every way that is timed, and the same ids."""
-    from bench_generate import naive_generate, hf_generate
+    from bench_generate import hf_generate, naive_generate
     from bench_train import WAYS, loss_of
     from captioners import make_batch, make_pair
     from captioning.decoding.search import generate_ids
