@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the file also runs as a script
 from MyLLM.ch4 import GPTModel
 
-# Where each of our parameters lies in a Hugging Face state_dict; in a block, after `h.<i>.`.
+# Our name of a parameter: its name in a Hugging Face state_dict; in a block, after `h.<i>.`.
 HF_NAMES = {
     "tok_emb.weight": "wte.weight",
     "pos_emb.weight": "wpe.weight",
@@ -40,10 +40,10 @@ HF_BLOCK_NAMES = {
 
 
 def hf_name(name):
-    """The Hugging Face name of our parameter `name`; None for one that GPT-2 does not have."""
+    """The Hugging Face name of our parameter `name`; None if GPT-2 does not have it."""
     if name.startswith("trf_blocks."):
-        _, i, rest = name.split(".", 2)
-        return f"h.{i}.{HF_BLOCK_NAMES[rest]}" if rest in HF_BLOCK_NAMES else None
+        _, i, name_in_block = name.split(".", 2)
+        return f"h.{i}.{HF_BLOCK_NAMES[name_in_block]}" if name_in_block in HF_BLOCK_NAMES else None
     return HF_NAMES.get(name)
 
 
@@ -52,11 +52,11 @@ def load_hf_gpt2_weights(gpt, sd_hf, new_layers=()):
     """Copy a Hugging Face GPT-2 state_dict into `gpt`, strictly.
 
     `new_layers` are the names of layers inside a block that GPT-2 does not have (cross-attention); they keep their
-    values. Every other key on both sides must find its partner with the right shape: otherwise ValueError lists all
-    that do not, and nothing has been changed.
+    values. Every other key of either side must have its counterpart with the same shape: otherwise ValueError lists
+    all that do not, and nothing is changed.
     """
     sd_hf = {key.removeprefix("transformer."): tensor for key, tensor in sd_hf.items()}
-    # Old checkpoints also save the causal mask, which is no weight.
+    # Old checkpoints also hold the causal masks, which are not parameters.
     sd_hf = {key: tensor for key, tensor in sd_hf.items() if not key.endswith((".attn.bias", ".attn.masked_bias"))}
     head = sd_hf.pop("lm_head.weight", None)
     problems, copies = [], []
@@ -117,8 +117,8 @@ def gpt2_config(hf, source):
 def read_hf_gpt2(repo):
     """Read GPT-2 from a hub id or a local folder -> (config for `GPTModel`, Hugging Face state_dict).
 
-    Raises FileNotFoundError when it is not to be had, ValueError when it is not a GPT-2 as published by OpenAI
-    (architecture, activation, epsilon) or when weights are missing in the file.
+    Raises FileNotFoundError when it cannot be found or downloaded, ValueError when it is not a GPT-2 as published by
+    OpenAI (architecture, activation, epsilon) or when weights are missing in the file.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -131,37 +131,39 @@ def read_hf_gpt2(repo):
         model, report = GPT2LMHeadModel.from_pretrained(repo, output_loading_info=True)
     except OSError as error:
         raise FileNotFoundError(
-            f"no GPT-2 weights at {repo!r}: neither a local folder with config.json and model.safetensors nor to be "
-            "had from the Hugging Face hub; give a local folder"
+            f"no GPT-2 weights at {repo!r}: it is not a local folder with config.json and model.safetensors, and the "
+            "Hugging Face hub did not give them; give a local folder"
         ) from error
-    if report["missing_keys"]:  # transformers would have started them at random
+    if report["missing_keys"]:  # transformers has initialised them at random
         raise ValueError(f"{repo}: weights missing in the file: {', '.join(sorted(report['missing_keys']))}")
     return gpt2_config(model.config, repo), model.state_dict()
 
 
 @torch.inference_mode()
 def generate(gpt, token_ids, max_new_tokens, temperature=0.0, eos_token_id=None):
-    """Continue token_ids (B, T) by up to `max_new_tokens` -> (B, T + new); ends early when all rows made EOS.
+    """Continue token_ids (B, T) by up to `max_new_tokens` -> (B, T + new); ends early when all rows have reached EOS.
 
-    temperature 0 takes the likeliest token, otherwise tokens are drawn from softmax(logits / temperature). The text is
-    cut where the model's seq_len ends. Raises ValueError for a negative temperature.
+    temperature 0 is greedy decoding, otherwise tokens are drawn from softmax(logits / temperature). The text ends at
+    the model's seq_len at the latest. Raises ValueError for a negative temperature or number of tokens.
     """
     if temperature < 0:
         raise ValueError(f"temperature must not be negative, but is {temperature}")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must not be negative, but is {max_new_tokens}")
     gpt.eval()
     max_new_tokens = min(max_new_tokens, gpt.seq_len - token_ids.size(1))
     caches = gpt.new_caches(token_ids.size(1) + max_new_tokens)
-    ended = torch.zeros(len(token_ids), dtype=torch.bool, device=token_ids.device)  # (B,)
-    newest = token_ids
+    finished = torch.zeros(len(token_ids), dtype=torch.bool, device=token_ids.device)  # (B,)
+    new_tokens = token_ids
     for _ in range(max_new_tokens):
-        logits = gpt(newest, caches)[:, -1]  # (B, vocab_size): only the last position predicts something new
+        logits = gpt(new_tokens, caches)[:, -1]  # (B, vocab_size): only the last position predicts a new token
         if temperature == 0:
-            newest = logits.argmax(-1, keepdim=True)  # (B, 1)
+            new_tokens = logits.argmax(-1, keepdim=True)  # (B, 1)
         else:
-            newest = torch.multinomial((logits / temperature).softmax(-1), 1)  # (B, 1)
-        token_ids = torch.cat([token_ids, newest], dim=1)
-        ended |= newest[:, 0] == eos_token_id
-        if ended.all():
+            new_tokens = torch.multinomial((logits / temperature).softmax(-1), 1)  # (B, 1)
+        token_ids = torch.cat([token_ids, new_tokens], dim=1)
+        finished |= new_tokens[:, 0] == eos_token_id
+        if finished.all():
             break
     return token_ids
 
@@ -170,9 +172,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt")
     parser.add_argument("--repo", default="openai-community/gpt2", help="hub id or local folder (default: %(default)s)")
-    parser.add_argument("--max_new_tokens", type=int, default=40)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    parser.add_argument("--seed", type=int, default=0, help="for sampling with a temperature")
+    parser.add_argument("--max_new_tokens", type=int, default=40, help="longest continuation (default: 40)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling, with a temperature above 0 (default: 0)")
     args = parser.parse_args(argv)
 
     from transformers import GPT2Tokenizer

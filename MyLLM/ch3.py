@@ -1,8 +1,8 @@
-"""Chapter 3: attention. How a token gathers information from the tokens before it.
+"""Chapter 3: attention, by which a token gathers information from the tokens before it.
 
-The whole lesson is one layer, `MultiHeadAttention`, and the small cache that makes it fast when a model writes one
-token at a time. Shapes are written beside the code: B sequences, T tokens each, `embed_dim` channels split over
-`num_heads` heads of `head_dim` channels.
+The lesson is one layer, `MultiHeadAttention`, and the KV cache that makes it fast when a model writes one token at a
+time. Shapes are written beside the code: B sequences of T tokens each, with `embed_dim` channels split over `num_heads`
+heads of `head_dim` channels.
 """
 
 import torch
@@ -22,10 +22,11 @@ def merge_heads(x):
 
 
 class KeyValueCache:
-    """Keys and values that one attention layer has already computed, so that a new token costs one token's work.
+    """The KV cache of one attention layer: with the keys and values of earlier tokens stored, a new token costs one
+    token's work.
 
-    Room for `max_length` tokens is taken once, at the first `append`: growing by concatenation would copy everything
-    seen so far for every new token.
+    Memory for `max_length` tokens is allocated once, at the first `append`: growing by concatenation would copy all
+    earlier keys and values for every new token.
     """
 
     def __init__(self, max_length):
@@ -52,7 +53,7 @@ class KeyValueCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def select(self, rows):
-        """Keep the sequences `rows` (1-D, may repeat), in this order: what beam search goes on with."""
+        """Keep the sequences `rows` (1-D, may repeat), in this order, as beam search does in every step."""
         if self.keys is not None:
             self.keys, self.values = self.keys[rows], self.values[rows]
 
@@ -60,10 +61,10 @@ class KeyValueCache:
 class MultiHeadAttention(nn.Module):
     """Causal multi-head self-attention (Vaswani et al. 2017, in GPT-2's form).
 
-    Every token asks a question (query), offers a label (key) and a content (value). A token's output is the mean of
-    the contents of itself and the tokens before it, weighted by softmax(query . key / sqrt(head_dim)).
-    `torch.nn.functional.scaled_dot_product_attention` is exactly this formula, computed without ever storing the
-    (T, T) weights where the hardware allows it.
+    Every token has a query, a key and a value. The output of a token is the weighted mean of its own value and those of
+    the tokens before it, with the weights softmax(query . key / sqrt(head_dim)).
+    `torch.nn.functional.scaled_dot_product_attention` computes exactly this formula, where the hardware allows it
+    without storing the (T, T) weights. Raises ValueError unless `embed_dim` is a multiple of `num_heads`.
     """
 
     def __init__(self, embed_dim, num_heads, attention_dropout=0.0, residual_dropout=0.0):
@@ -72,7 +73,7 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
         self.num_heads = num_heads
         self.attention_dropout = attention_dropout
-        # One matrix makes queries, keys and values together: one large product is faster than three small ones.
+        # One matrix for queries, keys and values: one large product is faster than three small ones.
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.out_proj = nn.Linear(embed_dim, embed_dim)
         self.residual_dropout = nn.Dropout(residual_dropout)
@@ -80,16 +81,17 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x, cache=None):
         """x (B, T, embed_dim) -> (B, T, embed_dim).
 
-        With a `KeyValueCache`, x holds only the T newest tokens; they also attend to everything in the cache.
+        With a `KeyValueCache`, x holds only the T newest tokens, which also attend to all tokens in the cache.
         """
-        queries, keys, values = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
+        parts = self.qkv(x).chunk(3, dim=-1)  # (B, T, embed_dim) each
+        queries, keys, values = (split_heads(part, self.num_heads) for part in parts)  # (B, heads, T, head_dim) each
         if cache is not None:
             keys, values = cache.append(keys, values)  # (B, heads, S, head_dim), S >= T
         new_tokens, all_tokens = queries.size(2), keys.size(2)
         mask = None
         if 1 < new_tokens < all_tokens:
-            # The newest tokens are the last rows of the (S, S) causal triangle. A single newest token sees
-            # everything and needs no mask; without a cache `is_causal` builds the triangle itself.
+            # The newest tokens are the last rows of the (S, S) causal mask. A single newest token attends to all
+            # tokens and needs no mask; without a cache `is_causal` makes the mask.
             mask = torch.ones(new_tokens, all_tokens, dtype=torch.bool, device=x.device)
             mask = mask.tril(all_tokens - new_tokens)  # (T, S), True where attention is allowed
         context = F.scaled_dot_product_attention(

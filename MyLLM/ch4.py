@@ -1,8 +1,8 @@
 """Chapter 4: GPT-2 (Radford et al. 2019), built from the attention of chapter 3.
 
 Read it bottom-up: `LayerNorm` and `FeedForward` are the small parts, `TransformerBlock` joins them with attention, and
-`GPTModel` stacks the blocks between token embeddings and next-token scores. The image captioner trains with this very
-code; its blocks only add cross-attention.
+`GPTModel` stacks the blocks between token embeddings and logits. The image captioner uses the same code; its blocks
+only add cross-attention.
 
 A `config` is any object with the attributes
     vocab_size, seq_len, embed_dim, num_heads, depth      sizes; seq_len is the longest sequence (GPT-2: 1024)
@@ -19,7 +19,7 @@ from MyLLM.ch3 import KeyValueCache, MultiHeadAttention
 
 
 class LayerNorm(nn.Module):
-    """Give every token mean 0 and variance 1 over its channels, then a learned scale and shift.
+    """Normalise every token to mean 0 and variance 1 over its channels, then apply a learned scale and shift.
 
     y = (x - mean) / sqrt(variance + eps) * scale + shift, with the biased variance and eps = 1e-5 of GPT-2.
     """
@@ -36,9 +36,9 @@ class LayerNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a GELU between them; every token is processed on its own.
+    """The MLP: two linear layers with a GELU between them, applied to each token separately.
 
-    The GELU is the tanh approximation that GPT-2 was trained with; the exact one would shift every logit a little.
+    The GELU is the tanh approximation that GPT-2 was trained with; the exact one would change every logit a little.
     """
 
     def __init__(self, config):
@@ -54,7 +54,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """x + self_attn(ln_1(x)), then x + mlp(ln_2(x)): GPT-2's pre-norm residual block."""
+    """GPT-2's pre-norm residual block: x + self_attn(ln_1(x)), then x + mlp(ln_2(x))."""
 
     def __init__(self, config):
         super().__init__()
@@ -72,20 +72,20 @@ class TransformerBlock(nn.Module):
 
 
 def initial_std(embed_dim):
-    """Standard deviation of random weights: GPT-2's 0.02 at its 768 channels, larger in a narrower model, so that a
-    layer's output keeps its size."""
+    """Standard deviation of initial weights: GPT-2's 0.02 at its 768 channels, larger in a narrower model, so that the
+    size of a layer's output does not depend on the width."""
     return 0.02 * math.sqrt(768 / embed_dim)
 
 
 class GPTModel(nn.Module):
-    """Token ids in, scores of the next token out.
+    """GPT-2: token ids -> logits of the next token.
 
-    The output head is the token embedding used backwards (weight tying, Press & Wolf 2017). There is no second matrix
-    that could drift away from it, so the tie also survives saving, loading and `copy_`.
+    The output head is the token embedding itself (weight tying, Press & Wolf 2017). There is no second parameter, so
+    the tie survives saving, loading and `copy_`.
     """
 
     def __init__(self, config, block_class=TransformerBlock):
-        """`block_class(config)` makes one block: the captioner passes its block with cross-attention."""
+        """`block_class(config)` builds one block; the captioner passes its block with cross-attention."""
         super().__init__()
         self.seq_len = config.seq_len
         self.tok_emb = nn.Embedding(config.vocab_size, config.embed_dim)
@@ -96,24 +96,28 @@ class GPTModel(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """GPT-2's random start: weights normal, biases 0. The layers that write into the residual stream start smaller
-        by sqrt(2 * depth), so that the stream's variance does not grow with the number of blocks.
+        """GPT-2's initialisation: normal weights, biases 0. The weights of the layers that add to the residual stream
+        are smaller by sqrt(2 * depth), so that the stream's variance does not grow with the number of blocks.
 
-        What a `block_class` adds to a block starts as it was made.
+        Layers that a `block_class` adds to a block keep their own initialisation.
         """
         std = initial_std(self.tok_emb.embedding_dim)
+        residual_std = std / math.sqrt(2 * len(self.trf_blocks))
         for embedding in (self.tok_emb, self.pos_emb):
             nn.init.normal_(embedding.weight, std=std)
         for block in self.trf_blocks:
-            into_stream = (block.self_attn.out_proj, block.mlp.contract)
-            for layer in (block.self_attn.qkv, block.mlp.expand, *into_stream):
-                nn.init.normal_(
-                    layer.weight, std=std / math.sqrt(2 * len(self.trf_blocks)) if layer in into_stream else std
-                )
+            attn, mlp = block.self_attn, block.mlp
+            for layer, layer_std in (
+                (attn.qkv, std),
+                (mlp.expand, std),
+                (attn.out_proj, residual_std),
+                (mlp.contract, residual_std),
+            ):
+                nn.init.normal_(layer.weight, std=layer_std)
                 nn.init.zeros_(layer.bias)
 
     def embed(self, token_ids, start=0):
-        """token_ids (B, T) -> (B, T, embed_dim): what the token is plus where it stands (`start`, `start` + 1, ...).
+        """token_ids (B, T) -> (B, T, embed_dim): token plus position embeddings, for positions from `start` on.
 
         Raises ValueError when the sequence is longer than `seq_len`.
         """
@@ -124,13 +128,13 @@ class GPTModel(nn.Module):
         return self.drop_emb(self.tok_emb(token_ids) + self.pos_emb(positions))
 
     def logits(self, hidden_states):
-        """hidden_states (..., embed_dim) of the last block -> next-token scores (..., vocab_size)."""
+        """hidden_states (..., embed_dim) of the last block -> logits of the next token (..., vocab_size)."""
         return F.linear(self.final_norm(hidden_states), self.tok_emb.weight)
 
     def forward(self, token_ids, caches=None):
         """token_ids (B, T) -> logits (B, T, vocab_size).
 
-        With `caches` from `new_caches`, token_ids holds only the newest tokens of each sequence.
+        With `caches` from `new_caches`, token_ids hold only the newest tokens of each sequence.
         """
         caches = caches or [None] * len(self.trf_blocks)
         x = self.embed(token_ids, start=caches[0].length if caches[0] else 0)  # (B, T, embed_dim)

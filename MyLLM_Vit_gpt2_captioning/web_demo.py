@@ -83,16 +83,16 @@ def find_captioners(root):
 
     Those whose config.json cannot be read are left out with a warning.
     """
-    found = {}
+    captioners = {}
     for pattern in ("captioner*/**/", "examples/**/"):
         for config in sorted(root.glob(pattern + CONFIG_FILE)):
             folder = config.parent
             try:
                 if "model_config" in checkpoint.load_config(folder) and (folder / WEIGHTS_FILE).is_file():
-                    found[folder.relative_to(root).as_posix()] = folder
+                    captioners[folder.relative_to(root).as_posix()] = folder
             except ValueError as error:
                 print(f"warning: left out {error}", file=sys.stderr)
-    return found
+    return captioners
 
 
 def choose_captioners(root, first=None):
@@ -101,15 +101,15 @@ def choose_captioners(root, first=None):
 
     Raises FileNotFoundError or ValueError when `first` is not a captioner, or when there is none at all.
     """
-    found = find_captioners(root)
+    captioners = find_captioners(root)
     if first:
         folder = Path(script.read_config(first)[0]).resolve()
-        name = next((name for name, other in found.items() if other.resolve() == folder), None)
+        name = next((name for name, other in captioners.items() if other.resolve() == folder), None)
         name = name or (folder.name if Path(first).is_dir() else first)  # visitors of the page must not see the path
-        found = {name: folder} | {other: path for other, path in found.items() if other != name}
-    if not found:
+        captioners = {name: folder} | {other: path for other, path in captioners.items() if other != name}
+    if not captioners:
         raise FileNotFoundError("no captioner in captioner/ or examples/: train one, or give --checkpoint FOLDER")
-    return found
+    return captioners
 
 
 class Captioners:
@@ -170,6 +170,65 @@ def errors_shown_on_page(photo):
         raise gradio.Error(text, print_exception=False) from error
 
 
+def _add_photo_and_captions():
+    """Add the upper part of the page -> its components (photo, examples, captions, attention map)."""
+    import gradio as gr
+
+    with gr.Row():
+        with gr.Column():
+            photo = gr.Image(
+                label="Photo",
+                sources=["upload", "webcam", "clipboard"],
+                type="filepath",
+                image_mode=None,
+                height=340,
+                buttons=[],
+                elem_id="photo",
+            )
+            scenes = [str(path) for path in sorted(SCENES.glob("scene_*.png"))]
+            examples = gr.Examples(scenes, photo, label="Or try one of these", elem_id="examples")
+        with gr.Column():
+            captions = gr.HTML(
+                [],
+                label="Captions",
+                show_label=True,
+                container=True,
+                padding=True,
+                elem_id="captions",
+                html_template=CAPTIONS_TEMPLATE,
+                css_template=CAPTIONS_STYLE,
+                js_on_load=CAPTIONS_SCRIPT,
+            )
+            attention_map = gr.Image(interactive=False, buttons=[], height=340, visible=False, elem_id="map")
+    return photo, examples, captions, attention_map
+
+
+def _add_options(sources):
+    """Add the options -> (the components in the order of `write_captions`' arguments after the photo, the row of those
+    that only some methods have, {component in it: names of these methods})."""
+    import gradio as gr
+
+    with gr.Row():
+        method = gr.Radio(METHODS, value="greedy", label="Words are chosen by", scale=4, min_width=340)
+        prompt = gr.Textbox(
+            "", label="The caption begins with", max_length=MAX_PROMPT, max_lines=1, scale=3, min_width=240
+        )
+        model = gr.Dropdown(list(sources), value=next(iter(sources)), label="Model", scale=3, min_width=240)
+    with gr.Row(visible=False) as method_options:
+        slider = partial(gr.Slider, visible=False, buttons=[], min_width=150)
+        number = slider(1, 10, 3, step=1, label="Captions")
+        beams = slider(2, 10, 4, step=1, label="Beams")
+        penalty = slider(-2, 3, 1.0, step=0.1, label="Length penalty")
+        temperature = slider(0.1, 2, 1.0, step=0.05, label="Temperature")
+        top_k = slider(0, 200, 0, step=1, label="Top-k (0: all)")
+        top_p = slider(0.05, 1, 1.0, step=0.05, label="Top-p")
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53, visible=False, min_width=150)
+    methods_of = {number: METHODS[1:], beams: METHODS[1:2], penalty: METHODS[1:2]}
+    methods_of |= dict.fromkeys((temperature, top_k, top_p, seed), METHODS[2:])
+    controls = [model, method, number, prompt, beams, penalty, temperature, top_k, top_p, seed]
+    return controls, method_options, methods_of
+
+
 def build(sources):
     """Build the page, a `gradio.Blocks`. sources: {name: folder} of captioners; the first is selected.
 
@@ -226,55 +285,15 @@ def build(sources):
     ) as page:
         gr.Markdown("# Image captioning\nGive it a photo; then click a word to see where the model looked for it.")
         state = gr.State()  # of the captions on the page: (model's name, photo, ids of each caption)
-        with gr.Row():
-            with gr.Column():
-                photo = gr.Image(
-                    label="Photo",
-                    sources=["upload", "webcam", "clipboard"],
-                    type="filepath",
-                    image_mode=None,
-                    height=340,
-                    buttons=[],
-                    elem_id="photo",
-                )
-                scenes = [str(path) for path in sorted(SCENES.glob("scene_*.png"))]
-                examples = gr.Examples(scenes, photo, label="Or try one of these", elem_id="examples")
-            with gr.Column():
-                captions = gr.HTML(
-                    [],
-                    label="Captions",
-                    show_label=True,
-                    container=True,
-                    padding=True,
-                    elem_id="captions",
-                    html_template=CAPTIONS_TEMPLATE,
-                    css_template=CAPTIONS_STYLE,
-                    js_on_load=CAPTIONS_SCRIPT,
-                )
-                attention_map = gr.Image(interactive=False, buttons=[], height=340, visible=False, elem_id="map")
-        with gr.Row():
-            method = gr.Radio(METHODS, value="greedy", label="Words are chosen by", scale=4, min_width=340)
-            prompt = gr.Textbox(
-                "", label="The caption begins with", max_length=MAX_PROMPT, max_lines=1, scale=3, min_width=240
-            )
-            model = gr.Dropdown(list(sources), value=next(iter(sources)), label="Model", scale=3, min_width=240)
-        with gr.Row(visible=False) as method_options:
-            slider = partial(gr.Slider, visible=False, buttons=[], min_width=150)
-            number = slider(1, 10, 3, step=1, label="Captions")
-            beams = slider(2, 10, 4, step=1, label="Beams")
-            penalty = slider(-2, 3, 1.0, step=0.1, label="Length penalty")
-            temperature = slider(0.1, 2, 1.0, step=0.05, label="Temperature")
-            top_k = slider(0, 200, 0, step=1, label="Top-k (0: all)")
-            top_p = slider(0.05, 1, 1.0, step=0.05, label="Top-p")
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53, visible=False, min_width=150)
-        shown_for = {number: METHODS[1:], beams: METHODS[1:2], penalty: METHODS[1:2]}
-        shown_for |= dict.fromkeys((temperature, top_k, top_p, seed), METHODS[2:])
+        photo, examples, captions, attention_map = _add_photo_and_captions()
+        controls, method_options, methods_of = _add_options(sources)
+        method, prompt = controls[1], controls[3]
         button = gr.Button("Caption", variant="primary")
 
         # One request at a time: a captioner in use is not shared, and two would only slow each other down.
         one_at_a_time = dict(concurrency_limit=1, concurrency_id="captioner")
         events = [photo.input, button.click, prompt.submit]
-        inputs = [photo, model, method, number, prompt, beams, penalty, temperature, top_k, top_p, seed]
+        inputs = [photo, *controls]
         outputs = [captions, state]
         for event in (
             gr.on(events, write_captions, inputs, outputs, api_name="caption", **one_at_a_time),
@@ -288,10 +307,10 @@ def build(sources):
         method.change(
             lambda chosen: [
                 gr.Row(visible=chosen != "greedy"),
-                *(type(control)(visible=chosen in methods) for control, methods in shown_for.items()),
+                *(type(control)(visible=chosen in methods) for control, methods in methods_of.items()),
             ],
             method,
-            [method_options, *shown_for],
+            [method_options, *methods_of],
             api_visibility="private",
             queue=False,
         )

@@ -1,14 +1,14 @@
-"""How many photos a second does one core make ready for training and validation: from the photos as they are, from
-JPEGs decoded at a fraction, from a photo store?
+"""How many photos a second does one core load and preprocess for training and validation: from the original photos,
+from JPEGs decoded at a fraction of their size, from a photo store?
 
     OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/bench_data.py
 
-The photos are synthetic, made here: noise that falls with frequency as in photos, shapes with sharp edges, camera
-grain, as JPEGs of quality 92. The 500 x 375 ones take about 100 kB, Flickr30k's 140 kB; so decoding them is, if
-anything, too fast here. The large ones stand for photos straight from a camera. The ways take turns in one
-process with one thread, and begin with the path of a file that the disk cache holds. "Decoded at a fraction" keeps
-twice the pixels that the model sees: at 500 x 375 there is nothing to gain. Training does that, validation never does;
-its row only says what it would be worth.
+The photos are synthetic: noise whose spectrum falls with frequency as in photos, shapes with sharp edges and camera
+grain, as JPEGs of quality 92. Those of 500 x 375 have about 100 kB, Flickr30k's 140 kB, so decoding is if anything too
+fast here. The large ones stand for photos straight from a camera. All ways are measured in turns in one process with
+one thread, and each starts from the path of a file in the disk cache. "Decoded at a fraction" keeps twice the pixels
+that the model sees: at 500 x 375 it changes nothing. Training decodes so, validation never does; its row only shows
+what that would gain.
 """
 
 import argparse
@@ -36,7 +36,7 @@ IMG_SIZE = 224
 
 
 def draw_photo(seed, width, height):
-    """A picture that compresses and decodes like a photo -> RGB image."""
+    """-> an RGB image that compresses and decodes like a photo."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))  # (height, width // 2 + 1)
     frequency[0, 0] = np.inf  # no constant part
@@ -59,11 +59,11 @@ def draw_photo(seed, width, height):
 
 
 def write_photos(folder, size, count):
-    """-> (paths of the photos, paths of the same in a store, in an uncompressed store)."""
+    """Write `count` photos -> (their paths, those of the same photos in a store, in an uncompressed store)."""
     folders = folder / "photos", folder / "store", folder / "uncompressed"
-    for place in folders:
-        place.mkdir(parents=True)
-    photos, small, uncompressed = ([place / f"{number}.jpg" for number in range(count)] for place in folders)
+    for subfolder in folders:
+        subfolder.mkdir(parents=True)
+    photos, small, uncompressed = ([subfolder / f"{number}.jpg" for number in range(count)] for subfolder in folders)
     for number, photo in enumerate(photos):
         draw_photo(number, *size).save(photo, quality=QUALITY)
         small[number].write_bytes(shrink(photo, SIDE))
@@ -71,8 +71,8 @@ def write_photos(folder, size, count):
     return photos, small, uncompressed
 
 
-def ready(paths, tfms, least_side):
-    """Make the photos ready as `Dataset` does; raises ValueError when a tensor is not what a model takes."""
+def preprocess_all(paths, tfms, least_side):
+    """Load and transform the photos as `Dataset` does. Raises ValueError when a tensor is not valid model input."""
     for number, path in enumerate(paths):
         pixels = np.asarray(load_image(path, least_side))
         tensor = tfms(image=pixels, captions=["a dog"], seed=[0, 0, number])["image"]
@@ -82,13 +82,13 @@ def ready(paths, tfms, least_side):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=int, default=40, help="photos of a round of 500 x 375 (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=9, help="rounds that count (default: %(default)s)")
+    parser.add_argument("--photos", type=int, default=40, help="photos of 500 x 375 a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="measured rounds (default: %(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     print(f"{machine()}\n\n    python benchmarks/bench_data.py --photos {args.photos} --rounds {args.rounds}\n")
     print("| photos | for | way | photos/s | faster |\n| --- | --- | --- | --- | --- |")
-    # As training has them: pixels are normalised on the device.
+    # As in training, pixels stay uint8 and are normalised on the device.
     transforms = dict(zip(("training", "validation"), build_transforms(IMG_SIZE, normalized=False), strict=True))
     with tempfile.TemporaryDirectory() as folder:
         for width, height in SIZES:
@@ -105,7 +105,7 @@ def main(argv=None):
             }
             seconds = interleaved(
                 {
-                    (use, way): lambda tfms=tfms, paths=paths, least=least: ready(paths, tfms, least)
+                    (use, way): lambda tfms=tfms, paths=paths, least=least: preprocess_all(paths, tfms, least)
                     for use, tfms in transforms.items()
                     for way, (paths, least) in ways.items()
                 },

@@ -1,12 +1,12 @@
-"""How long would the COCO recipe take here? Its training runs for a minute on JPEGs, and the rest is computed.
+"""How long would the COCO recipe take on this machine? It is trained for a minute, and the rest is extrapolated.
 
     python benchmarks/bench_recipe.py                          5 captions a photo, 640 captions a step
     python benchmarks/bench_recipe.py --batch_size 1280 --num_workers 16
 
-Everything that a run does in a step is done, by the script's own `Trainer`: photos are read from files of 500 x 375
-pixels, decoded, augmented and moved, in the recipe's precision. The photos and their captions are synthetic, the
-weights random: the same work, without a download. The files lie in the disk cache. Validation, scores and checkpoints,
-once an epoch, come on top. More options are constants of the script.
+The steps are those of a run, by the script's own `Trainer`: photos are read from JPEGs of 500 x 375 pixels, decoded,
+augmented and moved to the device, in the recipe's precision. Photos and captions are synthetic and the weights random,
+which is the same work without a download. The files are in the disk cache. Validation, scores and checkpoints, once an
+epoch, are not included. All further options are constants of the script.
 """
 
 import argparse
@@ -18,16 +18,14 @@ import tempfile
 import time
 from pathlib import Path
 
-import captioners  # finds the script
+import captioners  # puts the script on the search path
 from bench_data import QUALITY, SIZES, draw_photo
-from timing import machine
+from timing import check_device, machine
 
 script = captioners.script
 
-RECIPE, PHOTOS = "vit_gpt2_coco", 118_287  # of COCO's train2017
-WORDS = [
-    "a", "man", "woman", "dog", "cat", "train", "on", "in", "with", "the", "red", "of", "street", "sitting", "by",
-]  # fmt: skip
+RECIPE, PHOTOS = "vit_gpt2_coco", 118_287  # photos of COCO's train2017
+WORDS = ("a", "man", "woman", "dog", "cat", "train", "on", "in", "with", "the", "red", "of", "street", "sitting", "by")
 WARMUP = 10  # steps
 
 
@@ -35,13 +33,13 @@ class Measured(Exception):
     """Enough steps were timed."""
 
 
-def write_dataset(folder, photos, different=100):
-    """Write so many photos, a few of them different, and a captions.jsonl with 5 captions of 10 words for each."""
+def write_dataset(folder, photos, distinct=100):
+    """Write `photos` photos, `distinct` of them different, and captions.jsonl with 5 captions of 10 words for each."""
     rng = random.Random(0)
-    for number in range(min(photos, different)):
+    for number in range(min(photos, distinct)):
         draw_photo(number, *SIZES[0]).save(folder / f"{number}.jpg", quality=QUALITY)
-    for number in range(different, photos):
-        os.link(folder / f"{number % different}.jpg", folder / f"{number}.jpg")
+    for number in range(distinct, photos):
+        os.link(folder / f"{number % distinct}.jpg", folder / f"{number}.jpg")
     with (folder / "captions.jsonl").open("w") as lines:
         for number in range(photos):
             for _ in range(5):
@@ -50,26 +48,26 @@ def write_dataset(folder, photos, different=100):
 
 
 def make_trainer(folder, argv):
-    """The recipe's Trainer, with random weights, for the dataset in `folder`; `argv`: constants to change."""
+    """The recipe's Trainer, with random weights, for the dataset in `folder`; `argv`: options that change constants."""
     argv = ["--recipe", RECIPE, "--encoder_weights", "scratch", "--decoder_weights", "scratch", *argv]
     model_config, train_config, _ = script.read_configs(argv)
     train_config.model_path = folder / "run"
     df = script.sources.load_usable(folder, None, None, "flickr30k")
-    model_config.tokenizer = "word"  # a few words of a head that is as wide as ever
+    model_config.tokenizer = "word"  # the head keeps the recipe's vocab_size
     tokenizer = script.build_tokenizer(model_config, df["caption"])
     return script.Trainer(
         model_config, train_config, script.build_dataloaders(df, tokenizer, model_config, train_config)
     )
 
 
-def seconds_of_steps(trainer, least):
-    """Train until so many seconds are measured -> seconds of each step, from the end of the one before to its own."""
+def seconds_of_steps(trainer, min_seconds):
+    """Train for `min_seconds` after a warm-up -> seconds of each step, from the end of the previous one to its own."""
     times, step = [], trainer.train_step
 
     def timed(batches):
-        reported = step(batches)  # it asks for the loss, and so waits for a GPU
+        reported = step(batches)  # reads the loss, and so waits for the GPU
         times.append(time.perf_counter())
-        if len(times) > WARMUP + 1 and times[-1] - times[WARMUP] >= least:
+        if len(times) > WARMUP + 1 and times[-1] - times[WARMUP] >= min_seconds:
             raise Measured
         return reported
 
@@ -86,9 +84,10 @@ def seconds_of_steps(trainer, least):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
-    parser.add_argument("--seconds", type=float, default=60, help="to measure (default: %(default)s)")
-    parser.add_argument("--photos", type=int, default=20_000, help="of the dataset (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=60, help="length of the measurement (default: %(default)s)")
+    parser.add_argument("--photos", type=int, default=20_000, help="photos of the dataset (default: %(default)s)")
     args, constants = parser.parse_known_args(argv)
+    check_device(args.device)
     constants = ["--device", args.device, "--captions_per_image", "5", "--batch_size", "640", *constants]
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(Path(folder), args.photos)

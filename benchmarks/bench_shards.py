@@ -1,10 +1,10 @@
-"""How many photos a second does one core write to tar shards, count there, and read as training does, without decoding?
+"""How many photos a second does one core write to tar shards, count in them, and read as training does (undecoded)?
 
     OMP_NUM_THREADS=1 python benchmarks/bench_shards.py
 
-Photos are synthetic ones of bench_data.py from a photo store, few of them many times. Seconds are the processor's, of
-this process: files that were just written are in the disk cache, so this is what is left for a disk to be faster than.
-docs/scaling.md reckons with these numbers.
+The photos are the synthetic ones of bench_data.py from a photo store, a few of them many times. Times are processor
+time of this process: the files are in the disk cache, so a disk only has to be faster than this. docs/SCALING.md is
+based on these numbers.
 """
 
 import argparse
@@ -27,29 +27,29 @@ from captioning.data import sources
 from captioning.data.shards import reading, streaming, writing
 from timing import machine, median_and_range
 
-DIFFERENT_PHOTOS = 20
+DISTINCT_PHOTOS = 20
 CAPTIONS = ["a dog runs across the green grass in front of an old house"] * 5
-PLACES = 1_000_000
+SHUFFLED = 1_000_000  # indices sent through the shuffle buffer
 
 
 def write(path, photos, count):
-    """One shard of `count` photos -> bytes a photo that are not the photo's."""
+    """Write one shard of `count` photos -> bytes a photo on top of the photo's own."""
     samples = [(f"{i:06d}", photos[i % len(photos)], CAPTIONS, [""] * 5) for i in range(count)]
     entry = writing.write_shard(path, samples)
     return (entry["bytes"] - sum(sample[1].stat().st_size for sample in samples)) / count
 
 
-def stream(found, count):
-    """An epoch of batches as data workers get them. Raises ValueError when photos are missing."""
-    unreadable_photos = streaming.UnreadableSamples(found[0].path.parent, count, 0)
+def stream(shards, count):
+    """Make the batches of an epoch as data workers get them. Raises ValueError when photos are missing."""
+    unreadable_photos = streaming.UnreadableSamples(shards[0].path.parent, count, 0)
     dataset = SimpleNamespace(captions_per_image=5, seed=0, unreadable_photos=unreadable_photos)
-    batches = list(streaming.ShardBatchSampler(found, dataset, 160, buffer=500, window=16))
+    batches = list(streaming.ShardBatchSampler(shards, dataset, 160, buffer=500, window=16))
     if sum(group is not None for batch in batches for group in batch) != count:
         raise ValueError("photos are missing")
 
 
-def places():
-    for _ in streaming.buffered_order(PLACES, 5000, random.Random(0)):
+def shuffle():
+    for _ in streaming.buffered_order(SHUFFLED, 5000, random.Random(0)):
         pass
 
 
@@ -60,25 +60,25 @@ def resident_bytes():
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=int, default=1000, help="of a shard (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds that count (default: %(default)s)")
+    parser.add_argument("--photos", type=int, default=1000, help="photos of a shard (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="measured rounds (default: %(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     print(f"{machine()}; seconds of the processor\n")
     print(f"    python benchmarks/bench_shards.py --photos {args.photos} --rounds {args.rounds}\n")
-    with tempfile.TemporaryDirectory() as place, contextlib.redirect_stderr(io.StringIO()):  # no progress bars
-        folder = Path(place) / "shards"
+    with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stderr(io.StringIO()):  # no progress bars
+        folder = Path(temporary) / "shards"
         folder.mkdir()
-        _, photos, _ = write_photos(Path(place), SIZES[0], DIFFERENT_PHOTOS)
+        _, photos, _ = write_photos(Path(temporary), SIZES[0], DISTINCT_PHOTOS)
         kilobytes = sum(path.stat().st_size for path in photos) / len(photos) / 1000
         train, val = folder / "train-000000.tar", folder / "val-000000.tar"
         extra, _ = (write(path, photos, args.photos) for path in (train, val))
-        found = reading.training_shards(folder)
+        shards = reading.training_shards(folder)
         works = {
             "written, each decoded once": (args.photos, lambda: write(val, photos, args.photos)),
             "counted": (args.photos, lambda: reading.count_shard(train)),
-            "read, grouped, shuffled": (args.photos, lambda: stream(found, args.photos)),
-            "places of the shuffle buffer": (PLACES, places),
+            "read, grouped, shuffled": (args.photos, lambda: stream(shards, args.photos)),
+            "indices through the shuffle buffer": (SHUFFLED, shuffle),
         }
         seconds = {work: [] for work in works}
         for number in range(args.rounds + 1):  # the first does not count

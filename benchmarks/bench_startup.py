@@ -1,11 +1,11 @@
 """How long does the first caption take, from the shell's prompt to the printed line?
 
     python benchmarks/bench_startup.py                 5 rounds of every command
-    python benchmarks/bench_startup.py --tokens 1      the start alone, with hardly any decoding in it
+    python benchmarks/bench_startup.py --tokens 1      start-up time, with hardly any decoding
 
-`caption_image.py` against the shortest script that does the same with Hugging Face: ViT-B/16 and GPT-2 small with the
-same random weights, greedy, equally many tokens. Each run is a new process; the commands take turns; files are in the
-page cache, because all were just written or read. The last row is the small captioner in examples/shapes.
+`caption_image.py` is compared with the shortest script that does the same with Hugging Face: ViT-B/16 and GPT-2 small
+with the same random weights, greedy, equally many tokens. Each run is a new process; the commands run in turns; all
+files are in the page cache. Further rows show the small captioner in examples/shapes and the import of torch alone.
 """
 
 import argparse
@@ -42,7 +42,7 @@ print(tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
 def write_captioner(folder):
-    """The same random weights for both: `folder`/ours and `folder`/theirs."""
+    """Write one captioner with random weights in both formats: `folder`/ours and `folder`/theirs."""
     scenes = json.loads((PHOTO.parent / "scenes.json").read_text(encoding="utf-8"))
     texts = [" and ".join("a " + " ".join(words) for words in objects) for objects in scenes.values()]
     tokenizer = CaptionTokenizer.train(texts, vocab_size=400)  # the model's vocabulary stays GPT-2's, 50257
@@ -51,7 +51,7 @@ def write_captioner(folder):
     )
     torch.manual_seed(0)
     model = script.VisionGPT2Model(config)
-    with torch.no_grad():  # the caption stays within the tokenizer's vocabulary and does not end: all tokens are made
+    with torch.no_grad():  # captions stay within the tokenizer's vocabulary and have no EOS, so all have equal length
         model.gpt.tok_emb.weight[len(tokenizer) :] = 0
         model.gpt.tok_emb.weight[tokenizer.eos_token_id] = 0
     stored = {"model_config": checkpoint.portable(model.config, REPO_ROOT), "preprocessing": model.preprocessing}
@@ -69,13 +69,13 @@ def main():
         folder = Path(folder)
         write_captioner(folder)
         ours = [sys.executable, FOLDER / "caption_image.py", PHOTO, "--max_tokens", args.tokens, "--checkpoint"]
+        theirs = [sys.executable, "-c", HUGGING_FACE]
         commands = {
             "ViT-B/16 + GPT-2 small, caption_image.py": [*ours, folder / "ours"],
-            "ViT-B/16 + GPT-2 small, Hugging Face": [sys.executable, "-c", HUGGING_FACE, PHOTO, folder / "theirs",
-                                                     args.tokens],
+            "ViT-B/16 + GPT-2 small, Hugging Face": [*theirs, PHOTO, folder / "theirs", args.tokens],
             "examples/shapes, caption_image.py": [*ours, PHOTO.parent],
             "`import torch` alone": [sys.executable, "-c", "import torch"],
-        }  # fmt: skip
+        }
 
         def run(name):
             done = subprocess.run([str(part) for part in commands[name]], capture_output=True, text=True, check=True)

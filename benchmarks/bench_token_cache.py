@@ -3,8 +3,8 @@
     python benchmarks/bench_token_cache.py                                   photos of the built-in Shapes
     python benchmarks/bench_token_cache.py --data data/flickr8k --photos 160   those of another dataset
 
-The decoder is that of recipes/flickr8k_frozen.toml. Epochs with and without cache take turns in one process; the table
-shows medians and ranges. Encoders have random weights: only their time counts.
+The decoder is that of recipes/flickr8k_frozen.toml. Epochs with and without cache are timed in turns in one process;
+the table shows medians and ranges. Encoders have random weights, which does not change their time.
 """
 
 import argparse
@@ -35,16 +35,25 @@ CASES = [  # encoder, captions that share one encoding of their photo
 
 
 def make_trainer(encoder, captions_per_image, cached, df, folder):
-    """A Trainer of the recipe with another encoder, of which no weight trains."""
+    """A Trainer of the recipe with another, frozen encoder."""
     weights = folder / f"{encoder}.safetensors"
     if not weights.exists():
         save_file(timm.create_model(encoder).state_dict(), weights)
-    chosen = dict(
-        encoder=encoder, encoder_weights=weights, coupling="final", captions_per_image=captions_per_image,
-        cache_tokens=cached, cache_views=1, cache_dir=folder, model_path=folder / "run", batch_size=80, score_images=0,
-        best_by="perplexity", feature_levels=1 if "vit" in encoder else 2,
-    )  # fmt: skip
-    argv = ["--recipe", "flickr8k_frozen", *(f"--{key}={value}" for key, value in chosen.items())]
+    constants = dict(
+        encoder=encoder,
+        encoder_weights=weights,
+        coupling="final",
+        captions_per_image=captions_per_image,
+        cache_tokens=cached,
+        cache_views=1,
+        cache_dir=folder,
+        model_path=folder / "run",
+        batch_size=80,
+        score_images=0,
+        best_by="perplexity",
+        feature_levels=1 if "vit" in encoder else 2,
+    )
+    argv = ["--recipe", "flickr8k_frozen", *(f"--{key}={value}" for key, value in constants.items())]
     model_cfg, train_cfg, _ = script.read_configs(argv)
     with contextlib.redirect_stdout(io.StringIO()):
         return script.build_trainer(model_cfg, train_cfg, df)
@@ -66,23 +75,23 @@ def main():
     if args.data == script.DATA_DIR / "shapes":
         script.shapes.write_dataset(args.data, script.train_config.shapes_scenes)
     df = script.sources.load(args.data)
-    chosen = [df[df["split"] == split]["image"].unique()[: args.photos] for split in ("train", "val")]
-    df = df[df["image"].isin([*chosen[0], *chosen[1]])]
+    train, val = (df[df["split"] == split]["image"].unique()[: args.photos] for split in ("train", "val"))
+    df = df[df["image"].isin([*train, *val])]
     print(f"{args.photos} photos an epoch, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print("| encoder | captions that share an encoding | computed, s | from cache, s | faster |")
     print("| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         for encoder, captions_per_image in CASES:
-            both = [make_trainer(encoder, captions_per_image, cached, df, Path(folder)) for cached in (False, True)]
-            for trainer in both:
+            trainers = [make_trainer(encoder, captions_per_image, cached, df, Path(folder)) for cached in (False, True)]
+            for trainer in trainers:
                 timed_epoch(trainer, 0)
-            times = [[timed_epoch(trainer, epoch) for trainer in both] for epoch in range(1, args.repeats + 1)]
-            shown = [
-                f"{statistics.median(kind):.2f} ({min(kind):.2f} to {max(kind):.2f})"
-                for kind in zip(*times, strict=True)
-            ]
-            ratio = statistics.median(computed / cached for computed, cached in times)
-            print(f"| {encoder} | {captions_per_image} | {shown[0]} | {shown[1]} | {ratio:.1f} |", flush=True)
+            times = [[timed_epoch(trainer, epoch) for trainer in trainers] for epoch in range(1, args.repeats + 1)]
+            computed, cached = (
+                f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
+                for seconds in zip(*times, strict=True)
+            )
+            ratio = statistics.median(without / with_cache for without, with_cache in times)
+            print(f"| {encoder} | {captions_per_image} | {computed} | {cached} | {ratio:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

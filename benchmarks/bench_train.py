@@ -1,12 +1,12 @@
-"""How many captions a second does training take: ours, where K captions share one encoding of their image, against
-Hugging Face's VisionEncoderDecoderModel, fed one image a caption as everybody does, or handed shared encoder outputs?
+"""How many captions a second are trained on: by our model, where K captions share one encoding of their image, and by
+Hugging Face's VisionEncoderDecoderModel with one image a caption, as is usual, or with shared encoder outputs?
 
     python benchmarks/bench_train.py                                             on the CPU, float32
     python benchmarks/bench_train.py --device cuda --batch_sizes 32 64 128 256   on a GPU, bf16, images a step
 
 ViT-B/16 and GPT-2 small with the same random weights, dropout 0.1, fused AdamW and clipping in both; captions of 20
-tokens. All take turns in one process. "Frozen": only cross-attention and its norms train. Memory is the most that one
-step takes, on a CPU in a process of its own.
+tokens. All are timed in turns in one process. "Frozen": only cross-attention and its norms train. Memory is the peak of
+one step, on a CPU in a process of its own.
 """
 
 import argparse
@@ -21,14 +21,14 @@ import torch
 from torch import nn
 
 from captioners import make_batch, make_pair
-from timing import interleaved, machine, median_and_range, peak_on_a_gpu
+from timing import check_device, interleaved, machine, median_and_range, peak_on_a_gpu
 
 TOKENS, CAPTIONS = 20, 5
 WAYS = ("Hugging Face as used", "Hugging Face, shared encoder outputs", "ours", "ours, from cached tokens")
 
 
 def freeze(ours, theirs):
-    """Let only cross-attention and its norm train, in both models."""
+    """Freeze everything except cross-attention and its norm, in both models."""
     ours.pretrained_parameters = lambda: [
         name for name, _ in ours.named_parameters() if not any(f".{new}." in name for new in ours.NEW_LAYERS)
     ]
@@ -41,13 +41,14 @@ def freeze(ours, theirs):
 
 
 def labels_of(ids):
-    """Ours: the next token; theirs shifts by itself, so it gets what is to be written."""
+    """ids (B * K, T) -> (labels of our model, shifted by one and -100 at the end; labels of theirs, which takes the
+    tokens to predict)."""
     ours = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], dim=1)
     return ours, ids[:, 1:]
 
 
 def loss_of(way, ours, theirs, images, ids, levels):
-    """One forward pass -> loss. Both see the same captions: TOKENS tokens with TOKENS - 1 labels."""
+    """One forward pass -> loss. Both models get the same captions: TOKENS tokens with TOKENS - 1 labels."""
     from transformers.modeling_outputs import BaseModelOutput
 
     labels, theirs_labels = labels_of(ids)
@@ -55,17 +56,17 @@ def loss_of(way, ours, theirs, images, ids, levels):
         return ours(levels if "cached" in way else images, ids, labels)
     K = len(ids) // len(images)
     if way == "Hugging Face as used":
-        given = {"pixel_values": images.repeat_interleave(K, dim=0)}
+        inputs = {"pixel_values": images.repeat_interleave(K, dim=0)}
     else:
-        trains = any(p.requires_grad for p in theirs.encoder.parameters())
-        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            states = theirs.encoder(images).last_hidden_state
-        given = {"encoder_outputs": BaseModelOutput(states.repeat_interleave(K, dim=0))}
-    return theirs(decoder_input_ids=ids[:, :-1], labels=theirs_labels, **given, use_cache=False).loss
+        encoder_trains = any(p.requires_grad for p in theirs.encoder.parameters())
+        with torch.set_grad_enabled(encoder_trains and torch.is_grad_enabled()):
+            states = theirs.encoder(images).last_hidden_state  # (B, N, C)
+        inputs = {"encoder_outputs": BaseModelOutput(states.repeat_interleave(K, dim=0))}
+    return theirs(decoder_input_ids=ids[:, :-1], labels=theirs_labels, **inputs, use_cache=False).loss
 
 
 class Step:
-    """A training step of one way, called without arguments."""
+    """A callable that does a training step in one of WAYS."""
 
     def __init__(self, way, ours, theirs, inputs, device):
         model = ours if way.startswith("ours") else theirs
@@ -81,36 +82,36 @@ class Step:
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
-        if not (loss.isfinite() and norm.isfinite()):  # which also waits for a GPU
+        if not (loss.isfinite() and norm.isfinite()):  # also synchronises with the GPU
             raise RuntimeError("a loss or gradient is not finite")
 
 
 def make_inputs(ours, images, device):
-    """-> (images, ids, what a token cache would give)."""
-    photos, ids = make_batch(images, CAPTIONS, TOKENS, device)
+    """-> (pixels, ids, the encoder's `levels` as a token cache returns them) for a number of images."""
+    pixels, ids = make_batch(images, CAPTIONS, TOKENS, device)
     with torch.no_grad():
-        levels = ours.levels(photos)
-    return photos, ids, levels
+        levels = ours.levels(pixels)
+    return pixels, ids, levels
 
 
-def arithmetic(images, frozen):
-    """Floating-point operations of the matrix products of one of our steps: 2 a weight and row forward, as many again
-    for each of the two gradients, where they are computed."""
+def flops(images, frozen):
+    """Floating-point operations of the matrix products of one of our steps: 2 for each weight and row in the forward
+    pass, and as many for each of the two gradients that is computed."""
     C, N, T, depth = 768, 197, TOKENS, 12
-    block = 12 * C * C  # weights of a ViT's block, and of a GPT-2 block without cross-attention
+    block = 12 * C * C  # weights of a ViT block, and of a GPT-2 block without cross-attention
     vit = images * depth * (2 * N * block + 4 * N * N * C) + images * 2 * 196 * C * 768
     text = images * CAPTIONS * T
     decoder = depth * (2 * text * (block + 2 * C * C) + 2 * images * N * 2 * C * C)
     decoder += depth * images * CAPTIONS * (4 * T * T * C + 4 * T * N * C)
     head = 2 * images * CAPTIONS * (T - 1) * 50257 * C
-    if frozen:  # the encoder only forward, gradients of activations everywhere, of weights in cross-attention only
+    if frozen:  # encoder: forward only; decoder: gradients of all activations, of weights only in cross-attention
         cross = depth * (2 * text * 2 * C * C + 2 * images * N * 2 * C * C)
         return vit + 2 * (decoder + head) + cross
     return 3 * (vit + decoder + head)
 
 
 def measured_rate(device):
-    """Floating-point operations a second of a large matrix product in the dtype of training, the best of a few."""
+    """Floating-point operations a second of a large matrix product in the dtype of training, the best of nine."""
     dtype, side = (torch.bfloat16, 8192) if device == "cuda" else (torch.float32, 2048)
     a, b = torch.randn(2, side, side, dtype=dtype, device=device)
 
@@ -122,10 +123,10 @@ def measured_rate(device):
 
 
 def compare(frozen, images, rounds, device):
-    """Print a row for each way of a step with so many images."""
+    """Time the steps of all WAYS with `images` images and print a row for each."""
     ours, theirs = make_pair(device)
     inputs = make_inputs(ours, images, device)
-    with torch.no_grad():  # without dropout they are the same model
+    with torch.no_grad():  # without dropout all losses are equal
         losses = {way: loss_of(way, ours, theirs, *inputs).item() for way in WAYS}
     if max(losses.values()) - min(losses.values()) > 1e-3:
         raise RuntimeError(f"the losses differ: {losses}")
@@ -140,9 +141,9 @@ def compare(frozen, images, rounds, device):
     rate = measured_rate(device)
     for way, times in seconds.items():
         captions = median_and_range([images * CAPTIONS / time for time in times])
-        used = [statistics.median(a / b for a, b in zip(seconds[WAYS[i]], times, strict=True)) for i in (0, 1)]
-        achieved = arithmetic(images, frozen) / statistics.median(times)
-        cells = ["frozen" if frozen else "all train", images, way, captions, f"{used[0]:.2f}", f"{used[1]:.2f}"]
+        over = [statistics.median(a / b for a, b in zip(seconds[WAYS[i]], times, strict=True)) for i in (0, 1)]
+        achieved = flops(images, frozen) / statistics.median(times)
+        cells = ["frozen" if frozen else "all train", images, way, captions, f"{over[0]:.2f}", f"{over[1]:.2f}"]
         cells += [f"{achieved / rate:.0%}" if way == "ours" else "", f"{peak[way]:.1f} GiB" if cuda else ""]
         if cuda:
             cells += [f"{images / statistics.median(times):,.0f}", f"{achieved / 1e12:.0f}" if way == "ours" else ""]
@@ -151,13 +152,13 @@ def compare(frozen, images, rounds, device):
 
 
 def peak_memory(way, images):
-    """A CPU step in a process of its own -> GiB: the most that the process takes, and how much of it came on top."""
+    """Run a CPU step in its own process -> [peak memory of the process, peak on top of the memory before], in GiB."""
     command = [sys.executable, __file__, "--peak_of", way, "--images", str(images)]
     return [float(x) for x in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:]]
 
 
 def print_peak(way, images):
-    """The most resident memory during a step, and what of it was not there before, in GiB; Linux only."""
+    """Print the peak of the resident memory during a step, and its increase over the memory before (GiB; Linux)."""
 
     def status(key):
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -165,15 +166,15 @@ def print_peak(way, images):
 
     ours, theirs = make_pair()
     inputs = make_inputs(ours, images, "cpu")
-    keep, other = (ours, theirs) if way.startswith("ours") else (theirs, ours)
-    other.to("meta")  # the process holds one model only
-    keep.train()
+    model, other = (ours, theirs) if way.startswith("ours") else (theirs, ours)
+    other.to("meta")  # frees its memory
+    model.train()
     step = Step(way, ours, theirs, inputs, "cpu")
-    step()  # the moments now have their place
+    step()  # allocates the optimizer's moments
     step.optimizer.zero_grad(set_to_none=True)
     gc.collect()
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest value so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (VmHWM)
     step()
     print(status("VmHWM"), status("VmHWM") - before)
 
@@ -182,10 +183,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[4], help="images a step (default: 4)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: %(default)s)")
     parser.add_argument("--peak_of", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--images", type=int, default=8, help="images of the step whose memory is measured on a CPU")
     args = parser.parse_args(argv)
+    check_device(args.device)
     if args.peak_of:
         print_peak(args.peak_of, args.images)
         return
@@ -194,16 +196,16 @@ def main(argv=None):
         print("| memory | process, GiB | on top of weights and moments | ratio | |\n| --- | --- | --- | --- | --- |")
         memory = {way: peak_memory(way, args.images) for way in WAYS[:3]}
         for way, (whole, top) in memory.items():
-            used = memory[WAYS[0]]
+            as_used = memory[WAYS[0]]
             print(
                 f"| {args.images} images, {way} | "
-                f"{whole:.2f} | {top:.2f} | {whole / used[0]:.2f} | {top / used[1]:.2f} |",
+                f"{whole:.2f} | {top:.2f} | {whole / as_used[0]:.2f} | {top / as_used[1]:.2f} |",
                 flush=True,
             )
         print()
-    heads = ["weights", "images", "way", "captions/s", "over as used", "over shared", "MFU", "memory of a step"]
-    heads += ["images/s", "TFLOP/s"] if args.device == "cuda" else []
-    print("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
+    columns = ["weights", "images", "way", "captions/s", "over as used", "over shared", "MFU", "memory of a step"]
+    columns += ["images/s", "TFLOP/s"] if args.device == "cuda" else []
+    print("| " + " | ".join(columns) + " |\n" + "| --- " * len(columns) + "|")
     for images in args.batch_sizes:
         for frozen in (False, True):
             compare(frozen, images, args.rounds, args.device)

@@ -1,5 +1,5 @@
-"""The captioner that the benchmarks time, ViT-B/16 and GPT-2 small with one set of random weights, ours and as Hugging
-Face's VisionEncoderDecoderModel."""
+"""The captioner that the benchmarks time: ViT-B/16 and GPT-2 small, as our model and, with the same random weights, as
+Hugging Face's VisionEncoderDecoderModel."""
 
 import sys
 import tempfile
@@ -14,7 +14,7 @@ import MyLLM_Vit_gpt2_captioning as script
 
 
 def make_pair(device="cpu", dtype=torch.float32, **changes):
-    """-> (ours, theirs) in eval mode with the same weights; `changes` are model constants."""
+    """-> (our model, Hugging Face's) in eval mode with the same weights; `changes` are model constants."""
     from transformers import VisionEncoderDecoderModel
 
     torch.manual_seed(0)
@@ -30,9 +30,9 @@ def make_pair(device="cpu", dtype=torch.float32, **changes):
 
 
 def make_batch(images, captions_per_image, tokens, device="cpu", vocab_size=50257, img_size=224, dtype=torch.float32):
-    """Random images (B, 3, H, W) and the ids of their captions (B * K, tokens), BOS in front, all of one length."""
+    """-> (random images (B, 3, H, W), ids of their captions (B * K, tokens) that begin with BOS)."""
     generator = torch.Generator().manual_seed(0)
-    photos = torch.randn(images, 3, img_size, img_size, generator=generator)
+    pixels = torch.randn(images, 3, img_size, img_size, generator=generator)
     ids = torch.randint(vocab_size - 1, (images * captions_per_image, tokens), generator=generator)
     ids[:, 0] = vocab_size - 1
-    return photos.to(device, dtype), ids.to(device)
+    return pixels.to(device, dtype), ids.to(device)

@@ -1,13 +1,13 @@
-"""Do the words look at their object? Cross-attention of a Shapes captioner, measured against the boxes of the objects.
+"""Do words attend to their object? Cross-attention of a Shapes captioner, compared with the boxes of the objects.
 
     python benchmarks/measure_attention.py                          the model in examples/shapes, 500 new scenes
     python benchmarks/measure_attention.py --checkpoint captioner --scenes 1000
 
-Scenes are rendered anew, so that the boxes are known, and captioned greedily; those with a wrong caption are left out,
-because their words have no object. For each word of an object (size, colour, shape) the table shows which share of the
-attention over the patches lies inside the object's box, beside what would lie there by chance: the box's share of the
-area, and the share inside the box that the object of another scene has in its place. A patch that is partly in the box
-counts by its part.
+New scenes are rendered, so that the boxes are known, and captioned greedily; those with a wrong caption are left out,
+because their words have no object. For each word of an object (size, colour, shape) the table shows the share of the
+attention over the patches that is inside the object's box, and what would be there by chance: the box's share of the
+area, and the share inside the box of the corresponding object in another scene. A patch partly inside the box counts
+proportionally.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from captioning.decoding.attention_maps import caption_ids, word_maps
 from MyLLM_Vit_gpt2_captioning import load_captioner
 
 KINDS = ("size", "colour", "shape")
-SEED = 2024  # of the scenes; those of training come from seed 0
+SEED = 2024  # of the scenes; those of training have seed 0
 
 
-def covered(box, grid, side):
-    """box (left, top, right, bottom) in pixels of a picture of `side` pixels -> tensor (grid, grid): the part (0..1) of
-    each cell that lies in the box."""
+def coverage(box, grid, side):
+    """box (left, top, right, bottom) in pixels of a square image of `side` pixels -> tensor (grid, grid): the fraction
+    (0..1) of each cell that is inside the box."""
     edges = torch.arange(grid + 1) * side / grid  # (grid + 1,)
     across, down = (
         (edges[1:].clamp(max=high) - edges[:-1].clamp(min=low)).clamp(min=0) * grid / side
@@ -40,17 +40,20 @@ def covered(box, grid, side):
 
 
 def measure(model, tokenizer, scenes, seed=SEED):
-    """-> (rows of the table, number of right captions). A row: (block or "all", kind of word, share inside the box of
-    the word's object, of the box that another scene has in its place, of the other object, share of the area)."""
-    rng, found = random.Random(seed), []
-    while len(found) < scenes:
+    """-> (rows of the table, number of right captions).
+
+    A row: (block or "all", kind of word, share of the attention inside the box of the word's object, inside the box of
+    the corresponding object in another scene, inside the box of the other object, the box's share of the area).
+    """
+    rng, rendered = random.Random(seed), []
+    while len(rendered) < scenes:
         scene = shapes.draw_scene(rng, held_out=False)
-        if scene[0] != scene[1]:  # else a word could mean either
-            found.append((scene, *shapes.render_with_boxes(rng, scene)))
+        if scene[0] != scene[1]:  # with equal objects a word could mean either
+            rendered.append((scene, *shapes.render_with_boxes(rng, scene)))
     blocks = [*range(model.config.depth), None]
     shares = {(block, kind): [] for block in blocks for kind in KINDS}
     right = 0
-    for (scene, image, boxes), (_, _, elsewhere) in zip(found, found[1:] + found[:1], strict=True):
+    for (scene, image, boxes), (_, _, other_boxes) in zip(rendered, rendered[1:] + rendered[:1], strict=True):
         ids = caption_ids(model, tokenizer, image, deterministic=True)[0]
         for block in blocks:
             words, maps = word_maps(model, tokenizer, image, ids, block)
@@ -59,11 +62,11 @@ def measure(model, tokenizer, scenes, seed=SEED):
             right += block is None
             for i, thing in enumerate(scene):
                 first = next(n for n in range(len(words)) if tuple(words[n : n + 3]) == thing)
-                parts = [covered(box, maps.size(1), image.width) for box in (boxes[i], elsewhere[i], boxes[1 - i])]
-                for kind, looked in zip(KINDS, maps[first : first + 3], strict=True):
-                    looked = looked / looked.sum()  # the class token's part is not over the picture
-                    inside = [float((looked * part).sum()) for part in parts]
-                    shares[block, kind].append((*inside, float(parts[0].mean())))
+                masks = [coverage(box, maps.size(1), image.width) for box in (boxes[i], other_boxes[i], boxes[1 - i])]
+                for kind, attention_map in zip(KINDS, maps[first : first + 3], strict=True):
+                    attention_map = attention_map / attention_map.sum()  # without the share of the class token
+                    inside = [float((attention_map * mask).sum()) for mask in masks]
+                    shares[block, kind].append((*inside, float(masks[0].mean())))
     rows = [
         ("all" if block is None else block, kind, *torch.tensor(values).mean(0).tolist())
         for (block, kind), values in shares.items()
@@ -82,9 +85,9 @@ def main(argv=None):
         "| decoder block | word for | in its object's box | in the other object's | in another scene's | area | times |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for block, kind, own, elsewhere, other, area in rows:
-        shown = " | ".join(f"{share:.1%}" for share in (own, other, elsewhere, area))
-        print(f"| {block} | {kind} | {shown} | {own / area:.1f} |")
+    for block, kind, own, other_scene, other_object, area in rows:
+        cells = " | ".join(f"{share:.1%}" for share in (own, other_object, other_scene, area))
+        print(f"| {block} | {kind} | {cells} | {own / area:.1f} |")
 
 
 if __name__ == "__main__":

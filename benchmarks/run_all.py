@@ -1,8 +1,8 @@
-"""Run the benchmarks of the CPU set one after the other and write what they print to benchmarks/RESULTS.md.
+"""Run the benchmarks one after the other and write their output to benchmarks/RESULTS.md.
 
-python benchmarks/run_all.py                     all; half an hour on two cores that do nothing else
+python benchmarks/run_all.py                     all for the CPU; half an hour on two otherwise idle cores
 python benchmarks/run_all.py generate startup    only these; the other sections stay as they are
-python benchmarks/run_all.py --device cuda       what there is for a GPU
+python benchmarks/run_all.py --device cuda       all for a GPU
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "RESULTS.md"
 ONE_CORE = {"OMP_NUM_THREADS": "1"}
-# Section: (title, arguments of its script, what the environment gets)
+# Name: (title of the section, arguments of its script, environment variables)
 SECTIONS = {
     "train": ("Training", [], {}),
     "generate": ("Writing captions", [], {}),
@@ -28,24 +28,24 @@ SECTIONS = {
     "recipe_cuda": ("The COCO recipe on a GPU", ["--device", "cuda"], {}),
     "generate_cuda": ("Writing captions on a GPU", ["--device", "cuda", "--batch_sizes", "1", "64"], {}),
 }
-HEAD = "# What the benchmarks measured\n\nWritten by `make bench`; a section is as old as its date.\n"
+HEADER = "# What the benchmarks measured\n\nWritten by `make bench`; a section is as old as its date.\n"
 
 
 def read_sections(text):
-    """RESULTS.md -> {title: its lines}."""
+    """The text of RESULTS.md -> {title: text of the section}."""
     parts = re.split(r"^## (.*)\n", text, flags=re.M)[1:]
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
-def write_sections(found):
-    """{title: text} -> RESULTS.md, in the order of SECTIONS; what nobody measured says so."""
+def write_sections(sections):
+    """Write {title: text} to RESULTS.md in the order of SECTIONS, and "not measured" where a text is missing."""
     titles = [title for title, _, _ in SECTIONS.values()]
-    body = "".join(f"\n## {title}\n\n{found.get(title, 'not measured').strip()}\n" for title in titles)
-    RESULTS.write_text(HEAD + body, encoding="utf-8")
+    body = "".join(f"\n## {title}\n\n{sections.get(title, 'not measured').strip()}\n" for title in titles)
+    RESULTS.write_text(HEADER + body, encoding="utf-8")
 
 
 def run(name):
-    """One section: its script in a process of its own -> what it printed, with the date. Raises CalledProcessError."""
+    """Run the script of a section in its own process -> its output after the date. Raises CalledProcessError."""
     _, arguments, environment = SECTIONS[name]
     command = [sys.executable, str(FOLDER / f"bench_{name.removesuffix('_cuda')}.py"), *arguments]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
@@ -60,11 +60,11 @@ def main(argv=None):
     unknown = set(args.names) - SECTIONS.keys()
     if unknown:
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
-    found = read_sections(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    sections = read_sections(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     for name in args.names or [name for name in SECTIONS if name.endswith("_cuda") == (args.device == "cuda")]:
         print(f"{name} ...", flush=True)
-        found[SECTIONS[name][0]] = run(name)
-        write_sections(found)  # at once: what is measured stays when a later one fails
+        sections[SECTIONS[name][0]] = run(name)
+        write_sections(sections)  # after each one, so that a later failure loses nothing
     print(f"written to {RESULTS}")
 
 

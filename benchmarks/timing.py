@@ -1,4 +1,4 @@
-"""What the benchmarks share: candidates that take turns, medians with their ranges, the machine in one line."""
+"""Timing for all benchmarks: candidates measured in turns, medians with ranges, a description of the machine."""
 
 import os
 import platform
@@ -12,11 +12,11 @@ PACKAGES = ("torch", "timm", "transformers", "pillow", "opencv-python-headless",
 
 
 def interleaved(candidates, rounds=5, warmup=1, device="cpu"):
-    """Time functions without arguments against each other -> {name: seconds of a call, one for each round}.
+    """Time functions without arguments against each other -> {name: [seconds of a call in each round]}.
 
-    Every round calls each of `candidates` {name: function} once, and begins with another one than the round before:
-    what slows the machine down for a while then strikes them all alike. `warmup` rounds come before and do not count.
-    On "cuda" the GPU's events are the clock, and a call ends when its work there is done.
+    Every round calls each of `candidates` {name: function} once and begins with another one than the round before, so
+    that a temporary slowdown of the machine affects all alike. The `warmup` rounds before do not count. On "cuda" the
+    time is taken with CUDA events, so that a call ends when its kernels have finished.
     """
     clock = _seconds_on_a_gpu if device == "cuda" else _seconds
     names = list(candidates)
@@ -24,9 +24,9 @@ def interleaved(candidates, rounds=5, warmup=1, device="cpu"):
     for number in range(-warmup, rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            taken = clock(candidates[name])
+            elapsed = clock(candidates[name])
             if number >= 0:
-                seconds[name].append(taken)
+                seconds[name].append(elapsed)
     return seconds
 
 
@@ -39,7 +39,7 @@ def _seconds(function):
 def _seconds_on_a_gpu(function):
     import torch
 
-    torch.cuda.synchronize()  # nobody else's work counts
+    torch.cuda.synchronize()  # kernels launched before do not count
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     function()
@@ -49,7 +49,7 @@ def _seconds_on_a_gpu(function):
 
 
 def peak_on_a_gpu(function):
-    """GiB of a GPU's memory that a second call takes at the most on top of what is there before it."""
+    """Peak GPU memory of a second call in GiB, without the memory that was allocated before it."""
     import torch
 
     function()
@@ -60,17 +60,25 @@ def peak_on_a_gpu(function):
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
+def check_device(device):
+    """End the benchmark with one line when `device` is "cuda" and there is no GPU."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --device cuda: PyTorch finds no CUDA GPU; use --device cpu")
+
+
 def median_and_range(values):
-    """Numbers -> "median (smallest to largest)", with three digits that count."""
+    """Numbers -> "median (smallest to largest)", with three significant digits."""
     middle, low, high = (_three_digits(value) for value in (statistics.median(values), min(values), max(values)))
     return f"{middle} ({low} to {high})"
 
 
 def machine():
-    """The processor, the cores this process may use, the accelerator where there is one, and versions, in one line."""
+    """One line: the processor, the cores this process may use, the GPU if there is one, and versions of packages."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parts = [f"{_processor()}, {cores} of {os.cpu_count()} cores"]
-    torch = sys.modules.get("torch")  # a benchmark without torch does not wait for its import
+    torch = sys.modules.get("torch")  # not imported for benchmarks that do without it
     if torch is not None:
         parts[0] += f", {torch.get_num_threads()} torch threads"
         if torch.cuda.is_available():

@@ -87,11 +87,11 @@ def test_photos_of_the_input_benchmark(tmp_path, script):
     assert all(80_000 < path.stat().st_size < 150_000 for path in photos)
     training, validation = script.build_transforms(bench_data.IMG_SIZE, normalized=False)
     for tfms in (training, validation):
-        bench_data.ready(photos, tfms, training.least_side)
-        bench_data.ready(small, tfms, None)
-        bench_data.ready(uncompressed, tfms, None)
+        bench_data.preprocess_all(photos, tfms, training.least_side)
+        bench_data.preprocess_all(small, tfms, None)
+        bench_data.preprocess_all(uncompressed, tfms, None)
     with pytest.raises(ValueError, match=r"0\.jpg: \(3, 32, 32\)"):
-        bench_data.ready(photos, script.build_transforms(32)[1], None)
+        bench_data.preprocess_all(photos, script.build_transforms(32)[1], None)
 
 
 def test_the_benchmark_of_shards_reads_what_it_wrote(tmp_path, capsys):
@@ -108,7 +108,7 @@ def test_the_benchmark_of_shards_reads_what_it_wrote(tmp_path, capsys):
 
 def test_both_captioners_are_one_model(tmp_path):
     """Ours and Hugging Face's have the same loss in every way that is timed, and the same ids."""
-    from bench_generate import naive_generate, theirs_generate
+    from bench_generate import hf_generate, naive_generate
     from bench_train import WAYS, loss_of
     from captioners import make_batch, make_pair
     from captioning.decoding.search import generate_ids
@@ -123,7 +123,7 @@ def test_both_captioners_are_one_model(tmp_path):
     assert losses == pytest.approx([losses[0]] * len(WAYS), abs=1e-5)
     ours.config.eos_token_id, theirs.generation_config.eos_token_id = -1, None
     start = ids[::3, :1]
-    expected = theirs_generate(theirs, levels)
+    expected = hf_generate(theirs, levels)
     assert expected.shape == (2, 20)
     assert torch.equal(generate_ids(ours, levels, start, 20, deterministic=True)[:, 1:], expected)
     assert torch.equal(naive_generate(ours, images, start), expected)

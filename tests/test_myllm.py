@@ -212,6 +212,8 @@ def test_continuation_ends_with_the_positions(gpt, token_ids):
     assert MyLLM_nominal.generate(gpt, token_ids[:, :20], 100).shape == (5, 24)
     with pytest.raises(ValueError, match="temperature must not be negative"):
         MyLLM_nominal.generate(gpt, token_ids[:, :4], 5, temperature=-1)
+    with pytest.raises(ValueError, match="max_new_tokens must not be negative"):
+        MyLLM_nominal.generate(gpt, token_ids[:, :4], -1)
 
 
 def test_too_long_a_sequence_is_an_error(gpt):

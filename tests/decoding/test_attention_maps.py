@@ -182,7 +182,7 @@ def test_words_look_at_their_object():
     sys.path.insert(0, str(REPO_ROOT / "benchmarks"))
     import measure_attention
 
-    cells = measure_attention.covered((12, 8, 24, 16), grid=3, side=48)  # cells of 16 pixels
+    cells = measure_attention.coverage((12, 8, 24, 16), grid=3, side=48)  # cells of 16 pixels
     assert cells.tolist() == [[0.25 * 0.5, 0.5 * 0.5, 0], [0, 0, 0], [0, 0, 0]]
     rows, right = measure_attention.measure(*load_captioner(SHAPES), scenes=24)
     assert right >= 22

@@ -44,10 +44,10 @@ def find_photos(arguments, allow_urls=False):
                 raise ValueError(f"{argument}: only http:// and https:// can be fetched")
             photos.append(PhotoArgument(argument))
         elif folder.is_dir():
-            found = sorted(path for path in folder.rglob("*") if _is_photo(path.relative_to(folder)))
-            if not found:
+            paths = sorted(path for path in folder.rglob("*") if _is_photo(path.relative_to(folder)))
+            if not paths:
                 raise ValueError(f"{argument}: no image is in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
-            photos += [PhotoArgument(str(path), folder) for path in found]
+            photos += [PhotoArgument(str(path), folder) for path in paths]
         else:
             photos.append(PhotoArgument(argument))
     return list(dict.fromkeys(photos))

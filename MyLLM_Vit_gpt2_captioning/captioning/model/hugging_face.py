@@ -259,7 +259,7 @@ def read_preprocessing(folder):
     if not stored and (folder / "processor_config.json").is_file():  # transformers 5 writes this file for some models
         path = folder / "processor_config.json"
         stored = _read_json(path).get("image_processor", {})
-    found = {}
+    preprocessing = {}
     if not stored.get("do_rescale", True) or abs(stored.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
         raise ValueError(f"{path}: pixels are to be scaled by {stored.get('rescale_factor')}, here it is always 1/255")
     if not stored.get("do_normalize", True):
@@ -267,13 +267,13 @@ def read_preprocessing(folder):
     for ours, key in (("mean", "image_mean"), ("std", "image_std")):
         value = stored.get(key)
         if value is not None:
-            found[ours] = tuple(value) if isinstance(value, list) else (float(value),) * 3
+            preprocessing[ours] = tuple(value) if isinstance(value, list) else (float(value),) * 3
     resample = stored.get("resample")
     if resample is not None:
         if resample not in RESAMPLING:
             raise ValueError(f"{path}: resample {resample} is none of {RESAMPLING}")
-        found["resample"] = RESAMPLING[resample]
-    return found
+        preprocessing["resample"] = RESAMPLING[resample]
+    return preprocessing
 
 
 def _vit_options(vit, source):

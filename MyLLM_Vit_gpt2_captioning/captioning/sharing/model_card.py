@@ -228,7 +228,7 @@ def _what_it_is(facts, parameters):
 
 
 def _use(facts):
-    return f"""Without the project, with the source that lies beside the weights:
+    return f"""Without the project, with the source code beside the weights:
 
 ```
 hf download {facts.repo_id} --local-dir captioner
