@@ -424,6 +424,7 @@ class GPT2Block(TransformerBlock):
         return self.residual(x, self.ln_2, self.mlp)
 
     def residual(self, x, norm, layer):
+        """x + layer(norm(x)), or with `post_norm` norm(x + layer(x)); x (B*K, T, embed_dim)."""
         return norm(x + layer(x)) if self.post_norm else x + layer(norm(x))
 
 
