@@ -50,16 +50,10 @@ from captioning.model.stages import keep_frozen_in_eval, pretrained_names, stage
 from captioning.model.tokenizer import CaptionTokenizer, check_eos, encode_caption, encode_prompt
 from captioning.pages import plots
 from captioning.sharing import upload
+from captioning.training import schedule
 from captioning.training.cross_entropy import CrossEntropy
 from captioning.training.run_log import RunLog, perplexity
 from captioning.training.run_state import RunState, Stopped, dataset_digest
-from captioning.training.schedule import (
-    build_optimizer,
-    load_optimization_state,
-    moving_average,
-    one_cycle,
-    optimization_state,
-)
 from captioning.training.self_critical import SelfCritical
 from captioning.training.trackers import Tracker
 from MyLLM.ch3 import KeyValueCache, merge_heads, split_heads
@@ -416,7 +410,7 @@ class GPT2Block(TransformerBlock):
         return self.residual(x, self.ln_2, self.mlp)
 
     def residual(self, x, norm, layer, *args):
-        """x + layer(norm(x), *args), or with post_norm norm(x + layer(x, *args))."""
+        """x + layer(norm(x)), or with `post_norm` norm(x + layer(x)); x (B*K, T, embed_dim), `args`: more of `layer`."""
         return norm(x + layer(x, *args)) if self.post_norm else x + layer(norm(x), *args)
 
 
@@ -716,16 +710,16 @@ class Trainer:
         """A new optimizer with peak learning rate `lr`, OneCycle over `batches` batches, and a new moving average."""
         config = self.train_config
         self.peak_lr, self.bad_steps = lr, 0  # bad_steps: consecutive ones
-        self.optimizer = build_optimizer(self.model, lr, config)
-        self.scheduler = one_cycle(self.optimizer, math.ceil(batches / config.accumulate), config.warmup_share)
-        self.average = moving_average(self.model, config.ema_decay) if config.ema_decay else None
+        self.optimizer = schedule.build_optimizer(self.model, lr, config)
+        self.scheduler = schedule.one_cycle(self.optimizer, math.ceil(batches / config.accumulate), config.warmup_share)
+        self.average = schedule.moving_average(self.model, config.ema_decay) if config.ema_decay else None
 
     def rebuild_schedule(self, epochs):
         """OneCycle over `epochs` epochs, continued at the current step: call it when the number of epochs changes."""
         self.train_config = replace(self.train_config, epochs=epochs)
         steps = math.ceil(epochs * len(self.train_dl) / self.train_config.accumulate)
         done = self.scheduler.last_epoch
-        self.scheduler = one_cycle(self.optimizer, steps, self.train_config.warmup_share, done)
+        self.scheduler = schedule.one_cycle(self.optimizer, steps, self.train_config.warmup_share, done)
 
     @property
     def lr(self):
@@ -865,7 +859,9 @@ class Trainer:
         return {
             "stage": self.objective.stage or self.stage,
             "model": self.model.state_dict(),
-            "optimization": optimization_state(self.optimizer, self.scheduler, self.scaler, self.average, self.peak_lr),
+            "optimization": schedule.optimization_state(
+                self.optimizer, self.scheduler, self.scaler, self.average, self.peak_lr
+            ),
             "best": self.best,
             **self.log.state_dict(),
             "config": self.configs(),
@@ -885,7 +881,7 @@ class Trainer:
             self.enter_stage(position["epoch"])
         self.model.load_state_dict(state["model"])
         parts = self.optimizer, self.scheduler, self.scaler, self.average, self.peak_lr
-        self.scheduler = load_optimization_state(saved, *parts, self.train_config.warmup_share)
+        self.scheduler = schedule.load_optimization_state(saved, *parts, self.train_config.warmup_share)
 
     # --- the trained model --------------------------------------------------------------------------------------------
 

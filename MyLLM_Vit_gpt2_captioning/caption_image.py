@@ -88,7 +88,12 @@ def caption_all(args):
 
     Raises OSError or ValueError when it cannot go on, and in the end when photos were left out.
     """
-    options = Options(max_tokens=args.max_tokens, num_return_sequences=args.num, **decoding_options(args))
+    decoding = decoding_options(args)
+    if decoding["deterministic"] and args.num > decoding["num_beams"]:
+        greedy = decoding["num_beams"] == 1
+        problem = "greedy search has one caption an image" if greedy else f"more captions than --beam {args.beam}"
+        raise ValueError(f"--num {args.num}: {problem}; give --beam {args.num} or more, or --sample")
+    options = Options(max_tokens=args.max_tokens, num_return_sequences=args.num, **decoding)
     if not args.attention and (args.block is not None or args.head is not None):
         raise ValueError("--block and --head choose what --attention draws: give it a file")
     all_photos = find_photos(args.images, args.allow_urls)

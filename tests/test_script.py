@@ -269,7 +269,7 @@ def test_caption_image_searches_and_samples(capsys):
     assert lines("--precision", "bf16") == lines()
     with pytest.raises(SystemExit, match="choose beam search"):
         caption_image.main([*scene, "--beam", "4", "--sample"])
-    with pytest.raises(SystemExit, match="num_beams must be at least 1"):
+    with pytest.raises(SystemExit, match="--beam must be an integer of at least 1, not 0"):
         caption_image.main([*scene, "--beam", "0"])
-    with pytest.raises(SystemExit, match="greedy decoding has one caption an image"):
+    with pytest.raises(SystemExit, match="--num 2: greedy search has one caption an image"):
         caption_image.main([*scene, "--num", "2"])

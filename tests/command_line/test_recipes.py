@@ -210,12 +210,15 @@ def test_answers_about_shapes_are_checked(script, tmp_path, capsys):
     assert "is there" in capsys.readouterr().out
 
 
-def test_a_run_is_repeated_by_its_recipe(script, flickr, tmp_path):
-    """recipe.toml of a run trains the same model again, bit for bit."""
+def test_a_run_is_repeated_by_its_recipe(script, flickr, tmp_path, capsys):
+    """recipe.toml of a run trains the same model again, bit for bit, and from the beginning."""
     small = [f"--{key}={value}" for key, value in (SMALL | dict(epochs=1)).items()]
     small += ["--tokenizer=word", "--decoder_weights=scratch", "--encoder_weights=scratch"]
     small += ["--encoder=vit_tiny_patch16_224", f"--encoder_options={json.dumps(TINY_ENCODER)}"]
-    script.main([*small, "--data_dir", str(flickr), "--model_path", str(tmp_path / "a")])
+    script.main([*small, "--data_dir", str(flickr), "--model_path", str(tmp_path / "a"), "--resume", "auto"])
+    said = capsys.readouterr().out  # there was nothing to resume, which is said where the training starts, too
+    assert said.rindex("training starts from the beginning") > said.rindex("# train_config")
     script.main(["--recipe", str(tmp_path / "a" / "recipe.toml"), "--model_path", str(tmp_path / "b")])
+    assert "resume" not in capsys.readouterr().out.replace('resume = ""', "")
     first, second = (load_file(tmp_path / name / "captioner.safetensors") for name in "ab")
     assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())

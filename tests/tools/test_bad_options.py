@@ -28,8 +28,8 @@ CAPTION_IMAGE = [
     (["--num", "0"], "--num must be an integer of at least 1, not 0"),
     (["--block", "-1"], "--block must be an integer of at least 0, not -1"),
     (["--head", "one"], "--head must be an integer of at least 0, not one"),
-    (["--num", "3"], "greedy decoding has one caption an image; for more use beams or sampling"),
-    (["--num", "3", "--beam", "2"], "2 beams cannot return 3 captions"),
+    (["--num", "3"], "--num 3: greedy search has one caption an image; give --beam 3 or more, or --sample"),
+    (["--num", "3", "--beam", "2"], "--num 3: more captions than --beam 2; give --beam 3 or more, or --sample"),
 ]
 EVALUATE = [
     (["--max_images", "0"], "--max_images must be an integer of at least 1, not 0"),

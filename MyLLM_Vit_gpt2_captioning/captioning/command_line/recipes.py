@@ -88,8 +88,9 @@ def as_toml(**sections):
     return "\n".join(lines)
 
 
-def write_recipe(folder, **sections):
-    """Print the configs of a run and write them to `folder`/recipe.toml, a recipe that gives the run again."""
-    text = as_toml(**sections)
-    print(text)
+def write_recipe(folder, model_config, train_config):
+    """Print the constants of a run, and write `folder`/recipe.toml, a recipe that repeats the run from its beginning,
+    also where it was a resumed one."""
+    print(as_toml(model_config=model_config, train_config=train_config))
+    text = as_toml(model_config=model_config, train_config=dataclasses.replace(train_config, resume=""))
     write_atomically(Path(folder) / RECIPE_FILE, lambda path: path.write_text(text, encoding="utf-8"))

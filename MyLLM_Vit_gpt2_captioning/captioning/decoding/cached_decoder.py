@@ -167,14 +167,15 @@ class GraphedDecoder(CachedDecoder):
         if self.logits is None:
             self.logits = logits.new_empty(len(self.rows), logits.size(1))
         self._copy_to_rows(self.logits, logits)
-        for cache, new in zip(self.caches, caches, strict=True):
-            self_attn, new = cache.self_attn, new.self_attn
-            if self_attn.keys is None:
-                _, heads, _, head_dim = new.keys.shape
+        for target, source in (
+            (cache.self_attn, new.self_attn) for cache, new in zip(self.caches, caches, strict=True)
+        ):
+            if target.keys is None:
+                _, heads, _, head_dim = source.keys.shape
                 shape = len(self.rows), heads, self.max_length, head_dim
-                self_attn.keys, self_attn.values = new.keys.new_empty(shape), new.keys.new_empty(shape)
-            self._copy_to_rows(self_attn.keys[:, :, :length], new.keys)
-            self._copy_to_rows(self_attn.values[:, :, :length], new.values)
+                target.keys, target.values = source.keys.new_empty(shape), source.keys.new_empty(shape)
+            self._copy_to_rows(target.keys[:, :, :length], source.keys)
+            self._copy_to_rows(target.values[:, :, :length], source.values)
 
     def _copy_to_rows(self, rows, images):
         """Write the values of each image (B, ...) to all its rows (B * rows_per_image, ...)."""

@@ -65,6 +65,10 @@ class RunLog:
         """
         table = summary.summarize(model, self.config)
         print(summary.as_text(*table))
+        if self.config.resume and not resumed:  # said when the Trainer was built, too, but much was printed since
+            print(
+                f"WARNING: resume is {self.config.resume!r}, but no state is there: training starts from the beginning"
+            )
         self.run = report.Run(tokenizer, dataset, configs, table, autocast)
         self.tracker.begin(configs, first_step=self.steps + 1 if resumed else 0)
 
