@@ -402,15 +402,18 @@ class GPT2Block(TransformerBlock):
 
         With a `BlockCache`, hidden_states holds the newest tokens only, and encoder_states is projected once.
         """
-        keys, values = (cache and cache.cross_attn) or self.cross_attn.project(encoder_states, encoder_states)
-        if cache:
-            cache.cross_attn = keys, values
+        if cache is None:
+            keys, values = self.cross_attn.project(encoder_states, encoder_states)
+        else:
+            if cache.cross_attn is None:
+                cache.cross_attn = self.cross_attn.project(encoder_states, encoder_states)
+            keys, values = cache.cross_attn
         x = self.residual(hidden_states, self.ln_1, self.self_attn, cache.self_attn if cache else None)
         x = self.residual(x, self.ln_cross, self.cross_attn.attend, keys, values)
         return self.residual(x, self.ln_2, self.mlp)
 
     def residual(self, x, norm, layer, *args):
-        """x + layer(norm(x)), or with `post_norm` norm(x + layer(x)); x (B*K, T, embed_dim), `args`: more of `layer`."""
+        """x + layer(norm(x)), or with `post_norm` norm(x + layer(x)); x (B*K, T, embed_dim), `args` go to `layer`."""
         return norm(x + layer(x, *args)) if self.post_norm else x + layer(norm(x), *args)
 
 
@@ -856,12 +859,11 @@ class Trainer:
 
     def state_dict(self):
         """Everything that the rest of the run depends on, beside position and random numbers, which `RunState` adds."""
+        parts = self.optimizer, self.scheduler, self.scaler, self.average, self.peak_lr
         return {
             "stage": self.objective.stage or self.stage,
             "model": self.model.state_dict(),
-            "optimization": schedule.optimization_state(
-                self.optimizer, self.scheduler, self.scaler, self.average, self.peak_lr
-            ),
+            "optimization": schedule.optimization_state(*parts),
             "best": self.best,
             **self.log.state_dict(),
             "config": self.configs(),
