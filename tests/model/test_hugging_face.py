@@ -560,5 +560,5 @@ def test_preprocessing_in_its_other_forms(tmp_path):
 
 def test_a_tower_that_is_not_to_be_had(script, tiny_config):
     tiny_config.encoder = "nobody/nothing"
-    with pytest.raises(FileNotFoundError, match="nobody/nothing: neither a checkpoint folder nor to be had"):
+    with pytest.raises(FileNotFoundError, match="nobody/nothing: not a checkpoint folder, and not available"):
         script.VisionGPT2Model(tiny_config)

@@ -480,5 +480,5 @@ def test_from_pretrained_folder_gives_the_same_captioner(script, tiny_model, bpe
 
 
 def test_from_pretrained_unknown_source(script):
-    with pytest.raises(FileNotFoundError, match="neither a checkpoint folder nor to be had"):
+    with pytest.raises(FileNotFoundError, match="not a checkpoint folder, and not available"):
         script.VisionGPT2Model.from_pretrained("nobody/nothing")

@@ -515,7 +515,7 @@ def test_downloads_that_fail_say_why(trouble, repo, message, server, monkeypatch
     trouble(server, monkeypatch)
     with pytest.raises(SystemExit) as stop:
         caption_image.main([SCENES[0], "--checkpoint", repo])
-    expected = f"{repo}: neither a checkpoint folder nor to be had from the Hugging Face hub: {message}"
+    expected = f"{repo}: not a checkpoint folder, and not available from the Hugging Face hub: {message}"
     assert expected in one_line(stop, capfd)
 
 

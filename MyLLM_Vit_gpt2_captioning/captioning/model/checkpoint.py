@@ -28,7 +28,14 @@ from captioning.common.files import (
 )
 
 OTHER_COPY = "take another copy of the checkpoint, or train again"
-SIZES = ("embed_dim", "num_heads", "depth", "seq_len", "vocab_size", "img_size")  # in config.json; never below 1
+SIZES = (
+    "embed_dim",
+    "num_heads",
+    "depth",
+    "seq_len",
+    "vocab_size",
+    "img_size",
+)  # constants in config.json that are at least 1
 
 
 def save_checkpoint(folder, state_dict, config, tokenizer=None, torch_file=True):
@@ -47,29 +54,29 @@ def save_checkpoint(folder, state_dict, config, tokenizer=None, torch_file=True)
 
 def save_epoch(folder, state_dict, epoch, loss):
     """Keep the weights of one epoch (counted from 1) beside the best ones: epochs/epoch_03_loss_2.345.safetensors."""
-    place = Path(folder) / EPOCHS_FOLDER
-    place.mkdir(parents=True, exist_ok=True)
+    epochs = Path(folder) / EPOCHS_FOLDER
+    epochs.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     name = f"epoch_{epoch:02d}_loss_{loss:.3f}.safetensors"
-    write_atomically(place / name, lambda path: path.write_bytes(save(weights)))
+    write_atomically(epochs / name, lambda path: path.write_bytes(save(weights)))
 
 
 def portable(config, root):
-    """The attributes of `config` as a dict for config.json, where a path inside `root` is written as seen from there,
-    another by its name: a shared checkpoint names no private folder."""
+    """The attributes of `config` as a dict for config.json: a path inside `root` becomes relative to it, another path
+    only its last part, so that a shared checkpoint names no private folder."""
 
-    def shown(value):
+    def without_folder(value):
         if isinstance(value, Path) or (isinstance(value, str) and value and Path(value).exists()):
             path, inside = Path(value).resolve(), Path(root).resolve()
             return path.relative_to(inside).as_posix() if path.is_relative_to(inside) else path.name
         return value
 
-    return {key: shown(value) for key, value in vars(config).items()}
+    return {key: without_folder(value) for key, value in vars(config).items()}
 
 
 def describe(model, root, train_config=None, best=None):
-    """config.json of a model of ours as a dict; of a run's with its constants and `best`, {"best_perplexity",
-    "best_epoch"}. `root`: what paths are written relative to."""
+    """The content of config.json for a `VisionGPT2Model`, as a dict; for that of a run with the constants of training
+    and `best`, {"best_perplexity", "best_epoch"}. Paths become relative to `root`."""
     config = {"model_config": portable(model.config, root), "preprocessing": model.preprocessing}
     if train_config is not None:
         perplexity = best["best_perplexity"] if best["best_epoch"] is not None else None
@@ -79,10 +86,10 @@ def describe(model, root, train_config=None, best=None):
 
 
 def load_config(folder, constants=None):
-    """config.json of a checkpoint of ours or of Hugging Face's, as a dict.
+    """config.json of a checkpoint, ours or Hugging Face's -> dict.
 
-    Raises FileNotFoundError or ValueError that names the file; also where a value of ours has another type than in
-    `constants`, the script's model_config.
+    Raises FileNotFoundError or ValueError that names the file, also where a constant of our model has another type than
+    in `constants`, the script's model_config.
     """
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
@@ -102,8 +109,7 @@ def load_config(folder, constants=None):
 
 
 def _check_types(values, known, place):
-    """Raise ValueError where `values` is no dict, or one of them has another type than in `known`; an int may stand for
-    a float, a text for a path."""
+    """Raise ValueError where `values` is not a dict, or one of them has another type than in `known`; see `as_type`."""
     if not isinstance(values, dict):
         raise ValueError(f"{place} is {repr(values)[:60]}, but must be an object; {OTHER_COPY}")
     for key in values.keys() & known.keys():
@@ -116,7 +122,7 @@ def _check_types(values, known, place):
 
 
 def load_weights(path):
-    """A state_dict from a `.safetensors` or `.pt` file; a pickle that holds anything but tensors is refused.
+    """A `.safetensors` or `.pt` file -> state_dict on the CPU; a pickle that holds anything but tensors is refused.
 
     Raises FileNotFoundError or ValueError that names the file.
     """
@@ -133,10 +139,8 @@ def load_weights(path):
 
 
 def set_aside(folder):
-    """Make `folder`; move an earlier run in it to `folder`/earlier/<its date>, so that a new run overwrites nothing.
-
-    Returns the new place, or None when there was no earlier run.
-    """
+    """Make `folder`, and move an earlier run in it to `folder`/earlier/<its date>, so that a new run overwrites nothing
+    -> where the earlier run is now, or None when there was none. Raises OSError for a folder that cannot be made."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -148,12 +152,12 @@ def set_aside(folder):
     if not config.is_file():
         return None
     date = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(config.stat().st_mtime))
-    place = folder / "earlier" / date
-    place.mkdir(parents=True)
+    earlier = folder / "earlier" / date
+    earlier.mkdir(parents=True)
     for name in RUN_FILES:
         if (folder / name).exists():
-            (folder / name).rename(place / name)
-    return place
+            (folder / name).rename(earlier / name)
+    return earlier
 
 
 def find_folder(source, files=(WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE)):
@@ -173,14 +177,14 @@ def find_folder(source, files=(WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE)):
         return Path(snapshot_download(str(source), allow_patterns=list(files)))
     except Exception as error:  # of huggingface_hub, its HTTP library or Xet: each has its own
         raise FileNotFoundError(
-            f"{source}: neither a checkpoint folder nor to be had from the Hugging Face hub: {explain(error)}"
+            f"{source}: not a checkpoint folder, and not available from the Hugging Face hub: {explain(error)}"
         ) from error
 
 
 def load_strictly(model, path):
-    """Load the weights file `path` into `model`.
+    """Load the weights file `path` into `model`, all of it.
 
-    Raises ValueError that lists every key that is missing, unknown or wrongly shaped; the model is then unchanged.
+    Raises ValueError that lists every key that is missing, unknown or of another shape; the model is then unchanged.
     """
     stored, own = load_weights(path), model.state_dict()
     problems = [f"{key}: missing" for key in own.keys() - stored.keys()]
@@ -192,12 +196,12 @@ def load_strictly(model, path):
     ]
     if problems:
         raise ValueError(f"{path} does not fit the model:\n  " + "\n  ".join(sorted(problems)) + f"\n{OTHER_COPY}")
-    fill(model, stored)
+    load_weights_into(model, stored)
 
 
-def fill(model, weights):
-    """Give `model` the `weights`, a state_dict that fits: copied into its tensors, or, where it was built on the meta
-    device and so has none, in their place. Then they stay in the mapped file until they are used."""
+def load_weights_into(model, weights):
+    """Load a state_dict that fits into `model`. The weights are copied into its tensors; where the model was built on
+    the meta device they take the place of its tensors, and stay in the memory-mapped file until they are used."""
     own = model.state_dict()
-    frame = any(tensor.is_meta for tensor in own.values())
-    model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in weights.items()}, assign=frame)
+    on_meta = any(tensor.is_meta for tensor in own.values())
+    model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in weights.items()}, assign=on_meta)

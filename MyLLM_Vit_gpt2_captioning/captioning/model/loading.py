@@ -58,7 +58,7 @@ def load_captioner_weights(model, folder, gpt2_name):
     `gpt2_name` as in `hugging_face.read_captioner_weights`. On ValueError the model is unchanged.
     """
     if hugging_face.is_vision_encoder_decoder(checkpoint.load_config(folder)):
-        checkpoint.fill(model, hugging_face.read_captioner_weights(folder, model.state_dict(), gpt2_name))
+        checkpoint.load_weights_into(model, hugging_face.read_captioner_weights(folder, model.state_dict(), gpt2_name))
     else:
         checkpoint.load_strictly(model, folder / WEIGHTS_FILE)
 

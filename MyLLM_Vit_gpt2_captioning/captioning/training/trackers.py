@@ -1,7 +1,7 @@
-"""Who else is told how a run goes: TensorBoard, Weights & Biases or trackio, behind one small object.
+"""Trackers: TensorBoard, Weights & Biases or trackio get a run's metrics and sample captions, behind one interface.
 
-A tracker never ends a run: what it cannot do is said in one warning, and from then on nothing is asked of it. The
-libraries are imported when a run begins that wants one; requirements-extra.txt lists them.
+A tracker never ends a run: its first error is printed as a warning, and the run goes on without it. Its library is
+imported when a run begins; requirements-extra.txt lists the libraries.
 """
 
 import math
@@ -11,15 +11,15 @@ from pathlib import Path
 from captioning.images.preprocessing import load_image
 
 FOLDER = "tensorboard"  # in the run's folder: the event files; Weights & Biases makes a folder "wandb" there
-UPLOAD_SECONDS = 120  # for what is left at the end of a run; without a network it would wait for ever
-THUMBNAIL = 288  # pixels, the longer side of a photo that is shown
+UPLOAD_SECONDS = 120  # for the last upload of a run; without a network wandb would wait for ever
+THUMBNAIL = 288  # pixels of the longer side of a sample photo
 
 
 class Tracker:
-    """Told the same run under the same `id` when the run is resumed: keep `state_dict()` with the run's state."""
+    """One run of a tracker. A resumed run continues it under the same `id`: keep `state_dict()` in the run's state."""
 
     def __init__(self, name="none", folder=".", project="", entity="", run_name=""):
-        """`name`: one of TRACKERS; `folder`: the run's; the others are those of Weights & Biases and of trackio.
+        """`name`: one of TRACKERS; `folder`: of the run; `project`, `entity` and `run_name` as in Weights & Biases.
 
         Raises ValueError for another name. Nothing is imported or written before `begin`.
         """
@@ -34,13 +34,13 @@ class Tracker:
         return {"name": self.name, "id": self.id}
 
     def load_state_dict(self, state):
-        """Go on as the run that gave this state; with another tracker it is a new run."""
+        """Continue the tracker's run from `state_dict`; a state of another tracker is ignored: that is a new run."""
         if state and state["name"] == self.name:
             self.id = state["id"]
 
     def begin(self, config, first_step=0):
-        """Open the run. `config`: a dict that JSON can hold; `first_step`: what the tracker knows of this step and
-        later ones comes from work that is done again."""
+        """Open the run. `config`: a dict that JSON can hold; `first_step`: a resumed run repeats the steps from here
+        on, so that values which the tracker already has for them are replaced."""
         if self.name != "none":
             self._backend = self._try(TRACKERS[self.name], self, config, first_step)
 
@@ -64,14 +64,14 @@ class Tracker:
         self._backend.show(small, step)
 
     def finish(self):
-        """The run is over: write what is left."""
+        """The run is over: write what is still buffered."""
         if self._backend:
             self._try(self._backend.finish)
         self._backend = None
 
-    def _try(self, do, *args):
+    def _try(self, function, *args):
         try:
-            return do(*args)
+            return function(*args)
         except Exception as error:
             remedy = ""
             if isinstance(error, ImportError):
@@ -87,7 +87,7 @@ class TensorBoard:
     def __init__(self, tracker, config, first_step):
         from torch.utils.tensorboard import SummaryWriter
 
-        # Readers forget what earlier files in this folder say of `first_step` and later ones.
+        # Readers drop the values of `first_step` and later ones from earlier files in this folder.
         self.writer = SummaryWriter(tracker.folder / FOLDER, purge_step=first_step)
         for name, section in config.items():
             rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in section.items())
@@ -132,7 +132,7 @@ class WeightsAndBiases:
             allow_val_change=True,  # a resumed run may have another lr or device
             settings=wandb.Settings(finish_timeout=UPLOAD_SECONDS),
         )
-        # An axis of our own: wandb's own step never goes back, and would drop what a resumed run does again.
+        # An x-axis of our own: wandb's own step never goes back, and would drop the steps that a resumed run repeats.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
@@ -140,7 +140,7 @@ class WeightsAndBiases:
         self.run.log({**values, "step": step})
 
     def show(self, samples, step):
-        pictures = [self.image(photo, caption=_words(caption, truth)) for photo, caption, truth in samples]
+        pictures = [self.image(photo, caption=_caption_and_truth(caption, truth)) for photo, caption, truth in samples]
         self.run.log({"samples": pictures, "step": step})
 
     def finish(self):
@@ -154,7 +154,7 @@ class Trackio:
         import trackio
 
         self.image, self.end = trackio.Image, trackio.finish
-        name = f"{tracker.run_name or tracker.folder.name}-{tracker.id}"  # what tells its runs apart
+        name = f"{tracker.run_name or tracker.folder.name}-{tracker.id}"  # the name identifies a run
         self.run = trackio.init(project=tracker.project, name=name, resume="allow", config=config)
 
     def log(self, values, step):
@@ -162,7 +162,7 @@ class Trackio:
 
     def show(self, samples, step):
         pictures = {
-            f"samples/{number}": self.image(photo, caption=_words(caption, truth))
+            f"samples/{number}": self.image(photo, caption=_caption_and_truth(caption, truth))
             for number, (photo, caption, truth) in enumerate(samples, start=1)
         }
         self.run.log(pictures, step=step)
@@ -175,9 +175,9 @@ TRACKERS = {"none": None, "tensorboard": TensorBoard, "wandb": WeightsAndBiases,
 
 
 def _cell(value):
-    """What stands in a cell of a Markdown table."""
+    """A value as the cell of a Markdown table."""
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def _words(caption, truth):
+def _caption_and_truth(caption, truth):
     return f"{caption or '(empty)'} (true: {'; '.join(truth)})"
