@@ -15,11 +15,11 @@ Run the same command again after an interruption: it goes on where it stopped, a
 --shards writes a dataset of any format as tar shards in the WebDataset layout, which training reads as a stream.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
+from captioning.command_line.arguments import ToolParser, integer
 from captioning.data import photo_store, shapes
 from captioning.data.dataset_check import check_dataset
 from captioning.data.downloads import DATASETS, fetch_dataset
@@ -32,7 +32,7 @@ SHAPES_SCENES = 6000  # for training, as the script renders by default
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("name", nargs="?", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="(default: data/NAME, FOLDER_SIDE[_bmp], ...)")
     parser.add_argument("--keep_archives", action="store_true", help="keep what was downloaded, once it is unpacked")
@@ -43,16 +43,19 @@ def main(argv=None):
     parser.add_argument("--image_dir", type=Path, help="the folder of photos, when they lie elsewhere")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="check: where to write (default: FOLDER/check)")
     parser.add_argument(
-        "--side", type=int, default=photo_store.SIDE, help="shrink: pixels of the shorter side (default: %(default)s)"
+        "--side",
+        type=integer(1),
+        default=photo_store.SIDE,
+        help="shrink: pixels of the shorter side (default: %(default)s)",
     )
     parser.add_argument(
         "--uncompressed", action="store_true", help="shrink: to BMP, faster to load than JPEG and 6 times as large"
     )
     parser.add_argument(
-        "--num_workers", type=int, default=os.cpu_count(), help="shrink, shards: processes (default: one a core)"
+        "--num_workers", type=integer(0), default=os.cpu_count(), help="shrink, shards: processes (default: one a core)"
     )
     parser.add_argument(
-        "--photos_per_shard", type=int, default=writing.PHOTOS_PER_SHARD, help="shards: (default: %(default)s)"
+        "--photos_per_shard", type=integer(1), default=writing.PHOTOS_PER_SHARD, help="shards: (default: %(default)s)"
     )
     args = parser.parse_args(argv)
     if sum(choice is not None for choice in (args.name, args.check, args.shrink, args.shards)) != 1:

@@ -40,10 +40,17 @@ WEB_DEMO = [
     (["--port", "99999"], "--port must be an integer from 0 to 65535, not 99999"),
     (["--port", "http"], "--port must be an integer from 0 to 65535, not http"),
 ]
+PREPARE_DATA = [
+    (["--side", "0"], "--side must be an integer of at least 1, not 0"),
+    (["--num_workers", "-1"], "--num_workers must be an integer of at least 0, not -1"),
+    (["--photos_per_shard", "0"], "--photos_per_shard must be an integer of at least 1, not 0"),
+    (["shapes"], "give a dataset (flickr8k, flickr30k, coco2017, shapes), --check FOLDER"),
+]
 CASES = [
     *(("caption_image", ["photo.jpg", *argv], message) for argv, message in DECODING + CAPTION_IMAGE),
     *(("evaluate_captions", argv, message) for argv, message in DECODING + EVALUATE),
     *(("web_demo", argv, message) for argv, message in WEB_DEMO),
+    *(("prepare_data", ["--shrink", "data", *argv], message) for argv, message in PREPARE_DATA),
     ("caption_image", [], "the following arguments are required: IMAGE; --help lists the options"),
     ("convert_captioner", ["source"], "the following arguments are required: target; --help lists the options"),
     ("export_to_hub", ["user/repo", "--license"], "argument --license: expected one argument; --help lists the"),

@@ -1,7 +1,7 @@
-"""report.html of a run: one page that shows how it goes, written after every epoch and at the end.
+"""report.html: one page that shows how a run goes, written after every epoch and at the end.
 
-It is made of what the run has at hand, among it the captions that scoring has written, so that it takes seconds. One
-file, pictures inside, nothing loaded from elsewhere: it can be mailed.
+It uses only what the run has computed anyway, such as the captions that were scored, so it takes seconds. The page is
+one file with its pictures inside, which loads nothing from elsewhere: it can be mailed.
 """
 
 import html
@@ -24,11 +24,15 @@ SHOWN = 8  # best and worst captions
 EPOCHS_SHOWN = 8  # of the samples; samples.md has them all
 LIBRARIES = ("torch", "timm", "transformers", "tokenizers", "albumentations", "numpy", "pandas", "pillow", "matplotlib")
 SCORES = ("valid_perplexity", "CIDEr", "exact_answers")
-NAMES = {
-    "train_loss": "training loss", "valid_loss": "validation loss", "train_perplexity": "training perplexity",
-    "valid_perplexity": "validation perplexity", "lr": "learning rate", "exact_answers": "right answers",
+NAMES = {  # of the columns of metrics.csv
+    "train_loss": "training loss",
+    "valid_loss": "validation loss",
+    "train_perplexity": "training perplexity",
+    "valid_perplexity": "validation perplexity",
+    "lr": "learning rate",
+    "exact_answers": "right answers",
     "BLEU-4": "BLEU\u20114",  # with a hyphen that does not break
-}  # fmt: skip
+}
 
 STYLE = """
 body { background: #f6f8fa; }
@@ -143,7 +147,7 @@ def _processor():
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
 
 
-# --- the parts of the page: each gives HTML, "" where there is nothing to show ----------------------------------------
+# --- the parts of the page: each returns HTML, "" where there is nothing to show --------------------------------------
 
 
 def _tiles(log, model):
@@ -185,12 +189,9 @@ def _epochs(log):
     for row in log.rows:
         timing = timings.get(row["epoch"], {})
         speed = captions_per_second(timing) if timing else None
-        rows.append([
-            *(_number(key, row[key]) if key in row else "" for key in keys),
-            _duration(timing["training"]) if timing else "",
-            _duration(timing["evaluation"]) if timing else "",
-            f"{speed:,.1f}" if speed else "",
-        ])  # fmt: skip
+        durations = [_duration(timing[part]) if timing else "" for part in ("training", "evaluation")]
+        metrics = [_number(key, row[key]) if key in row else "" for key in keys]
+        rows.append([*metrics, *durations, f"{speed:,.1f}" if speed else ""])
     head = [*(NAMES.get(key, key) for key in keys), "training", "evaluation", "captions/s"]
     best = log.best_row()
     classes = {log.rows.index(best): "best"} if best else {}
@@ -278,7 +279,7 @@ def _constants(configs):
     for name, config in (("Model", configs["model"]), ("Training", configs["train"])):
         values = {key: _plain(value) for key, value in config.items()}
         parts.append(f"<h3>{name}</h3>{_pairs(values)}")
-    return "".join(parts) + "<p class=note>recipe.toml, beside this page, gives the run again.</p>"
+    return "".join(parts) + "<p class=note>recipe.toml, beside this page, repeats the run.</p>"
 
 
 def _plain(value):
