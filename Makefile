@@ -1,11 +1,12 @@
 # make run     train the captioner and show it; ARGS="--epochs 3" passes options to the script
-# make test    style check and tests
+# make test    style check and tests, in two processes; WORKERS=8 makes it eight
 # make soak    what takes longer than tests may: 20 kills, memory over thousands of steps
 # make bench   the benchmarks of the CPU set, to benchmarks/RESULTS.md: half an hour on a machine that does nothing else
 # make clean   remove .venv and the rendered Shapes
 # Both make .venv and install the requirements the first time (torch brings several GB of CUDA packages on Linux).
 
 PYTHON ?= python3
+WORKERS ?= 2
 SCRIPT = MyLLM_Vit_gpt2_captioning/MyLLM_Vit_gpt2_captioning.py
 
 .PHONY: run test soak bench clean
@@ -16,7 +17,7 @@ run: .venv/run-installed
 test: .venv/test-installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadscope
 
 soak: .venv/test-installed
 	SOAK=1 KILLS=20 .venv/bin/python -m pytest -s -k "killed_at_random or memory_stays_flat" tests/training/test_resume.py

@@ -1,8 +1,11 @@
 """Shared by all tests: the import path, tiny configurations and a tiny Flickr30k."""
 
+import contextlib
+import getpass
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +18,8 @@ REPO_ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO_ROOT / "MyLLM_Vit_gpt2_captioning"), str(REPO_ROOT)]
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub fails at once
 os.environ["MPLBACKEND"] = "agg"  # no window, also where there is a display
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: more threads only wait for each other; child processes', too
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(REPO_ROOT / ".pytest_cache" / "compiled")  # a minute's work the first time
 
 pytest.register_assert_rewrite("helpers")
 
@@ -22,7 +27,7 @@ import MyLLM_Vit_gpt2_captioning as script_module
 from captioning.model.tokenizer import CaptionTokenizer
 from helpers.annotation_files import NAMES
 
-torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+torch.set_num_threads(1)
 
 CAPTIONS = ("a red dog runs across the green grass .", "two young men stand on the left side of a house .")
 TINY_ENCODER = dict(img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=2)
@@ -41,6 +46,27 @@ REDUCED_ENCODERS = {  # every family, its real architecture with fewer and narro
     "beit_base_patch16_224": dict(img_size=32, patch_size=16, embed_dim=24, num_heads=2),  # norm behind the pooling
     "mixer_s32_224": dict(img_size=64),  # makes tokens, has no blocks like a ViT's
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_files(tmp_path_factory):
+    """Libraries and child processes put their temporary files into pytest's folder, which goes when all tests pass."""
+    folder = str(tmp_path_factory.mktemp("tmp", numbered=False))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("TMPDIR", "GRADIO_TEMP_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+            patch.setenv(name, folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield folder
+
+
+def pytest_unconfigure(config):
+    """Nor does the folder stay that pytest makes around its own, when all that is left there is a link to nothing."""
+    if not hasattr(config, "workerinput"):
+        with contextlib.suppress(OSError, KeyError):  # without a name, or with folders of tests that failed
+            around = Path(tempfile.gettempdir()) / f"pytest-of-{getpass.getuser()}"
+            if not (around / "pytest-current").exists():
+                (around / "pytest-current").unlink(missing_ok=True)
+            around.rmdir()
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ import shutil
 import stat
 import struct
 import tarfile
-import tempfile
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,7 @@ from captioning.model import checkpoint
 from captioning.training.run_log import RunLog
 from captioning.training.self_critical import SelfCritical
 from conftest import CAPTIONS
-from helpers.folders import read_only
+from helpers.folders import for_everybody, read_only
 from helpers.image_files import png
 from helpers.runs import TINY
 from helpers.tar_files import make_shards, members, write_tar
@@ -639,22 +638,20 @@ def _(tiny_model, flickr, tmp_path, monkeypatch):
 
 @case("Files", "output folder that may not be written")
 def _(tiny_model, bpe):
-    with tempfile.TemporaryDirectory() as place:  # not in `tmp_path`, which only its owner may enter
-        folder = Path(place)
+    with for_everybody() as folder:
         (folder / "captioner").mkdir()
-        folder.chmod(0o755)
         weights = tiny_model.state_dict()
         with read_only(folder / "captioner"), pytest.raises(OSError) as error:
             checkpoint.save_checkpoint(folder / "captioner", weights, {}, bpe)
-        return f"error: {error.value}".replace(f"{place}/", "")
+        return f"error: {error.value}".replace(f"{folder}/", "")
 
 
 @case("Files", "output folder that may not be made: found before training")
 def _():
-    with tempfile.TemporaryDirectory() as place:
-        with read_only(Path(place)), pytest.raises(OSError) as error:
-            checkpoint.set_aside(Path(place) / "captioner")
-        return f"error: {error.value}".replace(f"{place}/", "")
+    with for_everybody() as folder:
+        with read_only(folder), pytest.raises(OSError) as error:
+            checkpoint.set_aside(folder / "captioner")
+        return f"error: {error.value}".replace(f"{folder}/", "")
 
 
 # --- tar shards -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,9 @@
 import ast
 import re
 import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -86,6 +89,14 @@ def test_no_test_module_imports_another():
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
                 assert not names & set(tests), f"{path}, line {node.lineno}: imports a test module"
+
+
+def test_temporary_files_lie_in_the_folder_of_pytest(tmp_path_factory):
+    """Of this process and of those that it starts; pytest removes the folder."""
+    code = "import tempfile; print(tempfile.gettempdir())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for place in (tempfile.gettempdir(), child.stdout.strip()):
+        assert Path(place).is_relative_to(tmp_path_factory.getbasetemp())
 
 
 def test_no_file_shadows_a_library():

@@ -8,7 +8,6 @@ import re
 import signal
 import sys
 import tarfile
-import tempfile
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -27,7 +26,7 @@ from captioning.images.preprocessing import load_image
 from captioning.model.tokenizer import CaptionTokenizer
 from captioning.training.run_state import Stopped
 from conftest import CAPTIONS, make_flickr
-from helpers.folders import read_only
+from helpers.folders import for_everybody, read_only
 from helpers.image_files import jpeg
 from helpers.runs import TINY, assert_same_run, files, stop_after
 from helpers.tar_files import COUNTS, make_shards, members, write_tar
@@ -351,9 +350,8 @@ def test_what_img2dataset_writes_is_read(make_loader, words, tmp_path, monkeypat
 
 
 def test_a_folder_that_may_only_be_read(make_loader, capsys):
-    with tempfile.TemporaryDirectory() as place:
-        Path(place).chmod(0o755)
-        folder = img2dataset(Path(place) / "laion")
+    with for_everybody() as place:
+        folder = img2dataset(place / "laion")
         with read_only(folder):
             assert len(make_loader(folder).dataset) == 7
             assert "The shards are counted again at the next start" in capsys.readouterr().out
