@@ -83,6 +83,10 @@ def bpe():
 @pytest.fixture
 def tiny_config(bpe):
     """A captioner of a few thousand parameters; nothing is random but the weights."""
+    return tiny_model_of(bpe)
+
+
+def tiny_model_of(bpe):
     return SimpleNamespace(
         embed_dim=32, num_heads=2, depth=2, seq_len=24, vocab_size=len(bpe), emb_dropout=0.0, attention_dropout=0.0,
         mlp_dropout=0.0, residual_dropout=0.0, eos_token_id=bpe.eos_token_id, encoder="vit_tiny_patch16_224",
@@ -146,10 +150,14 @@ def photo():
 
 
 @pytest.fixture
-def tiny_train_config(script, flickr, tmp_path):
+def tiny_train_config(flickr, tmp_path):
+    return tiny_training_of(flickr, tmp_path / "captioner")
+
+
+def tiny_training_of(flickr, folder):
     return SimpleNamespace(
         epochs=1, freeze_epochs_gpt=0, freeze_epochs_all=0, lr=1e-3, device="cpu", batch_size=4, num_workers=0,
-        captions_per_image=2, data_dir=flickr, image_dir=flickr / "flickr30k_images", model_path=tmp_path / "captioner",
+        captions_per_image=2, data_dir=flickr, image_dir=flickr / "flickr30k_images", model_path=folder,
         crop_scale=0.9, seed=0,
     )  # fmt: skip
 
@@ -170,7 +178,10 @@ def pretend_pretrained(script, monkeypatch):
 @pytest.fixture
 def make_trainer(script, tiny_config, tiny_train_config, bpe):
     """make_trainer(folder, **changes of the configs): dropout and averaged weights are on."""
+    return trainers_of(script, tiny_config, tiny_train_config, bpe)
 
+
+def trainers_of(script, tiny_config, tiny_train_config, bpe):
     def make(folder, **changes):
         config = script.complete(tiny_config, script.model_config)
         config.mlp_dropout = config.attention_dropout = 0.2

@@ -1,5 +1,7 @@
 """The script as a user runs it: command line, whole runs on tiny data, messages."""
 
+import contextlib
+import io
 import json
 import re
 import subprocess
@@ -10,7 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from conftest import REPO_ROOT, TINY_ENCODER
+from conftest import REPO_ROOT, TINY_ENCODER, make_flickr, script_module
 from helpers.runs import TINY
 
 SCRIPT = REPO_ROOT / "MyLLM_Vit_gpt2_captioning" / "MyLLM_Vit_gpt2_captioning.py"
@@ -97,9 +99,19 @@ def test_importing_the_script_uses_no_network():
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
-def test_whole_script_on_twelve_photos(script, flickr, tmp_path, capsys):
-    output = tmp_path / "captioner"
-    result = script.main(["--data_dir", str(flickr), "--model_path", str(output), *TINY])
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """The script on twelve photos -> (its folder, what `main` gives back, what it printed)."""
+    folder = tmp_path_factory.mktemp("whole_run")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        result = script_module.main(
+            ["--data_dir", str(make_flickr(folder / "data")), "--model_path", str(folder / "captioner"), *TINY]
+        )
+    return folder / "captioner", result, said.getvalue()
+
+
+def test_whole_script_on_twelve_photos(whole_run):
+    output, result, said = whole_run
     assert set(result) == {"best_perplexity", "best_epoch"}
     assert sorted(path.name for path in output.iterdir()) == [
         "captioner.pt", "captioner.safetensors", "cider.png", "config.json", "demo.png", "last", "loss.png",
@@ -112,7 +124,6 @@ def test_whole_script_on_twelve_photos(script, flickr, tmp_path, capsys):
         with Image.open(output / name) as image:
             assert min(image.size) > 300
             assert len(image.convert("RGB").getcolors(1 << 24)) > 50  # something is drawn
-    said = capsys.readouterr().out
     assert "train: 8 photos" in said
     assert said.count("generated:") == 2
 
@@ -129,11 +140,10 @@ def test_an_earlier_run_is_moved_aside(script, flickr, tmp_path, capsys):
     ).read_bytes()  # fmt: skip
 
 
-def test_same_seed_same_run(script, flickr, tmp_path):
-    for name in ("a", "b"):
-        script.main(["--data_dir", str(flickr), "--model_path", str(tmp_path / name), *TINY])
+def test_same_seed_same_run(script, flickr, tmp_path, whole_run):
+    script.main(["--data_dir", str(flickr), "--model_path", str(tmp_path / "again"), *TINY])
     for file in ("metrics.csv", "captioner.safetensors"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+        assert (whole_run[0] / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
 
 
 def test_without_a_dataset_it_says_so_and_trains_on_shapes(script, tmp_path, capsys):

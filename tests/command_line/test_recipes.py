@@ -71,7 +71,7 @@ def test_recipe_trains_saves_reloads_and_captions(script, name, local_weights, t
     folder, weights_of = local_weights
     if name == "flickr8k_frozen_scst":  # goes on from what the other recipe trains
         sizes = changes | SMALL_ENCODER["flickr8k_frozen"]
-        sizes |= dict(model_path=tmp_path / "first", encoder_weights=weights_of("tf_efficientnet_lite0", {}))
+        sizes |= dict(model_path=tmp_path / "first", epochs=1, encoder_weights=weights_of("tf_efficientnet_lite0", {}))
         script.main(["--recipe", "flickr8k_frozen", *words(sizes)])
         changes = {key: value for key, value in changes.items() if key in vars(script.train_config)}
         changes |= dict(start_from=tmp_path / "first", epochs=0, scst_epochs=2)

@@ -1,9 +1,9 @@
 """What test_distributed.py starts with torchrun: a run of the script that writes the loss of every step, and may fail.
 
-    distributed_case.py LOSSES.json FAILURE STEP --recipe shapes ...
+    distributed_case.py LOSSES.json KILL STOP --recipe shapes ...
 
-FAILURE is none, kill (the last process kills itself in that step, the first time it is started) or stop (it is asked to
-stop behind that step).
+The last process kills itself in step KILL, and when it has been started again it is asked to stop behind step STOP,
+counted from there. 0 means never.
 """
 
 import json
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "MyLLM_Vit_gpt2_cap
 import MyLLM_Vit_gpt2_captioning as script
 
 
-def main(losses_file, failure, when, *argv):
+def main(losses_file, kill, stop, *argv):
     processes = script.ProcessGroup("cpu")
     totals, build = [], script.build_trainer
 
@@ -29,11 +29,11 @@ def main(losses_file, failure, when, *argv):
             nonlocal count
             count += 1
             totals.append((trainer.state.position["total"], trainer.state.position["count"]))
-            here = count == int(when) and processes.rank == processes.world_size - 1
-            if here and failure == "kill" and not processes.restarted:
+            last = processes.rank == processes.world_size - 1
+            if last and count == int(kill) and not processes.restarted:
                 os.kill(os.getpid(), signal.SIGKILL)
             reported = step(batches)
-            if here and failure == "stop":
+            if last and count == int(stop) and processes.restarted:
                 signal.raise_signal(signal.SIGTERM)
             return reported
 

@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from captioning.data import shapes
 from captioning.data.batching import CaptionBatchSampler
 from captioning.training.run_state import NEWEST, read_state
+from conftest import TINY_ENCODER, script_module
 from helpers import distributed_case
 
 CASE = Path(distributed_case.__file__)
 OPTIONS = [
     "--recipe", "shapes", "--shapes_scenes", "260", "--captions_per_image", "1", "--epochs", "2", "--batch_size", "5",
-    "--accumulate", "2",
+    "--accumulate", "2", "--embed_dim", "32", "--num_heads", "2", "--encoder_options", json.dumps(TINY_ENCODER),
     "--emb_dropout", "0", "--attention_dropout", "0", "--mlp_dropout", "0", "--residual_dropout", "0",
     "--score_images", "5", "--demo_images", "2", "--device", "cpu", "--precision", "float32",
 ]  # fmt: skip
@@ -102,7 +103,7 @@ def two_hosts(tmp_path_factory):
     for host in range(2):
         place = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", address]
         paths = ["--data_dir", folder / "shapes", "--model_path", folder / "run"]
-        agents.append(torchrun(*place, CASE, folder / f"losses{host}.json", "none", "0", *OPTIONS, *paths))
+        agents.append(torchrun(*place, CASE, folder / f"losses{host}.json", "0", "0", *OPTIONS, *paths))
     return folder, [finished(agent) for agent in agents]
 
 
@@ -111,11 +112,9 @@ def one_process(two_hosts, tmp_path_factory):
     """The same run by one process with batches of twice the size."""
     folder = tmp_path_factory.mktemp("one_process")
     argv = [*OPTIONS, "--batch_size", "10", "--data_dir", two_hosts[0] / "shapes", "--model_path", folder / "run"]
-    process = subprocess.run(
-        [sys.executable, CASE, folder / "losses.json", "none", "0", *argv], capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
-    )  # fmt: skip
-    assert process.returncode == 0, process.stdout + process.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script_module, "build_trainer", script_module.build_trainer)  # given back afterwards
+        distributed_case.main(folder / "losses.json", "0", "0", *map(str, argv))
     return folder
 
 
@@ -142,26 +141,30 @@ def test_two_hosts_train_as_one_process_with_twice_the_batch(two_hosts, one_proc
     assert (folder / "run" / "demo.png").stat().st_size > 0
 
 
-def test_a_killed_process_is_started_again(two_hosts, tmp_path):
-    folder, _ = two_hosts
+@pytest.fixture(scope="module")
+def interrupted(two_hosts, tmp_path_factory):
+    """That run, one of whose two processes is killed; started again, it is asked to stop -> (its folder, its words)."""
+    folder = tmp_path_factory.mktemp("interrupted") / "run"
     run = torchrun(
-        "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", CASE, tmp_path / "losses.json", "kill", "45",
-        *OPTIONS, "--data_dir", folder / "shapes", "--model_path", tmp_path / "run", "--save_minutes", "0",
+        "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", CASE, folder.parent / "losses.json", "30", "8",
+        *OPTIONS, "--data_dir", two_hosts[0] / "shapes", "--model_path", folder, "--save_minutes", "0",
     )  # fmt: skip
-    out = finished(run)
-    assert f"resuming {tmp_path / 'run' / 'last' / NEWEST}: epoch 2, batch" in out, out
-    assert_same_run(tmp_path / "run", folder / "run")
+    return folder, finished(run)
 
 
-def test_a_run_goes_on_with_another_number_of_processes(two_hosts, tmp_path):
-    folder, _ = two_hosts
-    options = [*OPTIONS, "--data_dir", folder / "shapes", "--model_path", tmp_path / "run"]
-    case = [CASE, tmp_path / "losses.json", "stop", "35", *options]
-    out = finished(torchrun("--standalone", "--nproc-per-node", "2", *case))
+def test_a_killed_process_is_started_again(interrupted):
+    """That it then trains as if nothing had happened is seen below, at the end of the run."""
+    folder, out = interrupted
+    assert f"resuming {folder / 'last' / NEWEST}: epoch 2, batch" in out, out
+
+
+def test_a_run_goes_on_with_another_number_of_processes(two_hosts, interrupted, tmp_path):
+    folder, out = interrupted
     assert "stopped by a signal to another process" in out
-    _, state = read_state(tmp_path / "run" / "last")
+    _, state = read_state(folder / "last")
     assert state["position"]["batches"] > 0
-    case = [CASE, tmp_path / "losses.json", "none", "0", *options, "--resume", "auto"]
+    options = [*OPTIONS, "--data_dir", two_hosts[0] / "shapes", "--model_path", folder, "--resume", "auto"]
+    case = [CASE, tmp_path / "losses.json", "0", "0", *options]
     out = finished(torchrun("--standalone", "--nproc-per-node", "3", *case))
     assert "the run had 2 processes, now it has 3: a batch of them all stays 10 captions" in out
-    assert_same_run(tmp_path / "run", folder / "run")
+    assert_same_run(folder, two_hosts[0] / "run")

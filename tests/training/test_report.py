@@ -9,7 +9,7 @@ import pytest
 
 from captioning.pages import html_pages, plots
 from captioning.training import report
-from conftest import CAPTIONS
+from conftest import CAPTIONS, make_flickr, script_module, tiny_model_of, tiny_training_of, trainers_of
 from helpers.runs import TINY, stop_after
 
 
@@ -41,14 +41,22 @@ def test_the_page_of_a_whole_run(script, flickr, tmp_path, capsys):
     assert re.search(r"<td>cross-attention</td>.*8,448", shown["Model"])
 
 
-def test_nothing_is_loaded_from_elsewhere(make_trainer, tmp_path, flickr):
-    trainer = make_trainer(tmp_path / "run", epochs=1)
+@pytest.fixture(scope="module")
+def one_epoch(bpe, tmp_path_factory):
+    """A run of one epoch -> (its trainer, its folder, its page)."""
+    folder = tmp_path_factory.mktemp("one_epoch")
+    training = tiny_training_of(make_flickr(folder / "data"), folder)
+    trainer = trainers_of(script_module, tiny_model_of(bpe), training, bpe)(folder / "run", epochs=1)
     trainer.run_training()
-    page = (tmp_path / "run" / "report.html").read_text()
+    return trainer, folder / "run", (folder / "run" / "report.html").read_text()
+
+
+def test_nothing_is_loaded_from_elsewhere(one_epoch):
+    _, folder, page = one_epoch
     assert "<script" not in page and "@import" not in page and "@font-face" not in page
     addresses = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'\s>)]*)""", page)
     assert addresses and all(address.startswith("data:image/") for address in addresses)
-    assert str(tmp_path) not in page  # no private folder either
+    assert str(folder.parent) not in page  # no private folder either
 
 
 def test_captions_are_text_never_markup(make_trainer, tmp_path, monkeypatch):
@@ -130,12 +138,10 @@ def test_a_report_that_fails_ends_no_run(make_trainer, tmp_path, monkeypatch, ca
     assert not (tmp_path / "run" / "report.html").exists()
 
 
-def test_a_photo_that_is_gone_is_grey(make_trainer, tmp_path):
-    trainer = make_trainer(tmp_path / "run", epochs=1)
+def test_a_photo_that_is_gone_is_grey(one_epoch, tmp_path):
     photo = html_pages.photo_url(str(tmp_path / "gone.jpg"))
     assert photo.startswith("data:image/svg+xml;base64,")
-    trainer.run_training()
-    assert photo not in (tmp_path / "run" / "report.html").read_text()
+    assert photo not in one_epoch[2]
 
 
 def test_an_epoch_that_is_done_again_comes_once(make_trainer, tmp_path, monkeypatch):
@@ -188,11 +194,11 @@ def test_the_learning_rate_between_epochs(tmp_path):
     assert first.startswith("<?xml") and first == plots.curve_as_svg(rows, "lr", points)
 
 
-def test_long_runs_show_some_of_their_epochs(make_trainer, tmp_path):
-    trainer = make_trainer(tmp_path / "run", epochs=1)
-    trainer.run_training()
-    trainer.log.samples = {epoch: [f"after {epoch}", "b"] for epoch in range(1, 101)}
+def test_long_runs_show_some_of_their_epochs(one_epoch, monkeypatch):
+    trainer, folder, _ = one_epoch
+    samples = {epoch: [f"after {epoch}", "b"] for epoch in range(1, 101)}
+    monkeypatch.setattr(trainer.log, "samples", samples)
     trainer.log.write_report(trainer.eval_model)
-    samples = sections((tmp_path / "run" / "report.html").read_text())["The same photos after every epoch"]
+    samples = sections((folder / "report.html").read_text())["The same photos after every epoch"]
     shown = [int(epoch) for epoch in re.findall(r"<td>after (\d+)</td>", samples)]
     assert len(shown) == 8 and shown == sorted(shown) and (shown[0], shown[-1]) == (1, 100)

@@ -1,5 +1,6 @@
 """A run that was stopped goes on as if it had not been: bit for bit, whatever stopped it."""
 
+import json
 import math
 import os
 import random
@@ -16,18 +17,21 @@ from safetensors.torch import load_file
 
 from captioning.training import run_state
 from captioning.training.run_state import NEWEST, Stopped, read_state, restore_rng, rng_state, write_state
-from conftest import REPO_ROOT
+from conftest import REPO_ROOT, TINY_ENCODER, make_flickr, script_module, tiny_model_of, tiny_training_of, trainers_of
 from helpers.runs import assert_same_run, change_loss, files, stop_after
 
 SCRIPT = REPO_ROOT / "MyLLM_Vit_gpt2_captioning" / "MyLLM_Vit_gpt2_captioning.py"
 
 
-@pytest.fixture
-def whole(make_trainer, tmp_path):
+@pytest.fixture(scope="module")
+def whole(bpe, tmp_path_factory):
     """Of an uninterrupted run: its result, files and last weights."""
-    trainer = make_trainer(tmp_path / "whole")
+    folder = tmp_path_factory.mktemp("whole")
+    data = make_flickr(folder / "data")
+    make_trainer = trainers_of(script_module, tiny_model_of(bpe), tiny_training_of(data, folder), bpe)
+    trainer = make_trainer(folder / "run")
     result = trainer.run_training()
-    return result, files(tmp_path / "whole"), trainer.model.state_dict()
+    return result, files(folder / "run"), trainer.model.state_dict()
 
 
 @pytest.mark.parametrize(
@@ -224,9 +228,12 @@ def test_deterministic(make_trainer, tmp_path, monkeypatch):
 
 # --- killed processes -------------------------------------------------------------------------------------------------
 
+SCENES = 100
 COMMAND = [
-    sys.executable, str(SCRIPT), "--recipe", "shapes", "--epochs", "2", "--shapes_scenes", "200", "--score_images", "4",
-    "--demo_images", "1", "--save_minutes", "0.002", "--ema_decay", "0.9", "--freeze_epochs_all", "0",
+    sys.executable, str(SCRIPT), "--recipe", "shapes", "--epochs", "2", "--shapes_scenes", str(SCENES),
+    "--batch_size", "8", "--embed_dim", "32", "--num_heads", "2", "--encoder_options", json.dumps(TINY_ENCODER),
+    "--score_images", "4", "--demo_images", "1", "--save_minutes", "0.002", "--ema_decay", "0.9",
+    "--freeze_epochs_all", "0",
 ]  # fmt: skip
 
 
@@ -238,6 +245,11 @@ def train(folder, data, *options, **kwargs):
     )  # fmt: skip
 
 
+def wait_for_a_state(run, folder):
+    while not (folder / "last" / NEWEST).exists() and run.poll() is None:
+        time.sleep(0.02)
+
+
 def test_killed_at_random_moments(tmp_path):
     """SIGKILL, resumed each time: weights and metrics are those of the uninterrupted run. KILLS says how often: `make
     soak` makes it 20."""
@@ -245,15 +257,17 @@ def test_killed_at_random_moments(tmp_path):
 
     kills, rng = int(os.environ.get("KILLS", 2)), random.Random(int(os.environ.get("KILL_SEED", 0)))
     data, whole, killed = tmp_path / "shapes", tmp_path / "whole", tmp_path / "killed"
-    shapes.write_dataset(data, 200)
+    shapes.write_dataset(data, SCENES)
     start = time.monotonic()
     run = train(whole, data)
+    wait_for_a_state(run, whole)
+    begun = time.monotonic() - start
     out, _ = run.communicate(timeout=600)
     assert run.returncode == 0, out
     length, done = time.monotonic() - start, 0
     while done < kills:
         run = train(killed, data, "--resume", "auto")
-        delay = rng.uniform(0.3, 0.8) * length
+        delay = begun + rng.uniform(0, 0.5) * (length - begun)  # it imports as long as before, and has less to do
         try:
             out, _ = run.communicate(timeout=delay)
             assert run.returncode == 0, out  # it was done before it could be killed: once more from the start
@@ -276,10 +290,9 @@ def test_killed_at_random_moments(tmp_path):
 def test_sigterm_ends_a_process_cleanly(tmp_path):
     from captioning.data import shapes
 
-    shapes.write_dataset(tmp_path / "shapes", 200)
+    shapes.write_dataset(tmp_path / "shapes", SCENES)
     run = train(tmp_path / "run", tmp_path / "shapes")
-    while not (tmp_path / "run" / "last" / NEWEST).exists() and run.poll() is None:
-        time.sleep(0.05)
+    wait_for_a_state(run, tmp_path / "run")
     run.terminate()
     out, _ = run.communicate(timeout=60)
     assert run.returncode == 0, out

@@ -211,7 +211,7 @@ def test_a_tracker_changes_no_weight_and_one_that_fails_is_left_alone(make_train
     monkeypatch.setitem(trackers.TRACKERS, "wandb", Broken)
     weights = []
     for name in ("none", "tensorboard", "wandb"):
-        trainer = make_trainer(tmp_path / name, tracker=name, log_steps=1, epochs=2)
+        trainer = make_trainer(tmp_path / name, tracker=name, log_steps=1, epochs=1)
         trainer.run_training()
         trainer.log.tracker.finish()
         weights.append((tmp_path / name / "captioner.safetensors").read_bytes())
