@@ -4,8 +4,8 @@
     python MyLLM_Vit_gpt2_captioning/MyLLM_Vit_gpt2_captioning.py --epochs 3 --lr 2e-4   with other constants
     python MyLLM_Vit_gpt2_captioning/MyLLM_Vit_gpt2_captioning.py --recipe shapes        with those of a recipe
 
-Captions and photos are read from data/, in any format that sources.py knows; without them, a small captioner is trained
-from scratch on the built-in Shapes dataset. Results go to captioner/.
+Captions and photos are read from data/, in any format that captioning/data/sources.py reads; without them, a small
+captioner is trained from scratch on the built-in Shapes dataset. Results go to captioner/.
 """
 
 import gc
@@ -29,7 +29,7 @@ sys.path.append(str(REPO_ROOT))  # for MyLLM; this file's own folder is on the p
 
 from captioning.command_line import checks, overrides, recipes
 from captioning.common.config import Config, complete
-from captioning.common.distributed import ProcessGroup, no_sync, silence_other_ranks
+from captioning.common.distributed import ProcessGroup, gradient_sync, silence_other_ranks
 from captioning.common.files import WEIGHTS_FILE
 from captioning.common.precision import mixed_precision, use_deterministic_algorithms
 from captioning.common.progress import progress_bar
@@ -43,7 +43,7 @@ from captioning.decoding.search import caption_images, generate_ids, trim
 from captioning.images.augmentation import TrainingTransforms, ValidationTransforms
 from captioning.images.preprocessing import normalize_pixels
 from captioning.model import checkpoint, hugging_face, loading
-from captioning.model.encoders import build_encoder, meta_device_for, preprocessing_of, resolve_encoder, run_block
+from captioning.model.encoders import build_encoder, meta_device_for, preprocessing_of, run_block
 from captioning.model.loss import IGNORED_LABEL, chunked_cross_entropy
 from captioning.model.positions import SinusoidalPositions
 from captioning.model.stages import keep_frozen_in_eval, pretrained_names, stage_of, train_only, trainable_names
@@ -142,7 +142,7 @@ class TrainConfig(Config):
     data_dir: Path = DATA_DIR  # folder with captions and photos
     image_dir: Path = IMAGE_DIR  # folder with the photos; found in data_dir when only that is given
     model_path: Path = OUTPUT_DIR  # folder for checkpoint, metrics and plots; an earlier run there is moved aside
-    captions_file: str = CAPTIONS_FILE  # annotation file in any format of data/sources.py; found in data_dir when empty
+    captions_file: str = CAPTIONS_FILE  # annotation file of any format; found in data_dir when empty
     dataset: str = "flickr30k"  # what --download puts into data_dir: flickr8k, flickr30k or coco2017
     score_every: int = 1  # epochs between scores of captions of the same validation photos; 0: never
     score_images: int = 200  # validation photos that are captioned for these scores
@@ -164,20 +164,23 @@ class TrainConfig(Config):
 
 
 model_config, train_config = ModelConfig(), TrainConfig()  # the values of a run that is given no others
-read_config = partial(loading.stored_config, defaults=model_config, read_decoder=gpt2_config)
+stored_config = partial(loading.stored_config, defaults=model_config, read_decoder=gpt2_config)
 
 
 def complete_configs(model=None, train=None):
-    """Objects with some of the constants above, or None -> (ModelConfig, TrainConfig) with all of them, checked.
+    """Objects with some of the constants above -> (ModelConfig, TrainConfig) with all, checked; None stays None.
 
     Constants that `model` lacks are those of the captioner to start from, where it names one, else those above.
     Raises ValueError that names the constant, its value and what is allowed, or for an unknown one the nearest name.
     """
-    model = loading.complete_model_config(model, model_config, gpt2_config)
-    train = complete(train, train_config)
-    checks.check_model_config(model)
-    checks.check_train_config(train)
-    return replace(model, **resolve_encoder(model)), train
+    if train is not None:
+        train = complete(train, train_config)
+        checks.check_train_config(train)
+    if model is not None:
+        model = loading.complete_model_config(model, model_config, gpt2_config)
+        checks.check_model_config(model)
+        model = loading.with_timm_encoder(model, HF_GPT2_REPO)
+    return model, train
 
 
 # ======================================================================================================================
@@ -215,8 +218,8 @@ def _load_flickr_dataframe(data_dir, image_dir, captions_file=None):
 def build_transforms(img_size=224, norm_mean=None, norm_std=None, crop_scale=0.8, resample="bicubic", normalized=True):
     """-> (train_tfms, valid_tfms); each is called `tfms(image=array)["image"]` -> float tensor (3, img_size, img_size).
 
-    `norm_mean` and `norm_std` are one value a channel for pixels in 0..1; None means 0.5. `crop_scale`: see
-    augmentation.py, which says how captions stay true. Without `normalized` the tensors are pixels, uint8.
+    `norm_mean` and `norm_std` are one value a channel for pixels in 0..1; None means 0.5. Without `normalized` the
+    tensors are pixels, uint8. captioning/images/augmentation.py says how captions stay true, with `crop_scale`.
     """
     mean, std = norm_mean or (0.5,) * 3, norm_std or (0.5,) * 3
     return (
@@ -308,7 +311,7 @@ def build_tokenizer(model_config, captions):
     """The tokenizer of the captioner to start from, or the one that `model_config.tokenizer` names; "bpe" and "word"
     are trained on `captions`."""
     if model_config.start_from:
-        return CaptionTokenizer(read_config(model_config.start_from)[0])
+        return CaptionTokenizer(stored_config(model_config.start_from)[0])
     if model_config.tokenizer == "gpt2":
         return tokenizer
     return CaptionTokenizer.train(captions, model_config.vocab_size, model_config.tokenizer)
@@ -523,8 +526,8 @@ class VisionGPT2Model(nn.Module):
         return pretrained_names(self, self.NEW_LAYERS)
 
     def pretrained_layers_trainable(self, trainable=False):
-        """Freeze all pretrained parameters, so that only new layers train, or unfreeze them but for `always_frozen`;
-        print how many parameters are frozen."""
+        """Freeze all pretrained parameters, so that only new layers train, or unfreeze them, except those in front of
+        `trainable_stages`; print how many parameters are frozen."""
         train_only(self, trainable_names("everything" if trainable else "new layers", self))
 
     def unfreeze_gpt_layers(self):
@@ -557,14 +560,14 @@ class VisionGPT2Model(nn.Module):
         id "user/repo" -> the trained captioner there, ours or a VisionEncoderDecoderModel of ViT and GPT-2, in eval
         mode. Raises FileNotFoundError or ValueError that says what is missing or does not fit."""
         if isinstance(source, (str, Path)):
-            folder, config = read_config(source)
+            folder, config = stored_config(source)
             with meta_device_for(vars(config)):
                 model = cls(config, encoder_weights="stored")
             loading.load_captioner_weights(model, folder, hf_name)
             return model.eval()
         config, _ = complete_configs(model=source)
         if config.start_from:
-            folder, _ = read_config(config.start_from)
+            folder, _ = stored_config(config.start_from)
             model = cls(config)
             loading.load_captioner_weights(model, folder, hf_name)
             return model
@@ -602,7 +605,7 @@ class VisionGPT2Model(nn.Module):
 
 def load_captioner(source):
     """A trained captioner (folder or hub id, ours or Hugging Face's) -> (model in eval mode, its tokenizer)."""
-    folder, _ = read_config(source)
+    folder, _ = stored_config(source)
     model, tok = VisionGPT2Model.from_pretrained(folder), CaptionTokenizer(folder)
     check_eos(tok, model.config)
     return model, tok
@@ -651,13 +654,13 @@ class Trainer:
         if config.compile:
             self.model.loss = torch.compiler.disable(self.model.loss)  # the number of chunks changes with the batch
             compiled = torch.compile(self.model)  # shares its weights with self.model
-        self.objective, self.self_critical = CrossEntropy(compiled, self.train_dl, self.device), None
+        self.objective, self.self_critical = CrossEntropy(compiled, self.train_dl), None
         if config.scst_epochs:
             self.self_critical = SelfCritical(self.model, self.train_dl.dataset, config)
         tracker = config.tracker if self.processes.is_main else "none"
         tracker = Tracker(tracker, self.model_path, WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_NAME)
         self.log = RunLog(self.model_path, config, self.processes, any(self.valid_dl.dataset.prompts), tracker)
-        self.metrics = self.log.rows  # a dict an epoch, the rows of metrics.csv
+        self.metrics = self.log.rows  # one dict per epoch, the rows of metrics.csv
         self.best = {"best_perplexity": math.inf, "best_epoch": None}
         push = config.push_every_epoch and self.processes.is_main
         self.uploads = upload.background_uploads(push, HF_REPO_ID, self.model_path)
@@ -666,7 +669,7 @@ class Trainer:
         self.state = RunState(self.model_path, self.processes, config, first_epoch=-1 if config.epochs == 0 else 0)
         if config.resume or self.processes.restarted:
             loaders = [*dls, self.self_critical.loader] if self.self_critical else dls
-            if state := self.state.resume(config.resume or "auto", self.state_dict(), loaders):
+            if state := self.state.resume(config.resume or "auto", self.identity(), loaders):
                 self.load_state_dict(state)
 
     # --- one step -----------------------------------------------------------------------------------------------------
@@ -674,22 +677,23 @@ class Trainer:
     def train_step(self, batches):
         """One optimizer step on `batches`, whose gradient is that of one large batch.
 
-        -> (sum, count): the sum of what the objective reports, and over how many labels or photos, of all processes.
-        (0.0, 0) for a step that changes nothing, because no photo could be read or the gradient is not finite; after
-        `max_bad_steps` non-finite gradients in a row FloatingPointError is raised.
+        -> (sum, count) over all ranks: the summed loss or reward, and the number of labels or photos; (0.0, 0) for a
+        step that changes nothing, because no photo could be read or the gradient is not finite. Raises
+        FloatingPointError after `max_bad_steps` non-finite gradients in a row.
         """
         self.optimizer.zero_grad(set_to_none=True)
         counts, reported = [self.objective.count(batch) for batch in batches], 0.0
-        [total_count] = self.processes.sum(sum(counts))
+        [total_count] = self.processes.all_reduce_sum(sum(counts))
         if total_count == 0:
             return 0.0, 0
         for number, (batch, count) in enumerate(zip(batches, counts, strict=True), 1):
-            with no_sync(self.ddp, unless=number == len(batches)):
+            batch = batching.to_device(batch, self.device)
+            with gradient_sync(self.ddp, enabled=number == len(batches)):
                 with self.autocast():
                     loss, value = self.ddp(self.objective.loss, batch)
                 loss = loss * (count / total_count * self.processes.world_size)  # DDP takes the mean over processes
                 if not math.isfinite(loss.item()):
-                    loss = loss * math.nan  # an infinite loss may have a finite gradient, and other ranks see only that
+                    loss = loss * math.nan  # an infinite loss may have a finite gradient; NaN survives the all-reduce
                 self.scaler.scale(loss).backward()
             reported += value * count
         self.scaler.unscale_(self.optimizer)
@@ -698,16 +702,16 @@ class Trainer:
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if self.bad_steps >= self.train_config.max_bad_steps:
             raise FloatingPointError(f"{self.bad_steps} steps in a row were not finite: try a lower --lr")
-        if finite or self.scaler.is_enabled():  # an enabled scaler skips a non-finite step itself, and lowers its scale
+        if finite:
             self.scaler.step(self.optimizer)
-            self.scaler.update()
+        self.scaler.update()  # lowers the scale of fp16 where gradients were not finite
         if not finite:
             return 0.0, 0
         if self.scheduler.last_epoch < self.scheduler.total_steps:  # in more epochs than planned the rate stays low
             self.scheduler.step()
         if self.average:
             self.average.update(self.model, step=self.scheduler.last_epoch)
-        return self.processes.sum(reported, sum(counts))
+        return self.processes.all_reduce_sum(reported, sum(counts))
 
     def start_schedule(self, lr, batches):
         """A new optimizer with peak learning rate `lr`, OneCycle over `batches` batches, and a new moving average."""
@@ -788,16 +792,16 @@ class Trainer:
     def valid_one_epoch(self, epoch):
         """One pass over the validation captions -> perplexity: exp of the mean loss over all their labels."""
         self.model.eval()
-        validation, total_loss, total_count = CrossEntropy(self.eval_model, self.valid_dl, self.device), 0.0, 0
+        validation, total_loss, total_count = CrossEntropy(self.eval_model, self.valid_dl), 0.0, 0
         bar = progress_bar(validation.images, "validation")
         for batch in self.valid_dl:
-            with self.autocast():
-                _, loss = validation.loss(batch)
             count = validation.count(batch)
+            with self.autocast():
+                _, loss = validation.loss(batching.to_device(batch, self.device))
             total_loss, total_count = total_loss + loss * count, total_count + count
             bar.update(validation.captions_in(batch) // validation.captions_per_image * self.processes.world_size)
         bar.close()
-        total_loss, total_count = self.processes.sum(total_loss, total_count)
+        total_loss, total_count = self.processes.all_reduce_sum(total_loss, total_count)
         return perplexity(total_loss / total_count)
 
     def score_one_epoch(self, epoch):
@@ -814,6 +818,7 @@ class Trainer:
         the state of the run saved.
         """
         dataset, configs = self.valid_dl.dataset, self.configs()
+        self.log.config = self.train_config  # `rebuild_schedule` may have replaced it
         self.log.begin(self.model, self.tokenizer, dataset, configs, self.autocast, self.state.resumed)
         epochs = range(self.state.position["epoch"], self.train_config.epochs + self.train_config.scst_epochs)
         try:
@@ -855,6 +860,11 @@ class Trainer:
         configs = {"model": self.model.config, "train": self.train_config}
         return {name: checkpoint.portable(config, REPO_ROOT) for name, config in configs.items()}
 
+    def identity(self):
+        """What must not change when the run is resumed: constants and captions, as `check_same_run` compares them."""
+        datasets = [loader.dataset for loader in (self.train_dl, self.valid_dl)]
+        return {"config": self.configs(), "dataset": [dataset_digest(dataset) for dataset in datasets]}
+
     # --- resume -------------------------------------------------------------------------------------------------------
 
     def state_dict(self):
@@ -866,8 +876,7 @@ class Trainer:
             "optimization": schedule.optimization_state(*parts),
             "best": self.best,
             **self.log.state_dict(),
-            "config": self.configs(),
-            "dataset": [dataset_digest(loader.dataset) for loader in (self.train_dl, self.valid_dl)],
+            **self.identity(),
         }
 
     def load_state_dict(self, state):
@@ -930,7 +939,9 @@ def read_configs(argv):
     recipe = recipe or default_recipe(given["train_config"], train_config.data_dir, DATA_DIR, download)
     chosen = recipes.recipe_constants(recipe, given, RECIPES_DIR, REPO_ROOT, **sections)
     train = chosen["train_config"] | data_paths(recipe, chosen["train_config"], train_config, DATA_DIR)
-    return *complete_configs(SimpleNamespace(**chosen["model_config"]), SimpleNamespace(**train)), download
+    model, train = complete_configs(SimpleNamespace(**chosen["model_config"]), SimpleNamespace(**train))
+    preprocessing_of(model)  # knows the encoder: a mistyped name is an error before data is rendered or downloaded
+    return model, train, download
 
 
 def build_trainer(model_cfg, train_cfg, df):

@@ -14,7 +14,7 @@ import torch
 
 from captioning.command_line.arguments import ToolParser
 from captioning.model import checkpoint, hugging_face
-from MyLLM_Vit_gpt2_captioning import REPO_ROOT, load_captioner, read_config
+from MyLLM_Vit_gpt2_captioning import REPO_ROOT, load_captioner, stored_config
 
 
 def main(argv=None):
@@ -26,7 +26,7 @@ def main(argv=None):
     try:
         if args.target.exists():
             raise FileExistsError(f"{args.target} exists already: give another folder")
-        folder, config = read_config(args.source)
+        folder, config = stored_config(args.source)
         model, tokenizer = load_captioner(folder)
         from_hf = hugging_face.is_vision_encoder_decoder(checkpoint.load_config(folder))
         if from_hf:

@@ -19,7 +19,7 @@ from captioning.images.preprocessing import load_image
 from captioning.sharing import upload
 from captioning.sharing.hub_folder import CHECKPOINT_FILES, copy_checkpoint, source_files, write_folder
 from captioning.sharing.model_card import NO_LICENSE, photo_sample, read_facts
-from MyLLM_Vit_gpt2_captioning import HF_REPO_ID, OUTPUT_DIR, load_captioner, read_config
+from MyLLM_Vit_gpt2_captioning import HF_REPO_ID, OUTPUT_DIR, load_captioner, stored_config
 
 
 def main(argv=None):
@@ -72,7 +72,7 @@ def export(args):
         upload.check_token()
     elif args.dry_run.exists() and (not args.dry_run.is_dir() or any(args.dry_run.iterdir())):
         raise FileExistsError(f"{args.dry_run} exists already: give another folder")
-    folder, _ = read_config(args.checkpoint)
+    folder, _ = stored_config(args.checkpoint)
     model, tokenizer = load_captioner(folder)  # an unusable checkpoint fails here, before it is shared
     with tempfile.TemporaryDirectory() as scratch:
         is_ours = all((folder / name).is_file() for name in CHECKPOINT_FILES)

@@ -103,7 +103,7 @@ def choose_captioners(root, first=None):
     """
     captioners = find_captioners(root)
     if first:
-        folder = Path(script.read_config(first)[0]).resolve()
+        folder = Path(script.stored_config(first)[0]).resolve()
         name = next((name for name, other in captioners.items() if other.resolve() == folder), None)
         name = name or (folder.name if Path(first).is_dir() else first)  # visitors of the page must not see the path
         captioners = {name: folder} | {other: path for other, path in captioners.items() if other != name}

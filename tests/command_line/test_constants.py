@@ -10,18 +10,19 @@ import pytest
 import torch
 
 from captioning.command_line import checks
+from captioning.command_line.recipes import read_recipe, write_recipe
 from captioning.common.config import complete
 from captioning.data.downloads import DATASETS
 from captioning.training.trackers import TRACKERS
 
 # What a user types, and the one line it ends with.
 REFUSED = [
-    ("--lr -1", "lr is -1.0, but must be above 0"),
-    ("--lr 0", "lr is 0.0, but must be above 0"),
-    ("--lr nan", "lr is nan, but must be above 0"),
-    ("--lr inf", "lr is inf, but must be above 0"),
-    ("--scst_lr 0", "scst_lr is 0.0, but must be above 0"),
-    ("--weight_decay -1", "weight_decay is -1.0, but must be at least 0"),
+    ("--lr -1", "lr is -1.0, but must be finite and above 0"),
+    ("--lr 0", "lr is 0.0, but must be finite and above 0"),
+    ("--lr nan", "lr is nan, but must be finite and above 0"),
+    ("--lr inf", "lr is inf, but must be finite and above 0"),
+    ("--scst_lr 0", "scst_lr is 0.0, but must be finite and above 0"),
+    ("--weight_decay -1", "weight_decay is -1.0, but must be finite and at least 0"),
     ("--clip_norm -1", "clip_norm is -1.0, but must be above 0"),
     ("--clip_norm 0", "clip_norm is 0.0, but must be above 0"),
     ("--label_smoothing 2", "label_smoothing is 2.0, but must be at least 0 and below 1"),
@@ -32,7 +33,7 @@ REFUSED = [
     ("--attention_dropout -0.1", "attention_dropout is -0.1, but must be at least 0 and below 1"),
     ("--mlp_dropout 1.5", "mlp_dropout is 1.5, but must be at least 0 and below 1"),
     ("--residual_dropout nan", "residual_dropout is nan, but must be at least 0 and below 1"),
-    ("--pretrained_lr_scale -1", "pretrained_lr_scale is -1.0, but must be at least 0"),
+    ("--pretrained_lr_scale -1", "pretrained_lr_scale is -1.0, but must be finite and at least 0"),
     ("--crop_scale 3", "crop_scale is 3.0, but must be above 0 and at most 1"),
     ("--crop_scale 0", "crop_scale is 0.0, but must be above 0 and at most 1"),
     ("--max_bad_steps 0", "max_bad_steps is 0, but must be at least 1"),
@@ -71,7 +72,7 @@ REFUSED = [
     ("--feature_levels 0", "feature_levels is 0, but must be at least 1"),
     ("--device tpu", "device is 'tpu', but must be cpu, cuda, cuda:N or mps"),
     ("--device meta", "device is 'meta', but must be cpu, cuda, cuda:N or mps"),
-    ("--seed -1", "seed is -1, but must be at least 0"),
+    ("--seed -1", "seed is -1, but must be at least 0 and at most 18446744073709551615"),
     ("--epochs -1", "epochs is -1, but must be at least 0"),
     ("--epochs 0", "epochs is 0 and scst_epochs is 0: there is nothing to train"),
     ("--freeze_epochs_gpt -1", "freeze_epochs_gpt is -1, but must be at least 0"),
@@ -82,8 +83,8 @@ REFUSED = [
     ("--log_steps 0", "log_steps is 0, but must be at least 1"),
     ("--scst_epochs -1", "scst_epochs is -1, but must be at least 0"),
     ("--scst_samples 0", "scst_samples is 0, but must be at least 1"),
-    ("--scst_samples 1", "scst_samples is 1, but must be at least 2: a beam, and the mean of a photo's other draws, "
-     "need more than one"),
+    ("--scst_epochs 1 --scst_samples 1", "scst_samples is 1, but must be at least 2: a beam, and the mean of a photo's "
+     "other draws, need more than one"),
     ("--scst_epochs 1 --score_every 2", "score_every is 2, but must be 1: scst_epochs needs CIDEr every epoch"),
     ("--best_by CIDEr --score_images 0", "score_images is 0, but must be at least 1: best_by CIDEr needs CIDEr"),
     ("--encoder= ", "encoder is '', but must be a name or a path"),
@@ -115,6 +116,14 @@ def test_a_bad_value_is_named_before_anything_is_written(script, folder, capsys,
     assert "\n" not in said
     assert sorted(folder.rglob("*")) == before
     assert "training on" not in capsys.readouterr().out
+
+
+def test_an_unknown_encoder_is_an_error_before_data_is_rendered(script, folder):
+    with pytest.raises(
+        ValueError, match=r"timm has no model 'vit_base_patch16_225'; did you mean vit_base_patch16_224,"
+    ):
+        script.main(["--recipe", "shapes", "--encoder", "vit_base_patch16_225", "--model_path", str(folder / "out")])
+    assert not (folder / "no_data").exists() and not (folder / "out").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -153,7 +162,7 @@ def test_every_constant_is_checked_or_free(script):
     """A new constant has to be put into a table, or into this list."""
     free = {
         "post_norm", "normalize_tokens", "encoder_options", "refiner", "preprocessing", "start_from", "cache_tokens",
-        "cache_dir", "gradient_checkpointing", "compile", "device", "data_dir", "image_dir", "model_path",
+        "gradient_checkpointing", "compile", "device", "image_dir",
         "captions_file", "keep_epoch_checkpoints", "push_every_epoch", "resume", "deterministic",
     }  # fmt: skip
     for config, table in ((script.model_config, checks.MODEL), (script.train_config, checks.TRAIN)):
@@ -189,7 +198,8 @@ def test_an_unknown_constant_is_refused_with_the_nearest_name(script):
         (dict(depth=float("nan")), "depth is nan, but must be of type int"),
         (dict(emb_dropout="none"), "emb_dropout is 'none', but must be of type float"),
         (dict(post_norm=1), "post_norm is 1, but must be of type bool"),
-        (dict(encoder=None), "encoder is None, but must be of type str"),
+        (dict(encoder=None), "encoder is '', but must be a name or a path"),
+        (dict(encoder=["vit"]), "encoder is ['vit'], but must be of type str"),
         (dict(encoder_options=[("img_size", 48)]), "encoder_options is [('img_size', 48)], but must be of type dict"),
         (dict(depth=0), "depth is 0, but must be at least 1"),
     ],
@@ -198,6 +208,30 @@ def test_a_wrong_type_is_refused(script, given, message):
     with pytest.raises(ValueError) as refused:
         script.complete_configs(model=SimpleNamespace(**given))
     assert str(refused.value) == message
+
+
+def test_defaults_that_a_user_edited_are_checked_where_they_are_used(script, tiny_config, monkeypatch):
+    """Those of training only where there is training: a tool that captions does not stumble over them."""
+    monkeypatch.setattr(script.train_config, "lr", "1e-4")
+    with pytest.raises(ValueError, match="lr is '1e-4', but must be of type float"):
+        script.complete_configs(train=SimpleNamespace(epochs=1))
+    script.VisionGPT2Model(tiny_config)
+    monkeypatch.setattr(script.train_config, "lr", 1e-4)
+    monkeypatch.setattr(script.train_config, "model_path", "runs/x")
+    assert script.complete_configs(train=SimpleNamespace(epochs=1))[1].model_path == Path("runs/x")
+    with pytest.raises(ValueError, match="model_path is None, but must be a path"):
+        script.complete_configs(train=SimpleNamespace(model_path=None))
+
+
+def test_what_a_run_reads_it_writes(script, tmp_path):
+    """recipe.toml of a run without clipping is TOML, too, and a completed config shares no dict with the defaults."""
+    model, train = script.complete_configs({}, {"clip_norm": float("inf"), "save_minutes": float("inf")})
+    write_recipe(tmp_path, model, train)
+    sections = dict(model_config=script.model_config, train_config=script.train_config)
+    stored = read_recipe(tmp_path / "recipe.toml", None, **sections)
+    assert stored["train_config"]["clip_norm"] == stored["train_config"]["save_minutes"] == float("inf")
+    model.encoder_options["img_size"] = 48
+    assert script.model_config.encoder_options == {}
 
 
 def test_configs_are_completed_and_left_as_they_are(script):

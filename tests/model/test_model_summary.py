@@ -14,7 +14,7 @@ def number(text):
 
 
 def test_every_parameter_counts_once(script, tiny_model):
-    config = script.complete_configs()[1]
+    config = script.train_config
     head, rows = summary.summarize(tiny_model, config)
     assert head == ("part", "shape", "parameters", "everything")
     *parts, total = rows
@@ -68,7 +68,7 @@ def test_looking_at_the_model_leaves_it_as_it_is(script, tiny_config, dls):
     model = script.VisionGPT2Model(tiny_config).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random_state = torch.get_rng_state()
-    summary.summarize(model, script.complete_configs()[1])
+    summary.summarize(model, script.train_config)
     assert model.training
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -143,7 +143,7 @@ def test_changes(make_trainer, tmp_path, capsys):
     other = make_trainer(tmp_path)
     other.train_dl.dataset.captions = [*captions[:-1], "another"]
     with pytest.raises(ValueError, match="training captions: they were 16, and not the same as now"):
-        other.state.resume("auto", other.state_dict(), [])
+        other.state.resume("auto", other.identity(), [])
     capsys.readouterr()
     changed = make_trainer(tmp_path, resume="auto", lr=5e-4, epochs=4)
     out = capsys.readouterr().out

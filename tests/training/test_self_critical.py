@@ -120,6 +120,19 @@ def test_gradient_is_that_of_rewarded_log_probabilities(model, photos, baseline,
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("baseline", ["mean", "greedy"])
+def test_every_weight_has_a_gradient_in_mixed_precision(model, photos, baseline):
+    """The draws run in inference mode; autocast must not hand their casts of weights to the step that learns."""
+    scst = SelfCritical(model, photos, config(scst_samples=2, scst_baseline=baseline))
+    scst.rewards = lambda ids, indices: torch.arange(len(ids)).float()
+    images = torch.stack([photos.load_input("", 0), photos.load_input("", 1)])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = scst.loss((images, torch.tensor([0, 1])))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert model.gpt.trf_blocks[0].cross_attn.q.weight.grad.any()
+
+
 def test_a_constant_reward_teaches_nothing(model, photos, monkeypatch):
     scst = SelfCritical(model, photos, config())
     monkeypatch.setattr(scst, "rewards", lambda ids, places: torch.full((len(ids),), 0.7))

@@ -1,15 +1,12 @@
 """What the constants of a run may be: every range, every choice and every rule between two of them, in one place.
 
 The checks run before anything is loaded or written. Each error is one line with the constant, its value and what is
-allowed.
+allowed. Classes and functions that a user may call directly guard their own arguments, too.
 """
 
 import math
 
 import torch
-
-BASELINES = ("mean", "greedy")
-DRAWS = ("sample", "beam")
 
 
 class Range:
@@ -24,7 +21,7 @@ class Range:
     def __str__(self):
         low = f"above {self.low}" if self.low in self.exclude else f"at least {self.low}"
         if self.high == math.inf:
-            return low
+            return f"finite and {low}" if math.inf in self.exclude else low
         return f"{low} and {'below' if self.high in self.exclude else 'at most'} {self.high}"
 
 
@@ -38,6 +35,16 @@ class NotEmpty:
         return "a name or a path"
 
 
+class Given:
+    """Anything but None, which only the constants that are looked for may be."""
+
+    def __contains__(self, value):
+        return value is not None
+
+    def __str__(self):
+        return "a path"
+
+
 class Choice(tuple):
     """One of these values."""
 
@@ -45,15 +52,15 @@ class Choice(tuple):
         return f"one of {', '.join(map(repr, self))}"
 
 
-COUNT, COUNT_OR_NONE = Range(1), Range(0)
+AT_LEAST_1, AT_LEAST_0 = Range(1), Range(0)
 POSITIVE = Range(0, exclude=(0, math.inf))
 NOT_NEGATIVE = Range(0, exclude=(math.inf,))
 SHARE = Range(0, 1, exclude=(1,))  # of dropout, smoothing, averaging: with 1 nothing would be left
 
 MODEL = {
-    "embed_dim": COUNT,
-    "num_heads": COUNT,
-    "depth": COUNT,
+    "embed_dim": AT_LEAST_1,
+    "num_heads": AT_LEAST_1,
+    "depth": AT_LEAST_1,
     "seq_len": Range(3),  # [BOS], one token, [EOS]
     "vocab_size": Range(2),
     "emb_dropout": SHARE,
@@ -65,51 +72,54 @@ MODEL = {
     "positions": Choice(("learned", "sinusoidal")),
     "activation": Choice(("gelu", "relu")),
     "tokenizer": Choice(("gpt2", "bpe", "word")),
-    "eos_token_id": COUNT_OR_NONE,
+    "eos_token_id": AT_LEAST_0,
     "unk_token_id": Range(-1),
     "encoder": NotEmpty(),
     "encoder_weights": NotEmpty(),
     "trainable_stages": Range(-1),
-    "feature_levels": COUNT,
+    "feature_levels": AT_LEAST_1,
     "coupling": Choice(("stepped", "final")),
 }
 
 TRAIN = {
-    "epochs": COUNT_OR_NONE,
-    "freeze_epochs_gpt": COUNT_OR_NONE,
-    "freeze_epochs_all": COUNT_OR_NONE,
+    "epochs": AT_LEAST_0,
+    "freeze_epochs_gpt": AT_LEAST_0,
+    "freeze_epochs_all": AT_LEAST_0,
     "lr": POSITIVE,
     "pretrained_lr_scale": NOT_NEGATIVE,
     "warmup_share": SHARE,
     "weight_decay": NOT_NEGATIVE,
     "ema_decay": SHARE,
     "clip_norm": Range(0, exclude=(0,)),  # infinity clips nothing
-    "batch_size": COUNT,
-    "accumulate": COUNT,
-    "captions_per_image": COUNT,
-    "length_window": COUNT,
-    "shuffle_buffer": COUNT,
-    "cache_views": COUNT,
+    "batch_size": AT_LEAST_1,
+    "accumulate": AT_LEAST_1,
+    "captions_per_image": AT_LEAST_1,
+    "length_window": AT_LEAST_1,
+    "shuffle_buffer": AT_LEAST_1,
+    "cache_views": AT_LEAST_1,
     "crop_scale": Range(0, 1, exclude=(0,)),
-    "max_bad_steps": COUNT,
-    "max_bad_images": COUNT_OR_NONE,
-    "num_workers": COUNT_OR_NONE,
+    "max_bad_steps": AT_LEAST_1,
+    "max_bad_images": AT_LEAST_0,
+    "num_workers": AT_LEAST_0,
     "precision": Choice(("auto", "float32", "bf16")),
-    "seed": COUNT_OR_NONE,
+    "seed": Range(0, 2**64 - 1),
+    "cache_dir": Given(),
+    "data_dir": Given(),
+    "model_path": Given(),
     "dataset": Choice(("flickr8k", "flickr30k", "coco2017")),
-    "score_every": COUNT_OR_NONE,
-    "score_images": COUNT_OR_NONE,
+    "score_every": AT_LEAST_0,
+    "score_images": AT_LEAST_0,
     "best_by": Choice(("perplexity", "CIDEr")),
-    "save_minutes": NOT_NEGATIVE,
-    "scst_epochs": COUNT_OR_NONE,
+    "save_minutes": AT_LEAST_0,
+    "scst_epochs": AT_LEAST_0,
     "scst_lr": POSITIVE,
-    "scst_samples": COUNT,
-    "scst_draws": Choice(DRAWS),
-    "scst_baseline": Choice(BASELINES),
+    "scst_samples": AT_LEAST_1,
+    "scst_draws": Choice(("sample", "beam")),
+    "scst_baseline": Choice(("mean", "greedy")),
     "tracker": Choice(("none", "tensorboard", "wandb", "trackio")),
-    "log_steps": COUNT,
-    "demo_images": COUNT_OR_NONE,
-    "shapes_scenes": COUNT,
+    "log_steps": AT_LEAST_1,
+    "demo_images": AT_LEAST_0,
+    "shapes_scenes": AT_LEAST_1,
 }
 
 
@@ -143,7 +153,11 @@ def check_train_config(config):
         )
     if config.epochs + config.scst_epochs < 1:
         raise ValueError("epochs is 0 and scst_epochs is 0: there is nothing to train")
-    if config.scst_samples < 2 and (config.scst_baseline == "mean" or config.scst_draws == "beam"):
+    if (
+        config.scst_epochs
+        and config.scst_samples < 2
+        and (config.scst_baseline == "mean" or config.scst_draws == "beam")
+    ):
         raise ValueError(
             f"scst_samples is {config.scst_samples}, but must be at least 2: a beam, and the mean of a photo's other "
             "draws, need more than one"
@@ -169,6 +183,6 @@ def check_device(device):
             raise ValueError(f"device is {device!r}, but {there}; give --device cpu{', or cuda:0' if count else ''}")
     elif kind.type == "mps":
         if not torch.backends.mps.is_available():
-            raise ValueError("device is 'mps', but this machine has no Metal GPU; give --device cpu")
+            raise ValueError(f"device is {device!r}, but this machine has no Metal GPU; give --device cpu")
     elif kind.type != "cpu":
         raise ValueError(f"device is {device!r}, but must be cpu, cuda, cuda:N or mps")

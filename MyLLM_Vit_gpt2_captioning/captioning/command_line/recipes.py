@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import tomllib
 from pathlib import Path
 
@@ -80,6 +81,8 @@ def as_toml(**sections):
             return "{" + ", ".join(f"{json.dumps(key)} = {plain(item)}" for key, item in value.items()) + "}"
         if isinstance(value, (list, tuple)):
             return "[" + ", ".join(plain(item) for item in value) + "]"
+        if isinstance(value, float) and math.isinf(value):
+            return str(value)  # inf, which JSON would write in another way
         return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
 
     lines = []

@@ -5,6 +5,8 @@ import difflib
 import numbers
 from pathlib import Path
 
+import torch
+
 
 class Config:
     """Base of the dataclasses `ModelConfig` and `TrainConfig` in the script.
@@ -41,15 +43,23 @@ def complete(given, defaults):
     values of `defaults` for the attributes that `given` lacks.
 
     `given` may be a SimpleNamespace, a dict, a `Config` or None. Its values are converted to the type of the field: a
-    Path to str for a text, a str to Path for a path, an int to float. Raises ValueError that names the constant for an
-    attribute that does not exist, and for a value of another type.
+    Path to str for a text, a str to Path for a path, an int to float; dicts are copied. Raises ValueError that names
+    the constant for an attribute that does not exist, and for a value of another type, also among the defaults.
     """
-    values = given if isinstance(given, dict) else vars(given) if given is not None else {}
-    owner, fields = type(defaults).__name__, {field.name: field for field in dataclasses.fields(defaults)}
+    values = attributes(given)
+    owner, fields = type(defaults).__name__, dataclasses.fields(defaults)
+    names = [field.name for field in fields]
     for name in values:
-        if name not in fields:
-            raise ValueError(unknown_constant(name, fields, owner))
-    return dataclasses.replace(defaults, **{name: as_type(name, values[name], fields[name].type) for name in values})
+        if name not in names:
+            raise ValueError(unknown_constant(name, names, owner))
+    values = vars(defaults) | values
+    return type(defaults)(**{field.name: as_type(field.name, values[field.name], field.type) for field in fields})
+
+
+def attributes(given):
+    """The attributes of an object, a class, a dict or None -> dict."""
+    values = given if isinstance(given, dict) else vars(given) if given is not None else {}
+    return {name: value for name, value in values.items() if not name.startswith("__")}
 
 
 def as_type(name, value, kind):
@@ -57,12 +67,14 @@ def as_type(name, value, kind):
 
     Raises ValueError that names the constant, the value and the type it must have.
     """
-    if kind is Path and value is None:  # a path that is looked for
-        return value
+    if value is None and kind in (Path, str):  # a path that is looked for; a text that is empty
+        return value if kind is Path else ""
     if kind is Path and isinstance(value, str):
         return Path(value)
-    if kind is str and (isinstance(value, Path) or type(value).__name__ == "device"):  # a torch.device
+    if kind is str and isinstance(value, (Path, torch.device)):
         return str(value)
+    if kind is dict and isinstance(value, dict):
+        return dict(value)
     if kind in (int, float):
         wanted = numbers.Integral if kind is int else numbers.Real  # NumPy's numbers, too
         if isinstance(value, wanted) and not isinstance(value, bool):

@@ -30,8 +30,9 @@ class ProcessGroup:
     `restarted`: torchrun has started the processes again because one of them failed."""
 
     def __init__(self, device):
-        """Join the other processes (NCCL on GPUs, gloo elsewhere). `device`: as the user named it; of several GPUs each
-        process takes its own. Raises ValueError when the machine has fewer GPUs than processes."""
+        """Initialise torch.distributed (NCCL on GPUs, gloo elsewhere). With several processes on GPUs each uses
+        cuda:LOCAL_RANK, whatever index `device` has. Raises ValueError when the machine has fewer GPUs than processes.
+        """
         self.rank, self.world_size = rank_and_world_size()
         self.is_main, self.device = self.rank == 0, torch.device(device)
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
@@ -42,7 +43,8 @@ class ProcessGroup:
             local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if local_rank >= gpus:
                 raise ValueError(
-                    f"{gpus} GPUs are here: start torchrun with --nproc-per-node {gpus}, or give --device cpu"
+                    f"torchrun started more processes than there are GPUs ({gpus}): give --nproc-per-node {gpus}, or "
+                    "--device cpu"
                 )
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
@@ -56,17 +58,17 @@ class ProcessGroup:
                 torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
             else:
                 torch.distributed.init_process_group(backend)
-        self.restarted = self.sum(self.restarted)[0] > 0  # on any host
+        self.restarted = self.all_reduce_sum(self.restarted)[0] > 0  # on any host
 
-    def sum(self, *numbers):
-        """All-reduce: numbers of this process -> list of their sums over all processes."""
+    def all_reduce_sum(self, *numbers):
+        """Numbers of this process -> list of their sums over all processes."""
         if self.world_size == 1:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(total)
         return total.tolist()
 
-    def any(self, flags):
+    def all_reduce_any(self, flags):
         """A bool tensor on the CPU -> where it is True in any process."""
         if self.world_size == 1:
             return flags
@@ -74,7 +76,7 @@ class ProcessGroup:
         torch.distributed.all_reduce(count)
         return count.cpu() > 0
 
-    def gather(self, results):
+    def all_gather(self, results):
         """The list that each process made from `items[rank::world_size]` -> the list for all items, in their order."""
         if self.world_size == 1:
             return results
@@ -112,10 +114,10 @@ class ProcessGroup:
             torch.distributed.destroy_process_group()
 
 
-def no_sync(ddp, unless):
-    """Around a forward and a backward pass: gradients are only accumulated, and averaged over the processes where
-    `unless` is true. `ddp`: from `ProcessGroup.wrap`."""
-    return nullcontext() if unless or not hasattr(ddp, "no_sync") else ddp.no_sync()
+def gradient_sync(ddp, enabled):
+    """Around a forward and a backward pass: gradients are averaged over the processes where `enabled`, else only
+    accumulated. `ddp`: from `ProcessGroup.wrap`."""
+    return nullcontext() if enabled or not hasattr(ddp, "no_sync") else ddp.no_sync()
 
 
 def _call(function, *args):

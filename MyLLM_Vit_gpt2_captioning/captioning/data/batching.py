@@ -24,7 +24,7 @@ class CaptionBatchSampler(Sampler):
         """`images`: the image of every row. `batch_size` counts captions; ValueError when it is not a multiple of
         `captions_per_image`.
 
-        With `lengths`, one a row, the groups of `window` batches are sorted by their longest caption before they are
+        With `lengths`, one per row, the groups of `window` batches are sorted by their longest caption before they are
         cut into batches; batches then come in random order again.
         """
         if batch_size % captions_per_image:
@@ -120,9 +120,9 @@ def stack(inputs):
 
 
 def to_device(inputs, device):
-    """A tensor, or a list of tensors, on the device."""
+    """A tensor, or a list of tensors and lists, copied to the device without waiting for it."""
     if isinstance(inputs, (list, tuple)):
-        return [part.to(device, non_blocking=True) for part in inputs]
+        return [to_device(part, device) for part in inputs]
     return inputs.to(device, non_blocking=True)
 
 

@@ -2,7 +2,7 @@
 
 A store is a dataset folder like any other:
     images/          the photos, upright RGB whose shorter side has at most 256 pixels, as JPEG or uncompressed BMP
-    captions.jsonl   a line a caption: image, caption, split and, where there are questions, prompt
+    captions.jsonl   one line per caption: image, caption, split and, where there are questions, prompt
     manifest.json    how the photos were made
     index.jsonl      a line a finished photo: name, size and time of the last change of the original
 A photo gets its name only when it is whole, then its line in the index, and the captions are written last: whatever

@@ -2,7 +2,7 @@
 
 A cache is a folder that holds one view of the photos, plain or augmented:
     manifest.json      everything except the photos that its tokens depend on; a hash of it ends the folder's name
-    index.jsonl        a line a photo, in the order of the rows: path, size, time of the last change, may be mirrored
+    index.jsonl        one line per photo, in the order of the rows: path, size, time of last change, may be mirrored
     level_0.float16    tokens (rows, N, C); a file for each level of the encoder
 A photo's tokens are on the disk before its line, so whatever ends the work, what the index lists is whole, and the rest
 is computed the next time. A photo that changed gets a new row.

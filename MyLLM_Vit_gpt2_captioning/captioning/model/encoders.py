@@ -114,6 +114,8 @@ def preprocessing_of(config):
         is_triple = isinstance(value, (list, tuple)) and len(value) == 3
         if not (is_triple and all(isinstance(v, (int, float)) for v in value)):
             raise ValueError(f"preprocessing: {key} {value!r} is not one number for each of three channels")
+    if min(chosen["std"]) <= 0:
+        raise ValueError(f"preprocessing: std {chosen['std']!r} is not above 0")
     return chosen
 
 

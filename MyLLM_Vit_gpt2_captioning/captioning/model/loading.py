@@ -5,9 +5,9 @@ Nothing behind this file changes a configuration: each function returns a new on
 
 import dataclasses
 
-from captioning.common.config import complete
+from captioning.common.config import attributes, complete
 from captioning.common.files import CONFIG_FILE, WEIGHTS_FILE
-from captioning.model import checkpoint, hugging_face
+from captioning.model import checkpoint, encoders, hugging_face
 from captioning.model.tokenizer import check_eos
 
 
@@ -30,13 +30,25 @@ def complete_model_config(given, defaults, read_decoder):
     """An object with some or all of the constants of a model -> the complete model_config.
 
     Constants that are not given are those of the captioner to start from (`start_from`), where there is one, else
-    `defaults`. Raises ValueError that names an unknown constant, and what `stored_config` raises.
+    `defaults`. A whole `ModelConfig` gives all of them: to start from a captioner, give an object with `start_from` and
+    the constants that are to differ. Raises ValueError that names an unknown constant, and what `stored_config` raises.
     """
-    values = dict(given if isinstance(given, dict) else vars(given) if given is not None else {})
+    values = attributes(given)
     if values.get("start_from") and not vars(defaults).keys() <= values.keys():
         _, defaults = stored_config(values["start_from"], defaults, read_decoder)
         values["preprocessing"] = defaults.preprocessing | values.get("preprocessing", {})
     return complete(values, defaults)
+
+
+def with_timm_encoder(config, gpt2_repo):
+    """A model_config in which a transformers model as encoder is replaced by the timm model that equals it.
+
+    Raises what `encoders.resolve_encoder` raises, where files are missing with `offline_help`.
+    """
+    try:
+        return dataclasses.replace(config, **encoders.resolve_encoder(config))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}\n\n{offline_help(config, gpt2_repo)}") from error
 
 
 def with_tokenizer(config, tokenizer):

@@ -65,14 +65,14 @@ def score_subset(model, tokenizer, dataset, count, processes, load_batch=None):
     -> ({(image, question or ""): reference captions}, captions, {"CIDEr", "BLEU-4"} or {"exact_answers"}).
     """
     references, flags = {}, dataset.unreadable_photos.flags
-    flags.copy_(processes.any(flags))  # each process has loaded other photos
+    flags.copy_(processes.all_reduce_any(flags))  # each process has loaded other photos
     for image, prompt, caption in zip(dataset.images, dataset.prompts, dataset.captions, strict=True):
         if image not in dataset.unreadable_photos and ((image, prompt) in references or len(references) < count):
             references.setdefault((image, prompt), []).append(caption)
     images, prompts = (list(column) for column in zip(*references, strict=True))
     own = slice(processes.rank, None, processes.world_size)
     captions, _ = predict(model, tokenizer, images[own], prompts[own], title="scoring", load_batch=load_batch)
-    captions = processes.gather(captions)
+    captions = processes.all_gather(captions)
     if any(prompts):
         scores = {"exact_answers": exact_answers(captions, references.values())}
     else:

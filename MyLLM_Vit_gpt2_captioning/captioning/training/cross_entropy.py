@@ -6,7 +6,6 @@ where that is not the stage of the parameters; `dropout`, whether a step has dro
 epoch; `captions_per_image`; and the methods `count`, `captions_in` and `loss`.
 """
 
-from captioning.data.batching import to_device
 from captioning.model.loss import IGNORED_LABEL
 
 
@@ -15,9 +14,9 @@ class CrossEntropy:
 
     name, stage, dropout = "loss", None, True
 
-    def __init__(self, model, loader, device):
+    def __init__(self, model, loader):
         """`model`: a `VisionGPT2Model`, compiled or not."""
-        self.model, self.loader, self.device = model, loader, device
+        self.model, self.loader = model, loader
         self.captions_per_image = getattr(loader.dataset, "captions_per_image", 1)
         self.images = len(loader.dataset) // self.captions_per_image
 
@@ -30,7 +29,7 @@ class CrossEntropy:
         return len(batch[2])
 
     def loss(self, batch):
-        """A batch, (images, input_ids, labels) -> (loss, a scalar; its value as a number). Called under autocast."""
-        images, input_ids, labels = (to_device(part, self.device) for part in batch)
-        loss = self.model(images, input_ids, labels)
+        """A batch on the model's device, (images, input_ids, labels) -> (loss, a scalar; its value as a number). Called
+        under autocast."""
+        loss = self.model(*batch)
         return loss, loss.item()

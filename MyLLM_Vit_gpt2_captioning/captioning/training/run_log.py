@@ -1,5 +1,5 @@
-"""The log of a run while it trains: metrics.csv, timings.csv, samples.md, a line an epoch, the curves, report.html, and
-the values that a tracker gets."""
+"""The log of a run while it trains: metrics.csv, timings.csv, samples.md, one printed line per epoch, the curves,
+report.html, and the values that a tracker gets."""
 
 import math
 from pathlib import Path
@@ -15,7 +15,7 @@ SAMPLES = 8  # photos whose captions are kept for every epoch
 
 
 class RunLog:
-    """`rows` holds a dict an epoch, the rows of metrics.csv; scores are there for the epochs that have them."""
+    """`rows` holds one dict per epoch, the rows of metrics.csv; scores are there for the epochs that have them."""
 
     def __init__(self, folder, config, processes, questions=False, tracker=None):
         """`config`: the train_config; `processes`: the `ProcessGroup`, of which rank 0 writes; `questions`: whether the

@@ -25,8 +25,8 @@ FOLDER = "last"
 NEWEST, BEFORE = "state.pt", "state_before.pt"
 FORMAT = 1  # of a state; another one is refused by name
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-# Train constants that may change when a run is resumed, because no weight depends on the order they would change. The
-# others decide what is in a batch, how it is trained on or which epoch is kept.
+# Train constants that may differ when a run is resumed. The others decide what is in a batch, how the batch is trained
+# on, or which epoch is kept.
 MAY_CHANGE = {
     "epochs",
     "lr",
@@ -65,7 +65,7 @@ class RunState:
     """Where a run is, and the files that hold its state.
 
     `position`: {"epoch", "batches" done of it, "total" and "count" of what the epoch reports}; `resumed`: whether the
-    run was read from a state; `batch_shares`: how many batches of `batch_size` captions all processes train on
+    run was read from a state; `batch_world_size`: how many batches of `batch_size` captions all processes train on
     together, which stays what it was when a run is resumed with another number of processes.
     """
 
@@ -74,8 +74,8 @@ class RunState:
         self.folder, self.processes, self.config = Path(folder) / FOLDER, processes, train_config
         self.position = dict(epoch=first_epoch, batches=0, total=0.0, count=0)
         self.resumed = False
-        self.batch_shares = processes.world_size
-        self.rng = None  # random number generators behind the last whole step
+        self.batch_world_size = processes.world_size
+        self.rng = None  # random number generators after the last complete step
         self._rng_to_restore = None
         self._saved_at, self._in_step, self._signal = time.monotonic(), False, None
         self._seed_rank()
@@ -90,8 +90,8 @@ class RunState:
 
     @contextmanager
     def step(self):
-        """Around a training step: a signal waits until the step is whole. Before the first step of a resumed run the
-        random number generators are restored."""
+        """Around a training step: a signal is handled only after the step is complete. Before the first step of a
+        resumed run the random number generators are restored."""
         if self._rng_to_restore is not None:
             restore_rng(self._rng_to_restore)
             self._seed_rank()
@@ -110,16 +110,16 @@ class RunState:
     def stop_or_save(self, state_dict):
         """Between two steps: raise Stopped if a signal has come; save if the last state is older than `save_minutes`.
 
-        `state_dict`: a function, here and below, that gives what `save` adds position and random numbers to.
+        `state_dict`, here and below, is a function that returns the Trainer's state, as in `save`.
         """
         self.stop_if_asked()
         if time.monotonic() - self._saved_at > 60 * self.config.save_minutes:
-            self.save(state_dict())
+            self.save(state_dict)
 
     def finish_epoch(self, epoch, state_dict):
         """The epoch is trained, validated and recorded: the position is the start of the next one. Saves."""
         self.position, self.rng = dict(epoch=epoch + 1, batches=0, total=0.0, count=0), rng_state()
-        self.save(state_dict())
+        self.save(state_dict)
         self.stop_if_asked()
 
     @contextmanager
@@ -128,7 +128,7 @@ class RunState:
         try:
             yield
         except BaseException:
-            self.save(state_dict())
+            self.save(state_dict)
             raise
 
     # --- signals ------------------------------------------------------------------------------------------------------
@@ -157,22 +157,22 @@ class RunState:
 
     def stop_if_asked(self):
         """Raise Stopped when a signal has come to this or another process."""
-        [asked] = self.processes.sum(self._signal is not None)
+        [asked] = self.processes.all_reduce_sum(self._signal is not None)
         if asked:
             name, self._signal = self._signal or "a signal to another process", None
             raise Stopped(f"stopped by {name}")
 
     # --- files --------------------------------------------------------------------------------------------------------
 
-    def save(self, content):
-        """Write position, random number generators and `content`, a dict, as the newest state.
+    def save(self, state_dict):
+        """Write position, random number generators and the result of `state_dict()` as the newest state, on rank 0.
 
-        Where that fails the run is warned, not ended: the states before are as they were.
+        Where that fails the run is warned, not ended: the earlier states are as they were.
         """
-        own = {"format": FORMAT, "position": self.position, "shares": self.batch_shares, "rng": self.rng}
+        own = {"format": FORMAT, "position": self.position, "shares": self.batch_world_size, "rng": self.rng}
         try:
             if self.processes.is_main:
-                write_state(self.folder, own | content)
+                write_state(self.folder, own | state_dict())
         except OSError as error:
             print(f"WARNING: {self.folder}: the state of the run cannot be written ({error})")
         self._saved_at = time.monotonic()
@@ -186,7 +186,7 @@ class RunState:
         path = self.folder if source == "auto" else Path(source)
         path = path / FOLDER if (path / FOLDER).is_dir() else path
         path, state = read_state(path)
-        if self.processes.sum(state is not None)[0] not in (0, self.processes.world_size):
+        if self.processes.all_reduce_sum(state is not None)[0] not in (0, self.processes.world_size):
             raise ValueError(f"{path}: not every host sees the state of the run: give a --model_path that all share")
         if state is None:
             print(f"WARNING: {path}: there is no state of a run to resume. TRAINING STARTS FROM THE BEGINNING.")
@@ -203,9 +203,9 @@ class RunState:
         """Take position and random number generators from the state in `source`, as in `read` -> the state, whose other
         parts belong to the Trainer; None where there is none, and the run starts afresh.
 
-        `current`: the state of the run as it is now, for `check_same_run`, whose ValueError is raised. Where the run
-        had another number of processes, a step keeps its captions: each process takes more or fewer of them from its
-        `loaders`.
+        `current`: `Trainer.identity` of the run as it is now, for `check_same_run`, whose ValueError is raised. Where
+        the run had another number of processes, a step keeps its captions: each process takes more or fewer of them
+        from its `loaders`.
         """
         path, state = self.read(source)
         if state is None:
@@ -213,13 +213,13 @@ class RunState:
         check_same_run(path, state, current)
         self.position, self.rng = state["position"], state["rng"]
         self._rng_to_restore, self.resumed = self.rng, True
-        if state["shares"] != self.batch_shares:
-            self.batch_shares, world_size = state["shares"], self.processes.world_size
+        if state["shares"] != self.batch_world_size:
+            self.batch_world_size, world_size = state["shares"], self.processes.world_size
             for loader in loaders:
-                loader.batch_sampler.set_rank(self.processes.rank, world_size, self.batch_shares)
-            captions = self.batch_shares * self.config.batch_size
+                loader.batch_sampler.set_rank(self.processes.rank, world_size, self.batch_world_size)
+            captions = self.batch_world_size * self.config.batch_size
             print(
-                f"the run had {self.batch_shares} processes, now it has {world_size}: a batch of them all stays "
+                f"the run had {self.batch_world_size} processes, now it has {world_size}: a batch of them all stays "
                 f"{captions} captions"
             )
         batch = f", batch {self.position['batches'] + 1}" if self.position["batches"] else ""

@@ -4,7 +4,7 @@ Captions are drawn for each photo and rewarded with their CIDEr. What lies above
 what lies below less likely: the gradient of -(reward - baseline) * log p(caption). The baseline is the reward of the
 greedy caption, or the mean reward of the photo's other draws, which costs nothing more (Luo 2020). In place of draws
 the captions that beam search ends with may be used, as Cornia et al. (2020, Meshed-Memory Transformer) do: they are few
-good captions that differ, so what is learnt is which of them is best.
+good captions that differ, so what is learned is which of them is best.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.data
 
-from captioning.data.batching import CaptionBatchSampler, build_loader, stack, to_device
+from captioning.data.batching import CaptionBatchSampler, build_loader, stack
 from captioning.decoding.cached_decoder import next_token_logits
 from captioning.decoding.search import generate_ids, until_first_eos
 from captioning.model.tokenizer import encode_caption
@@ -25,8 +25,8 @@ END_WORD = "<end>"
 
 
 class SelfCritical:
-    """The objective of self-critical training, with the interface of the script's `CrossEntropy`: draws and rewards
-    captions for the photos of a training `Dataset`. What it reports is the mean reward of a batch's photos."""
+    """The objective of self-critical training, with the interface of `cross_entropy.CrossEntropy`: draws and
+    rewards captions for the photos of a training `Dataset`, and reports the mean reward of a batch's photos."""
 
     name, stage = "reward", "self-critical"
     dropout = False  # the draws are made without dropout, and so is the step that learns from them
@@ -72,18 +72,19 @@ class SelfCritical:
         """A batch of `loader`, (images, indices (B,) of their `photos`) -> (loss, a scalar whose gradient is the
         policy gradient; mean reward of the draws). Called under autocast."""
         model, (images, indices) = self.model, batch
-        images = to_device(images, model.gpt.tok_emb.weight.device)
         levels = images if isinstance(images, list) else model.levels(images)  # once for draws and loss
         bos = torch.full((len(indices), 1), self.tokenizer.bos_token_id, device=levels[0].device)  # (B, 1)
         generate = partial(generate_ids, model, levels, bos, max_tokens=self.max_tokens)
         beams = self.samples if self.draws == "beam" else 1
         ids = generate(num_return_sequences=self.samples, num_beams=beams)  # (B * samples, T)
         ids = ids.clone()  # out of inference mode
+        torch.clear_autocast_cache()  # of weights that were cast in inference mode, which no gradient could pass
         rewards = self.rewards(ids, indices.repeat_interleave(self.samples)).view(-1, self.samples)  # (B, samples)
         if self.baseline == "mean":
             baselines = (rewards.sum(1, keepdim=True) - rewards) / (self.samples - 1)
         else:
             baselines = self.rewards(generate(deterministic=True), indices)[:, None]  # (B, 1)
+            torch.clear_autocast_cache()
         readable = torch.tensor([self.photos[i] not in self.unreadable_photos for i in indices.tolist()])  # (B,)
         advantages = ((rewards - baselines) * readable[:, None]).to(ids.device).flatten()  # (B * samples,)
         targets = ids[:, 1:]
