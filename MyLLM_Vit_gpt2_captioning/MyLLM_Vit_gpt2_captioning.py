@@ -817,7 +817,7 @@ class Trainer:
         non-finite end the run early, and the best epoch is kept. Raises Stopped on Ctrl-C, SIGTERM and SIGUSR1, with
         the state of the run saved.
         """
-        dataset, configs = self.valid_dl.dataset, self.configs()
+        dataset, configs = self.valid_dl.dataset, self.identity()["config"]
         self.log.config = self.train_config  # `rebuild_schedule` may have replaced it
         self.log.begin(self.model, self.tokenizer, dataset, configs, self.autocast, self.state.resumed)
         epochs = range(self.state.position["epoch"], self.train_config.epochs + self.train_config.scst_epochs)
@@ -855,17 +855,15 @@ class Trainer:
         self.log.write_report(self.eval_model)
         self.processes.barrier()  # until rank 0 has written its files
 
-    def configs(self):
-        """The constants of the run as {"model": dict, "train": dict}, with paths relative to the repository."""
-        configs = {"model": self.model.config, "train": self.train_config}
-        return {name: checkpoint.portable(config, REPO_ROOT) for name, config in configs.items()}
+    # --- resume -------------------------------------------------------------------------------------------------------
 
     def identity(self):
-        """What must not change when the run is resumed: constants and captions, as `check_same_run` compares them."""
+        """Constants and captions of the run, as `check_same_run` compares them before a run is resumed; paths are
+        relative to the repository."""
+        configs = {"model": self.model.config, "train": self.train_config}
+        configs = {name: checkpoint.portable(config, REPO_ROOT) for name, config in configs.items()}
         datasets = [loader.dataset for loader in (self.train_dl, self.valid_dl)]
-        return {"config": self.configs(), "dataset": [dataset_digest(dataset) for dataset in datasets]}
-
-    # --- resume -------------------------------------------------------------------------------------------------------
+        return {"config": configs, "dataset": [dataset_digest(dataset) for dataset in datasets]}
 
     def state_dict(self):
         """Everything that the rest of the run depends on, beside position and random numbers, which `RunState` adds."""
