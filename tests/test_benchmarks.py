@@ -95,6 +95,7 @@ def test_photos_of_the_input_benchmark(tmp_path, script):
 
 
 def test_the_benchmark_of_shards_reads_what_it_wrote(tmp_path, capsys):
+    pytest.importorskip("webdataset")
     import bench_shards
 
     bench_shards.main(["--photos", "25", "--rounds", "1"])

@@ -668,6 +668,7 @@ def stream(script, folder, words, **changes):
 
 def two_shards(folder, **damage):
     """Shards 0 and 1 of 3 photos; `damage`: {name of a member of shard 0: its content, None for none}."""
+    pytest.importorskip("webdataset")
     make_shards(folder, [[1] * 3] * 2)
     reading.training_shards(folder)
     (folder / "counts.json").rename(folder / "manifest.json")  # it is known how they were

@@ -32,6 +32,16 @@ from helpers.runs import TINY, assert_same_run, files, stop_after
 from helpers.tar_files import COUNTS, make_shards, members, write_tar
 
 
+@pytest.fixture(autouse=True)
+def webdataset(request):
+    """The library that reads and writes shards; who has it not installed skips what needs it."""
+    if request.function not in (
+        test_the_buffer_mixes_what_is_near, test_names_of_photos_become_keys,
+        test_without_the_library_it_says_what_to_install,
+    ):  # fmt: skip
+        pytest.importorskip("webdataset")
+
+
 @pytest.fixture(scope="module")
 def words():
     """Has every word of the captions above; numbers, too."""

@@ -208,6 +208,7 @@ def test_a_library_that_is_missing(tmp_path, monkeypatch, capsys, name):
 
 def test_a_tracker_changes_no_weight_and_one_that_fails_is_left_alone(make_trainer, tmp_path, monkeypatch, capsys):
     """One warning for all its failures."""
+    pytest.importorskip("tensorboard")
     monkeypatch.setitem(trackers.TRACKERS, "wandb", Broken)
     weights = []
     for name in ("none", "tensorboard", "wandb"):
@@ -222,6 +223,7 @@ def test_a_tracker_changes_no_weight_and_one_that_fails_is_left_alone(make_train
 
 
 def test_photos_that_cannot_be_shown(tmp_path, capsys):
+    pytest.importorskip("tensorboard")
     tracker = Tracker("tensorboard", tmp_path)
     tracker.begin({})
     tracker.show([(tmp_path / "gone.jpg", "a dog", ["a dog"])], 1)
