@@ -18,9 +18,8 @@ def make_pair(device="cpu", dtype=torch.float32, **changes):
     from transformers import VisionEncoderDecoderModel
 
     torch.manual_seed(0)
-    config, _ = script.complete_configs()
-    for key, value in (dict(encoder_weights="scratch", decoder_weights="scratch", coupling="final") | changes).items():
-        setattr(config, key, value)
+    constants = dict(encoder_weights="scratch", decoder_weights="scratch", coupling="final") | changes
+    config = script.complete(constants, script.model_config)
     ours = script.VisionGPT2Model(config).eval()
     with tempfile.TemporaryDirectory() as folder:
         ours.export_to_transformers(folder)
