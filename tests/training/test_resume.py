@@ -267,7 +267,11 @@ def test_killed_at_random_moments(tmp_path):
     length, done = time.monotonic() - start, 0
     while done < kills:
         run = train(killed, data, "--resume", "auto")
-        delay = begun + rng.uniform(0, 0.5) * (length - begun)  # it imports as long as before, and has less to do
+        if (killed / "last").exists():  # while it resumes or trains, counted from its start
+            delay = rng.uniform(0.8 * begun, (begun + length) / 2)
+        else:  # behind its first state: before that there is nothing to lose
+            wait_for_a_state(run, killed)
+            delay = rng.uniform(0, (length - begun) / 2)
         try:
             out, _ = run.communicate(timeout=delay)
             assert run.returncode == 0, out  # it was done before it could be killed: once more from the start
