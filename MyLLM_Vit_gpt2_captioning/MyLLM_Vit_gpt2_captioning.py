@@ -934,11 +934,12 @@ def read_configs(argv):
     at the top, on top of them those of the recipe, of the captioner to start from, and of the command line."""
     sections = dict(model_config=model_config, train_config=train_config)
     given, recipe, download = overrides.parse_overrides(argv, __file__, **sections)
-    recipe = recipe or default_recipe(given["train_config"], train_config.data_dir, DATA_DIR, download)
+    recipe, notice = default_recipe(recipe, given["train_config"], train_config.data_dir, DATA_DIR, download)
     chosen = recipes.recipe_constants(recipe, given, RECIPES_DIR, REPO_ROOT, **sections)
     train = chosen["train_config"] | data_paths(recipe, chosen["train_config"], train_config, DATA_DIR)
     model, train = complete_configs(SimpleNamespace(**chosen["model_config"]), SimpleNamespace(**train))
     preprocessing_of(model)  # knows the encoder: a mistyped name is an error before data is rendered or downloaded
+    print(notice, end="\n" if notice else "")  # not in front of an error
     return model, train, download
 
 

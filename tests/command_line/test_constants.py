@@ -118,6 +118,16 @@ def test_a_bad_value_is_named_before_anything_is_written(script, folder, capsys,
     assert "training on" not in capsys.readouterr().out
 
 
+def test_nothing_is_announced_in_front_of_an_error(script, folder, monkeypatch, capsys):
+    """Without a dataset the run would be one on Shapes, which is said when it begins."""
+    monkeypatch.setattr(script.train_config, "data_dir", folder / "no_data")
+    with pytest.raises(ValueError, match="lr is -1"):
+        script.read_configs(["--lr", "-1"])
+    assert capsys.readouterr().out == ""
+    script.read_configs([])
+    assert "training on the built-in Shapes instead" in capsys.readouterr().out
+
+
 def test_an_unknown_encoder_is_an_error_before_data_is_rendered(script, folder):
     with pytest.raises(
         ValueError, match=r"timm has no model 'vit_base_patch16_225'; did you mean vit_base_patch16_224,"

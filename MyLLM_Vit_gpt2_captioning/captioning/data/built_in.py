@@ -8,22 +8,24 @@ from captioning.data import shapes, sources
 BUILT_IN = {"shapes": shapes.write_dataset, "vqa_shapes": shapes.write_questions}
 
 
-def default_recipe(given, data_dir, data_folder, download):
-    """The recipe for a run that names none -> that of the built-in dataset whose folder is given as data_dir, that of
-    Shapes when there is no dataset at all, else None.
+def default_recipe(recipe, given, data_dir, data_folder, download):
+    """The recipe of a run -> (recipe, notice to print or ""): the one it names; else that of the built-in dataset whose
+    folder is given as data_dir, that of Shapes when there is no dataset at all, else None.
 
     `given`: the train constants from the command line; `data_dir`: the default one; `data_folder`: where the built-in
     datasets have their folders.
     """
+    if recipe:
+        return recipe, ""
     if "data_dir" in given:
-        return _built_in_name(given["data_dir"], data_folder)
+        return _built_in_name(given["data_dir"], data_folder), ""
     if "captions_file" in given or download or sources.find_captions(data_dir) is not None:
-        return None
-    print(
+        return None, ""
+    notice = (
         f"no dataset in {data_dir}: training on the built-in Shapes instead. To train on Flickr30k, "
         "add --download, or put results.csv and flickr30k_images/ there; data/README.md says where to get them."
     )
-    return "shapes"
+    return "shapes", notice
 
 
 def _built_in_name(folder, data_folder):
