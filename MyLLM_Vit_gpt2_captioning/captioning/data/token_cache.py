@@ -34,7 +34,7 @@ from captioning.model.stages import stages_of_run, trainable_names
 from captioning.model.summary import token_shapes
 
 CACHE_FORMAT = 1  # of these files; a change makes every cache a new one
-AUGMENTATION_VERSION = 2  # of TrainingTransforms; a change makes every cache of an augmented view a new one
+AUGMENTATION_VERSION = 3  # of TrainingTransforms; a change makes every cache of an augmented view a new one
 SYNC_EVERY = 512  # photos between two points from which interrupted work goes on
 SPARE_BYTES = 2**30  # of the disk stay free
 
