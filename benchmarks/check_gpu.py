@@ -516,21 +516,28 @@ def compiled_training(setting, folder, options, batches, rate):
     if setting.dry_run:
         torch.compile = partial(torch.compile, backend="eager")  # traced, but not compiled
     try:
-        with variant("128 x 5", "compile"):
-            trainer = bench_recipe.make_trainer(folder, [*options, "--compile", "true"])
-            columns = ["captions/s", "photos/s", "peak GiB", "MFU of 989", "MFU of measured", "GPU busy"]
-            table("photos x captions", "way", "ms a step", *columns, "first pass over the batches, s")
-            profiles = {}
-            for title in list(batches)[: 1 if setting.dry_run else None]:
-                with variant(title, "compile"):
-                    profiles[title] = training_row(setting, title, "compile", trainer, batches[title], rate)
-                    stats = dict(counters["stats"]), dict(counters["frames"])
-                    breaks = dict(counters["graph_break"])
-                    print(f"\ncompiled until here: {stats}; graph breaks: {sum(breaks.values())}")
-                    for reason, count in breaks.items():
-                        print(f"    {count} x {' '.join(reason.split())[:200]}")
-            for title, averages in profiles.items():
-                print_profile(f"{title}, compile", averages)
+        columns = ["captions/s", "photos/s", "peak GiB", "MFU of 989", "MFU of measured", "GPU busy"]
+        table("photos x captions", "way", "ms a step", *columns, "first pass over the batches, s")
+        profiles = {}
+        for way in ("compile, block by block", "compile"):
+            counters.clear()
+            torch.compiler.reset()
+            with variant("128 x 5", way):
+                trainer = bench_recipe.make_trainer(folder, [*options, "--compile", str(way == "compile").lower()])
+                if way != "compile":
+                    for block in (*trainer.model.gpt.trf_blocks, *trainer.model.encoder.vit.blocks):
+                        block.compile()
+                for title in list(batches)[: 1 if setting.dry_run else None]:
+                    with variant(title, way):
+                        profiles[f"{title}, {way}"] = training_row(setting, title, way, trainer, batches[title], rate)
+                        stats = dict(counters["stats"]), dict(counters["frames"])
+                        breaks = dict(counters["graph_break"])
+                        print(f"<!-- compiled until here: {stats}; graph breaks: {sum(breaks.values())} -->")
+                        for reason, count in breaks.items():
+                            print(f"<!--    {count} x {' '.join(reason.split())[:200]} -->")
+                trainer = None
+        for title, averages in profiles.items():
+            print_profile(title, averages)
     finally:
         torch.compile = compile_model
 
