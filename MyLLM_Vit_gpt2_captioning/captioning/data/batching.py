@@ -91,6 +91,21 @@ class CaptionBatchSampler(Sampler):
             yield [int(row) for group in own for row in groups[group]]
 
 
+def build_caption_loader(dataset, collate_fn, config, shuffle):
+    """A DataLoader of the batches of `CaptionBatchSampler`, as `config`, the train_config, wants them."""
+    lengths = [caption.count(" ") for caption in dataset.captions]  # in words, near enough to sort by
+    sampler = CaptionBatchSampler(
+        dataset.images,
+        config.batch_size,
+        dataset.captions_per_image,
+        shuffle,
+        config.seed,
+        lengths,
+        config.length_window,
+    )
+    return build_loader(dataset, sampler, collate_fn, config)
+
+
 def build_loader(dataset, batch_sampler, collate_fn, config):
     """A DataLoader of a caption dataset, with the workers and the device of `config`, the train_config. With several
     processes each loads its part."""

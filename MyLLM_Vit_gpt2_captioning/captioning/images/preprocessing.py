@@ -56,9 +56,11 @@ def to_tensor(pixels):
 
 def normalize(pixels, mean, std):
     """pixels (..., 3, H, W) uint8 -> float32: scaled to 0..1, then (x - mean) / std for each channel."""
-    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (mean, std))
-    # In place: new memory for each step would take most of the time.
-    return pixels.float().div_(255).sub_(mean).div_(std)
+    pixels = pixels.float().div_(255)  # in place from here on: new memory for each step would take most of the time
+    # With numbers, channel by channel: a tensor of them would have to be copied to the GPU, which waits for it.
+    for channel, m, s in zip(pixels.unbind(-3), mean, std, strict=True):  # (..., H, W)
+        channel.sub_(m).div_(s)
+    return pixels
 
 
 def normalize_pixels(images, preprocessing):
