@@ -90,7 +90,7 @@ def load_predictor(args, images, options):
     autocast, _ = mixed_precision(torch.device(train_config.device), args.precision)
     load_batch = None
     if args.cache_dir:
-        cache = TokenCache(args.cache_dir, model)
+        cache = TokenCache(args.cache_dir, model, precision=args.precision)
         fill_caches(model, [(cache, images, None)])
         load_batch = cache.batch
 
