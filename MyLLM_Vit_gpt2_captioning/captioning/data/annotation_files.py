@@ -9,6 +9,7 @@ import codecs
 import json
 import re
 
+from captioning.common.printable import printable
 from captioning.data.conventions import NOT_UTF8, as_utf8, match_columns
 
 # A character of UTF-8 that is not ASCII.
@@ -154,7 +155,9 @@ def our_column_names(columns, place):
     ours = match_columns(columns)
     missing = {"image", "caption"} - set(ours.values())
     if missing:
-        raise ValueError(f"{place}: no column {' and '.join(sorted(missing))}; it has {', '.join(map(str, columns))}")
+        raise ValueError(
+            f"{place}: no column {' and '.join(sorted(missing))}; it has {printable(', '.join(map(str, columns)))}"
+        )
     return ours
 
 

@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from captioning.common.printable import in_markdown, printable
 from captioning.common.progress import progress_bar
 from captioning.data import sources
 from captioning.data.conventions import NOT_UTF8, SPLITS, is_photo_file
@@ -68,8 +69,9 @@ def check_dataset(data_dir, report_dir, captions_file=None, image_dir=None, unes
         problems.insert(0, Problem("damaged shards, and samples in them", True, damage))
     readable = [photo for photo in photos if not photo.fault]
     lines = [f"# Check of {data_dir}", "", f"Captions: `{source}`", ""]
-    lines += _describe_splits(df) + _describe_captions(df) + _describe_photos(readable) + _describe_problems(problems)
-    print("\n".join(lines))
+    lines += _describe_splits(df) + _describe_captions(df) + _describe_photos(readable)
+    print("\n".join(lines + _describe_problems(problems, printable)))
+    lines += _describe_problems(problems, in_markdown)
 
     report_dir = Path(report_dir)
     report_dir.mkdir(parents=True, exist_ok=True)
@@ -242,11 +244,12 @@ def _describe_photos(readable):
     ]
 
 
-def _describe_problems(problems):
+def _describe_problems(problems, show):
+    """`show`: for the names in them, `printable` or `in_markdown`."""
     lines = ["## Problems", ""]
     for problem in problems:
         lines += [f"**{'error' if problem.is_error else 'warning'}: {problem.kind}: {len(problem.cases):,}**", ""]
-        lines += [f"- {case}" for case in problem.cases[:ROWS_SHOWN]]
+        lines += [f"- {show(case)}" for case in problem.cases[:ROWS_SHOWN]]
         if len(problem.cases) > ROWS_SHOWN:
             lines.append(f"- and {len(problem.cases) - ROWS_SHOWN:,} more")
         lines.append("")

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from captioning.common.printable import printable
 from captioning.data.annotation_files import read_text
 from captioning.data.conventions import DATASETS_FILES, IMAGE_SUFFIXES, KARPATHY_FILES, SPLIT_NAMES, SPLITS
 from captioning.data.photo_names import plain_name
@@ -54,7 +55,7 @@ def _read_split_lists(data_dir):
             for line in read_text(path, may_be_empty=True).splitlines():
                 name = Path(line.strip()).name
                 if name and split_of.setdefault(name, split) != split:
-                    raise ValueError(f"{path}: {name} is also in the {split_of[name]} list")
+                    raise ValueError(f"{path}: {printable(name)} is also in the {split_of[name]} list")
     return split_of
 
 
@@ -75,7 +76,7 @@ def assign_splits(images, data_dir, seed=0, given=None, photos=None, other_dir=N
         splits_of_image = splits.groupby(images.to_numpy()).nunique()
         if (splits_of_image > 1).any():
             image = splits_of_image.index[(splits_of_image > 1).argmax()]
-            raise ValueError(f"{data_dir}: the image {image} is in more than one split")
+            raise ValueError(f"{data_dir}: the image {printable(image)} is in more than one split")
         if given is None or set(splits) != {"train"}:
             return splits
     import pandas as pd

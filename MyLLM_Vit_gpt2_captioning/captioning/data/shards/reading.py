@@ -25,6 +25,7 @@ from filelock import FileLock
 from PIL import UnidentifiedImageError
 
 from captioning.common.files import is_litter, write_atomically
+from captioning.common.printable import printable
 from captioning.data import resumable_work
 from captioning.data.conventions import (
     COLUMN_NAMES,
@@ -192,7 +193,7 @@ def count_shard(path):
             else:
                 without_caption += 1
     except (OSError, ValueError) as error:
-        problems.append(f"{path}: {error}")
+        problems.append(f"{path}: {printable(error)}")
     entry = dict(samples=sum(captions.values()), captions={str(k): n for k, n in sorted(captions.items())})
     identity = tar_members.file_identity(path)
     return entry | dict(bytes=identity[0], without_caption=without_caption, identity=identity), problems
@@ -249,7 +250,7 @@ def read_samples(path, report, with_photos=False, unescape=True):
             try:
                 yield _read_sample(file, group, with_photos, unescape)
             except (OSError, ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
-                report(f"{path}{os.sep}{group['__key__']}", str(error))
+                report(f"{path}{os.sep}{printable(group['__key__'])}", printable(error))
 
 
 def _read_sample(file, group, with_photo, unescape):
@@ -308,7 +309,7 @@ def decode_photo(photo, least_side=None):
         reason = error.__cause__
         if isinstance(reason, UnidentifiedImageError):  # it names the bytes by their place in memory
             reason = "of no known format"
-        raise ValueError(f"not a readable image ({reason})") from error
+        raise ValueError(f"not a readable image ({printable(reason)})") from error
 
 
 def read_rows(folder, splits, unescape=True):

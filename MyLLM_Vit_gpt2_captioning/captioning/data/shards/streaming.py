@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch.utils.data
 
+from captioning.common.printable import printable
 from captioning.data.batching import build_loader
 from captioning.data.shards.reading import decode_photo, has_shards, read_rows, read_samples, training_shards
 from captioning.data.unreadable_photos import GREY, UnreadableFlags
@@ -282,7 +283,7 @@ class ShardBatchSampler:
         order = np.random.default_rng([self.seed, self.epoch, photo_index]).permutation(len(sample.captions))
         order = np.resize(order, max(self.K, len(order)))
         texts = sample.captions + [prompt for prompt in sample.prompts if prompt]
-        name = f"{shard.path}{os.sep}{sample.name}"
+        name = f"{shard.path}{os.sep}{printable(sample.name)}"
         for start in range(0, len(order) - self.K + 1, self.K):
             chosen = order[start : start + self.K]
             captions, prompts = [sample.captions[k] for k in chosen], [sample.prompts[k] for k in chosen]

@@ -16,6 +16,7 @@ from filelock import FileLock
 from PIL import Image
 
 from captioning.common.files import write_atomically
+from captioning.common.printable import printable
 from captioning.data import resumable_work, sources
 from captioning.data.conventions import IMAGE_SUFFIXES, SPLITS, with_markup
 from captioning.data.shards import reading
@@ -175,7 +176,7 @@ def write_shard(path, samples):
                 try:
                     content, suffix = _read_decodable(photo)
                 except (OSError, ValueError) as error:
-                    left_out.append(f"{Path(photo).name}: {error}")
+                    left_out.append(printable(f"{Path(photo).name}: {error}"))
                     continue
                 record = {"image": Path(photo).name, "captions": texts}
                 if any(prompts):
