@@ -115,8 +115,10 @@ def score_answers(rows, caption, output):
 
 def read_split(args):
     """DataFrame of the usable rows of the split. Raises ValueError when there is none."""
-    source = args.captions_file or sources.find_captions(args.data)
-    df = sources.drop_unusable(sources.load(args.data, args.captions_file, args.image_dir, [args.split]), source)
+    source = args.captions_file or sources.find_captions(args.data, args.image_dir)
+    unescape = train_config.unescape_captions
+    df = sources.load(args.data, args.captions_file, args.image_dir, [args.split], unescape)
+    df = sources.drop_unusable(df, source)
     rows = df[df["split"] == args.split]
     if rows.empty:
         counts = ", ".join(f"{split} {n:,}" for split, n in df.groupby("split")["image"].nunique().items())
