@@ -163,19 +163,21 @@ def follow(name, args, limit, record, write):
 
 
 def tables_in(text):
-    """The Markdown tables in a text -> [[{column: cell}, ...], ...]; a row with fewer cells lacks the last columns."""
-    found, lines = [], text.splitlines()
-    cells = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
-    columns = None
-    for number, line in enumerate(lines):
-        if not line.startswith("|"):
-            columns = None
-        elif number + 1 < len(lines) and re.fullmatch(r"(\| *--- *)+\|", lines[number + 1]):
-            columns = cells[number]
-            found.append([])
-        elif columns and not re.fullmatch(r"(\| *--- *)+\|", line):
-            found[-1].append(dict(zip(columns, cells[number], strict=False)))
+    """The Markdown tables in a text, whose rows other lines may separate -> [[row, ...], ...], rows being lines."""
+    lines, found = text.splitlines(), []
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        if line.startswith("|"):
+            if re.fullmatch(r"(\| *--- *)+\|", following):
+                found.append([])
+            if found:
+                found[-1].append(line)
     return found
+
+
+def as_rows(table):
+    """Lines of a table -> [{column: cell}, ...]; a row with fewer cells lacks the last columns."""
+    columns, _, *rows = ([cell.strip() for cell in line.strip().strip("|").split("|")] for line in table)
+    return [dict(zip(columns, cells, strict=False)) for cells in rows]
 
 
 def summary(records):
@@ -191,7 +193,7 @@ def write_report(folder, head, records):
         text += (
             f"\n## {record['step']}\n\n{record['seconds']:.0f} s: {record['result']}\n\n{record['output'].strip()}\n"
         )
-    rows = [record | {"tables": tables_in(record["output"])} for record in records]
+    rows = [record | {"tables": [as_rows(table) for table in tables_in(record["output"])]} for record in records]
     for name, content in (("check_gpu.md", text), ("check_gpu.json", json.dumps({"head": head, "steps": rows}))):
         draft = folder / f".{name}"
         draft.write_text(content, encoding="utf-8")
@@ -205,12 +207,9 @@ def results_section(records, earlier=""):
     parts = dict(zip(parts[::2], parts[1::2], strict=True))
     for record in records:
         if record["result"] != NOT_RUN:
-            lines = record["output"].strip().splitlines()
-            tables = "\n".join(line for line in lines if line.startswith("|") or not line.strip())
-            head = (
-                f"{datetime.date.today()}, {record['seconds']:.0f} s: {record['result']}. {lines[0] if lines else ''}"
-            )
-            parts[record["step"]] = f"\n{head}\n\n" + re.sub(r"\n{3,}", "\n\n", tables).strip()
+            device, *_ = [*record["output"].split("\n"), ""]
+            head = f"{datetime.date.today()}, {record['seconds']:.0f} s: {record['result']}. {device}"
+            parts[record["step"]] = "\n\n".join([head, *("\n".join(table) for table in tables_in(record["output"]))])
     text = "`python benchmarks/check_gpu.py --results`\n"
     for name in STEPS:
         text += f"\n### {name}\n\n{parts.get(name, 'not measured').strip()}\n"

@@ -53,6 +53,7 @@ def test_a_minute_of_the_recipe(capsys, monkeypatch):
 
     monkeypatch.setattr(bench_recipe, "WARMUP", 1)
     small = ["--encoder", "vit_tiny_patch16_224", "--embed_dim", "16", "--num_heads", "2", "--depth", "2"]
+    small += ["--vocab_size", "100", "--encoder_options", '{"img_size": 32, "embed_dim": 24, "depth": 1}']
     step = ["--batch_size", "20", "--num_workers", "0"]
     bench_recipe.main(["--device", "cpu", "--seconds", "0.2", "--photos", "25", *step, *small])
     row = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
@@ -62,7 +63,9 @@ def test_a_minute_of_the_recipe(capsys, monkeypatch):
     assert captions == pytest.approx(5 * rate, abs=0.3)
     minutes, _, rest = row[5].partition(" for ")
     assert rest == "10 epochs of 118,287 photos"
-    assert float(minutes.replace(",", "")) == pytest.approx(118_287 * 10 / rate / 60, rel=0.02)
+    assert float(minutes.replace(",", "")) == pytest.approx(
+        118_287 * 10 / rate / 60, rel=0.02 + 0.05 / rate
+    )  # the rate has one decimal
 
 
 @pytest.mark.parametrize(
