@@ -7,7 +7,7 @@ from html.entities import html5
 
 from captioning.common.files import is_litter
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
 RESULTS_FILE = "results.csv"
 CAPTIONS_FILE = "captions.txt"
 FLICKR_TOKENS = ("Flickr8k.token.txt", "results_20130124.token")
