@@ -30,7 +30,6 @@ sys.path.append(str(REPO_ROOT))  # for MyLLM; this file's own folder is on the p
 from captioning.command_line import checks, overrides, recipes
 from captioning.common.config import Config, complete
 from captioning.common.distributed import ProcessGroup, gradient_sync, silence_other_ranks
-from captioning.common.files import WEIGHTS_FILE
 from captioning.common.precision import mixed_precision, use_deterministic_algorithms
 from captioning.common.progress import progress_bar
 from captioning.data import batching, shapes, sources
@@ -904,10 +903,8 @@ class Trainer:
 
     def load_best_model(self, path=None):
         """Load the best weights of this run, or those in `path` (a .safetensors or .pt file, or a folder)."""
-        path = Path(path or self.model_path)
-        path = path / WEIGHTS_FILE if path.is_dir() else path
         for model in {self.model, self.eval_model}:
-            checkpoint.load_strictly(model, path)
+            checkpoint.load_strictly(model, path or self.model_path)
 
     def generate_caption(self, image, max_tokens=50, temperature=1.0, deterministic=False, **options):
         """A path or an opened image -> its caption; a list of them -> a list of captions.

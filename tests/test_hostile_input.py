@@ -16,6 +16,7 @@ import resource
 import shutil
 import stat
 import struct
+import sys
 import tarfile
 import zipfile
 from functools import partial
@@ -25,11 +26,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 from safetensors.torch import save_file
 
 from captioning.common.files import CONFIG_FILE, TOKENIZER_FILE, TORCH_FILE, WEIGHTS_FILE, write_atomically
 from captioning.data import dataset_check, downloads, sources
+from captioning.data.conventions import is_photo_file
 from captioning.data.shards import reading, streaming
 from captioning.data.token_cache import TokenCache
 from captioning.images.preprocessing import load_image
@@ -74,6 +76,9 @@ def row(key, outcome):
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 255, (24, 32, 3), dtype=np.uint8)
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
 
 
 def save(path, pixels=PIXELS, **options):
@@ -140,14 +145,60 @@ def _(tmp_path):
     load_image(save(tmp_path / "photo.tif", np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)))
 
 
-@case("Images", "palette with transparency")
+@case("Images", "transparency: of a palette, a channel, one colour")
 def _(tmp_path, recwarn):
-    image = Image.new("P", (8, 8), 1)
-    image.putpalette([255, 0, 0, 0, 255, 0])
-    image.save(tmp_path / "photo.png", transparency=bytes([0, 128]))
-    assert (np.asarray(load_image(tmp_path / "photo.png")) == (0, 255, 0)).all()
+    def read_as(image, **options):
+        image.save(tmp_path / "photo.png", **options)
+        return np.asarray(load_image(tmp_path / "photo.png"))
+
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    assert (read_as(palette, transparency=bytes([0, 128])) == (127, 255, 127)).all()
+    assert (read_as(palette) == (0, 255, 0)).all()
+    assert (read_as(Image.new("RGBA", (8, 8), (9, 9, 9, 0))) == 255).all()
+    assert (read_as(Image.new("LA", (8, 8), (0, 255))) == 0).all()
+    assert (read_as(Image.new("RGB", (8, 8), (1, 2, 3)), transparency=(1, 2, 3)) == 255).all()
+    assert (read_as(Image.new("L", (8, 8), 7), transparency=7) == 255).all()
+    opaque = np.dstack([PIXELS, np.full(PIXELS.shape[:2], 255, np.uint8)])
+    assert np.array_equal(read_as(Image.fromarray(opaque)), PIXELS)
     assert not any(issubclass(warning.category, UserWarning) for warning in recwarn)
-    return "read with its colours as they are stored; transparency is left out"
+    return "read, what is transparent on white"
+
+
+@case("Images", "AVIF")
+def _(tmp_path):
+    if not features.check("avif"):
+        pytest.skip("this Pillow was built without AVIF")
+    path = save(tmp_path / "photo.avif", np.full((16, 16, 3), (200, 40, 40), np.uint8), quality=95)
+    assert abs(np.asarray(load_image(path)).mean((0, 1)) - (200, 40, 40)).max() < 6
+    assert is_photo_file(path)
+    return "read, by Pillow"
+
+
+@case("Images", "HEIC, without the library pillow-heif")
+def _(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "photo.heic").write_bytes(HEIC)
+    assert "pip install pillow-heif" in dataset_check.read_photo(tmp_path / "photo.heic").fault
+    with pytest.raises(ValueError, match=r"photo\.heic: not a readable image \(HEIC, .*: pip install pillow-heif\)"):
+        load_image(tmp_path / "photo.heic")
+    return "refused as any unreadable image, with the command that installs the library"
+
+
+@case("Images", "HEIC, with it")
+def _(tmp_path, monkeypatch):
+    """The library stands in for itself: it makes Pillow open the file."""
+
+    def register():
+        monkeypatch.setattr(Image, "open", lambda source: Image.fromarray(PIXELS))
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
+    path = tmp_path / "photo.heic"
+    path.write_bytes(HEIC)
+    with open(path, "rb") as file:
+        assert np.array_equal(np.asarray(load_image(file)), PIXELS)
+    assert np.array_equal(np.asarray(load_image(path)), PIXELS) and is_photo_file(path)
+    return "read"
 
 
 @case("Images", "animated GIF")
@@ -642,10 +693,42 @@ for place in (
     wrong_type(*place)
 
 
+def lying_size(section, key, value):
+    @case("Files", f"`config.json` with {f'`{section}`, ' if section else ''}`{key}` {json.dumps(value)}")
+    def _(script, captioner):
+        config = json.loads((captioner / "config.json").read_text())
+        (config["model_config"][section] if section else config["model_config"])[key] = value
+        (captioner / "config.json").write_text(json.dumps(config))
+        built = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(script.VisionGPT2Model, "__init__", lambda *args, **options: built.append(args))
+            try:
+                script.load_captioner(captioner)
+            finally:
+                assert not built  # the header of the weights is compared first
+
+
+for lie in ((None, "depth", 10**6), (None, "vocab_size", 10**12), ("encoder_options", "depth", 10**6)):
+    lying_size(*lie)
+
+
+@case(
+    "Files",
+    "weights as `torch.compile`, DistributedDataParallel and PyTorch Lightning save them, in `captioner.pt` only",
+)
+def _(script, captioner, tiny_model):
+    (captioner / WEIGHTS_FILE).unlink()
+    wrapped = {f"model.module._orig_mod.{name}": tensor for name, tensor in tiny_model.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": wrapped}, captioner / TORCH_FILE)
+    model, _ = script.load_captioner(captioner)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny_model.parameters(), strict=True))
+    return "loaded, as strictly as any"
+
+
 @case("Files", "a tensor of the wrong shape, one missing, one unknown")
 def _(script, captioner, tiny_model):
     weights = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
-    weights["gpt.pos_emb.weight"] = torch.zeros(3, 32)
+    weights["encoder.vit.pos_embed"] = torch.zeros(1, 3, 24)
     weights["stranger"] = weights.pop("gpt.final_norm.scale")
     save_file(weights, captioner / WEIGHTS_FILE)
     script.load_captioner(captioner)

@@ -257,6 +257,7 @@ WRITTEN_FOR_PAGES = {
     "a <b>big</b> dog<br/>runs <!-- so --> <a href='x'>here</a>": "a big dog runs here",
     "a\u200bb \ufeffc\u00a0d so\u00adft&shy;er": "ab c d softer",
     "&amp;lt;b&amp;gt;": "&lt;b&gt;",  # once
+    "<a man and a dog> <b > <img src=x alt='a b'/>": "<a man and a dog>",
     "a < b && c > d & e; AT&T &nosuch; <unk> &copy 2": "a < b && c > d & e; at&t &nosuch; <unk> &copy 2",
     "\U0001f468\u200d\U0001f469 \u200fab": "\U0001f468\u200d\U0001f469 \u200fab",  # what joins emoji stays
 }

@@ -33,13 +33,14 @@ NAMES_TRIED = 100  # of the photos in it, one of which has to be there
 
 def read_file(path, say=print, is_photo=lambda name: False):
     """A file in any of the formats, by its name. `say` and `is_photo` as in `read_table`."""
-    if path.suffix == ".json":
+    suffix = path.suffix.lower()
+    if suffix == ".json":
         return read_json(path, say)
-    if path.suffix in (".jsonl", ".ndjson"):
+    if suffix in (".jsonl", ".ndjson"):
         return read_json_lines(path, say)
-    if path.name in FLICKR_TOKENS or path.suffix == ".token":
+    if path.name in FLICKR_TOKENS or suffix == ".token":
         return read_flickr_tokens(path, say)
-    if path.suffix in (".csv", ".tsv", ".txt"):
+    if suffix in (".csv", ".tsv", ".txt"):
         return read_table(path, say, is_photo)
     raise ValueError(f"{path}: unknown format; expected .csv, .tsv, .json, .jsonl, Flickr's .token or a folder")
 
@@ -61,8 +62,7 @@ def read_folder(folder, shard_splits, say=print, is_photo=lambda name: False, un
     if reading.has_shards(folder):
         return _read_shards(folder, shard_splits, unescape)
     if files := files_of_splits(folder, is_photo):
-        parts = [_read_file_of_split(folder, split, path, say) for split, path in files.items()]
-        return pd.concat(parts)
+        return pd.concat([_read_file_of_split(folder, *item, say, is_photo) for item in files.items()])
     raise ValueError(f"{folder}: no photo with a .txt file of the same name is in this folder")
 
 
@@ -74,7 +74,7 @@ def try_files(folder, is_photo):
     content decides: it is captions, and one of the photos named first is there."""
     reasons = {}
     for path in sorted(folder.iterdir() if folder.is_dir() else ()):
-        if path.suffix not in FILE_SUFFIXES or path.name.startswith(".") or not path.is_file():
+        if path.suffix.lower() not in FILE_SUFFIXES or path.name.startswith(".") or not path.is_file():
             continue
         if path.stat().st_size > LARGEST_UNKNOWN:
             reasons[path] = "larger than 1 GiB, so it is not tried"
@@ -105,11 +105,11 @@ def files_of_splits(folder, is_photo):
     return {split: files[split] for split in SPLITS if split in files}
 
 
-def _read_file_of_split(folder, split, path, say):
+def _read_file_of_split(folder, split, path, say, is_photo):
     """The captions of one split; where its file lies beside its photos, their names begin with their folder's."""
-    df = read_file(path, say)
-    if path.parent != folder:
-        df["image"] = [f"{path.parent.name}/{name}" if isinstance(name, str) else name for name in df["image"]]
+    inner = "" if path.parent == folder else f"{path.parent.name}/"
+    df = read_file(path, say, lambda name: is_photo(inner + name))
+    df["image"] = [inner + name if isinstance(name, str) else name for name in df["image"]]
     return df.assign(split=split).rename_axis("row")
 
 

@@ -7,7 +7,7 @@ from html.entities import html5
 
 from captioning.common.files import is_litter
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
 RESULTS_FILE = "results.csv"
 CAPTIONS_FILE = "captions.txt"
 FLICKR_TOKENS = ("Flickr8k.token.txt", "results_20130124.token")
@@ -67,10 +67,12 @@ def is_photo_file(path):
 ESCAPE_SEQUENCE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")  # of a terminal: it changes colours, moves the cursor
 CONTROL = dict.fromkeys(i for i in (*range(32), *range(127, 160)) if not chr(i).isspace())
 INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff]")  # soft hyphen, spaces of no width: where a web page may break
-COMMENT_OR_BREAK = re.compile(r"<!--.*?-->|</?(?:br|p|div|li|ul|ol|tr|td|h[1-6]|hr|pre)(?=[\s/>])[^<>]*>", re.I | re.S)
+# A tag may have attributes, each with its value, so that "<a man and a dog>" is none.
+ATTRIBUTES = r"""(?:\s+[\w-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s"'<>]+))*\s*/?>"""
+BREAK = re.compile(rf"<!--.*?-->|</?(?:br|p|div|li|ul|ol|tr|td|h[1-6]|hr|pre){ATTRIBUTES}", re.I | re.S)
 TAG = re.compile(
     r"</?(?:a|abbr|b|big|center|cite|code|del|em|font|i|img|ins|mark|q|s|script|small|span|strike|strong|style|sub|sup"
-    r"|tt|u)(?=[\s/>])[^<>]*>",
+    rf"|tt|u){ATTRIBUTES}",
     re.I,
 )
 ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|([a-zA-Z][a-zA-Z0-9]{1,31}));")
@@ -90,7 +92,7 @@ def without_markup(text):
     characters are left out."""
     if text.isascii() and "<" not in text and "&" not in text:
         return text
-    text = TAG.sub("", COMMENT_OR_BREAK.sub(" ", text))
+    text = TAG.sub("", BREAK.sub(" ", text))
 
     def character(entity):
         shown = html5.get(f"{entity[1]};", entity[0]) if entity[1] else html.unescape(entity[0])

@@ -37,7 +37,7 @@ def image_roots(data_dir, source, image_dir=None):
     if found is None:
         return [data_dir, folders[0]]
     again = found / found.name  # some archives hold the same folder again
-    return [again, found, data_dir] if again.is_dir() else [found, data_dir]
+    return [found, again, data_dir] if again.is_dir() else [found, data_dir]
 
 
 def is_image_file(path):
@@ -154,8 +154,9 @@ class PhotoIndex:
             found = [path for path in found if _plain(path.name) == _plain(last)]
         elif not found and last.isascii() and last.isdigit():
             found = self.by_id.get(int(last), [])
-        agreeing = {path: agrees for path in found if (agrees := self._agreeing_folders(path, parts)) is not None}
-        found = [path for path in agreeing if agreeing[path] == max(agreeing.values())]
+        agreeing = {path: same for path in found if (same := self._agreeing_folders(path, parts)) is not None}
+        most = max(agreeing.values(), default=0)
+        found = [path for path in agreeing if agreeing[path] == most]
         for exact in (str, lambda text: unicodedata.normalize("NFC", text)):
             found = [path for path in found if exact(path.name) == exact(last)] or found
         return found

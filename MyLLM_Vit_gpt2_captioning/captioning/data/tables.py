@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+from contextlib import suppress
 
 from captioning.common.printable import printable
 from captioning.data.annotation_files import our_column_names, read_text
@@ -29,7 +30,8 @@ def read_table(path, say=print, is_photo=lambda name: False):
     if df is None:
         df = _read_line_by_line(lines, separator, columns, path, say)
     if not has_names:
-        df.index -= df.index.name == "line"
+        if df.index.name == "line":
+            df.index -= 1
         if not is_photo(_split(first, separator)[0]):
             df["image"] = df["image"].map(_without_number, na_action="ignore")
     df.columns = [str(column).strip() for column in df.columns]
@@ -66,12 +68,11 @@ def _without_number(name):
 
 
 def _split(line, separator):
-    """A line -> its fields, stripped."""
-    if separator in QUOTING and "\r" not in line:  # which would end the line for csv
-        line = next(csv.reader([line], delimiter=separator, skipinitialspace=True))
-    else:
-        line = line.split(separator)
-    return [field.strip() for field in line]
+    """A line -> its fields, stripped, without the quotation marks around them."""
+    if separator in QUOTING:
+        with suppress(csv.Error):  # a field of more than 131,072 characters, or the end of a line of old Macs in it
+            return [f.strip() for f in next(csv.reader([line], delimiter=separator, skipinitialspace=True))]
+    return [field.strip() for field in line.split(separator)]
 
 
 def _read_with_pandas(lines, separator):
@@ -165,7 +166,7 @@ def _fields_of_line(line, separator, count):
         elif character == separator and not quoted:
             blank, found = True, found + 1
             if found == count - 1:
-                return [*next(csv.reader([line[:i]], delimiter=separator, skipinitialspace=True)), line[i + 1 :]]
+                return [*_split(line[:i], separator), line[i + 1 :]]
         elif character != " ":
             blank = False
     return line.split(separator, count - 1)

@@ -207,13 +207,13 @@ def fetch(source):
     if Path(source).is_dir():
         return Path(source)
     folder = find_folder(source, (*SMALL_FILES, WEIGHTS_FILE, "model-*.safetensors"))
-    files = _weights_files(folder)
+    files = weights_files(folder)
     if not files or not all(file.is_file() for file in files):
         folder = find_folder(source, (*SMALL_FILES, TORCH_FILE, "pytorch_model-*.bin"))  # an older upload
     return folder
 
 
-def _weights_files(folder):
+def weights_files(folder):
     """The files that hold the weights: one, or those that the index of a sharded checkpoint names."""
     for name in (WEIGHTS_FILE, TORCH_FILE):
         if (folder / name).is_file():
@@ -226,7 +226,7 @@ def _weights_files(folder):
 
 def read_weights(folder):
     """The state_dict in a Hugging Face checkpoint folder. Raises FileNotFoundError or ValueError naming the file."""
-    files = _weights_files(folder)
+    files = weights_files(folder)
     if not files:
         raise FileNotFoundError(f"{folder}: neither {WEIGHTS_FILE} nor {TORCH_FILE} is there")
     return {name: tensor for file in files for name, tensor in load_weights(file).items()}
