@@ -4,6 +4,7 @@ import csv
 import http.server
 import json
 import shutil
+import signal
 import threading
 
 import numpy as np
@@ -16,6 +17,7 @@ from captioning.command_line import photo_arguments
 from captioning.command_line.caption_table import CaptionTable
 from captioning.decoding.search import generate_ids, log_probabilities
 from conftest import REPO_ROOT
+from helpers.other_process import holding
 
 SHAPES = REPO_ROOT / "examples" / "shapes"
 CHECKPOINT = ["--checkpoint", str(SHAPES)]
@@ -98,6 +100,29 @@ def test_captions_are_written_as_they_are_made(folder, monkeypatch):
 
     monkeypatch.setattr(caption_image.Captioner, "caption", stop)
     with pytest.raises(SystemExit, match=r"interrupted; .* the same command resumes"):
+        caption_image.main([str(folder), *CHECKPOINT, "--batch_size", "1"])
+    assert [row[0] for row in read(folder / "captions.csv")] == ["image", "scene_0.png"]
+
+
+def test_two_commands_on_one_folder(folder):
+    """Each would caption every photo."""
+    with (
+        holding(folder / ".captions.csv.lock") as first,
+        pytest.raises(SystemExit, match=rf"^error: .*: process {first.pid} on .* is writing there; wait for it"),
+    ):
+        caption_image.main([str(folder), *CHECKPOINT])
+    assert not (folder / "captions.csv").exists()
+
+
+def test_a_signal_between_two_batches(folder, monkeypatch):
+    caption = caption_image.Captioner.caption
+
+    def signalled(self, read):
+        signal.raise_signal(signal.SIGTERM)
+        return caption(self, read)
+
+    monkeypatch.setattr(caption_image.Captioner, "caption", signalled)
+    with pytest.raises(SystemExit, match=r"^stopped by SIGTERM; captions already in a table stay there"):
         caption_image.main([str(folder), *CHECKPOINT, "--batch_size", "1"])
     assert [row[0] for row in read(folder / "captions.csv")] == ["image", "scene_0.png"]
 

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from captioning.common.progress import progress_bar
+from captioning.common.stopping import stop_if_asked
 from captioning.data import sources
 from captioning.data.conventions import IMAGE_SUFFIXES, NOT_UTF8, SPLITS
 from captioning.data.shards import reading
@@ -88,9 +89,13 @@ def read_photos(paths):
     """Decode every photo in full, on all cores -> list of CheckedPhoto in the order of `paths`."""
     photos, bar = [], progress_bar(len(paths), "photos")
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # pillow and hashlib let other threads run
-        for photo in pool.map(read_photo, paths):
-            photos.append(photo)
-            bar.update(1)
+        try:
+            for photo in pool.map(read_photo, paths):
+                photos.append(photo)
+                bar.update(1)
+                stop_if_asked()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
     bar.close()
     return photos
 
