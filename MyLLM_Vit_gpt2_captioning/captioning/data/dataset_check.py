@@ -24,7 +24,7 @@ from captioning.data import sources
 from captioning.data.conventions import IMAGE_SUFFIXES, NOT_UTF8, SPLITS
 from captioning.data.shards import reading
 from captioning.images import tar_members
-from captioning.images.preprocessing import load_image
+from captioning.images.preprocessing import load_image, open_image
 from captioning.pages import plots
 
 REPORT_FILE = "report.md"
@@ -104,7 +104,7 @@ def read_photo(path):
     """One photo -> CheckedPhoto, with `fault` set when it is missing or cannot be decoded."""
     try:
         content = tar_members.read_bytes(path)
-        with Image.open(io.BytesIO(content)) as opened:
+        with open_image(io.BytesIO(content)) as opened:
             image = load_image(opened)
             pixels = hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16)
             return CheckedPhoto(

@@ -22,7 +22,7 @@ from captioning.common.locks import LOCK_FILE, after_other_writers
 from captioning.data import resumable_work, sources
 from captioning.data.unreadable_photos import print_left_out
 from captioning.images import tar_members
-from captioning.images.preprocessing import load_image
+from captioning.images.preprocessing import load_image, open_image
 
 STORE_FORMAT = 1  # of these files
 SIDE = 256  # pixels of the shorter side: what a crop for 224 pixels needs
@@ -90,7 +90,7 @@ def shrink(path, side, quality=QUALITY):
     A JPEG file that is one already is not compressed a second time. Raises what `load_image` raises.
     """
     image = load_image(path, least_side=2 * side)
-    with Image.open(tar_members.opened(path)) as opened:
+    with open_image(tar_members.opened(path)) as opened:
         fits = min(opened.size) <= side and opened.getexif().get(ExifTags.Base.Orientation, 1) == 1
         # A progressive JPEG takes twice the time to decode.
         baseline = opened.format == "JPEG" and opened.mode == "RGB" and not opened.info.get("progressive")

@@ -4,11 +4,29 @@ Only pillow, numpy and torch are needed here, so that captioning a photo does no
 library.
 """
 
+from functools import cache
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from captioning.images import tar_members
+
+# Pillow's names of the formats of photos. It would open others, too, by their content and whatever a file is called:
+# for EPS it starts Ghostscript, which runs the program in the file.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM")
+
+
+@cache
+def _formats():
+    """Those of FORMATS that this Pillow reads; HEIF comes with pillow-heif."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def open_image(source):
+    """As `PIL.Image.open`, for the formats of photos only."""
+    return Image.open(source, formats=_formats())
 
 
 def load_image(source, least_side=None):
@@ -25,7 +43,7 @@ def load_image(source, least_side=None):
     try:
         if isinstance(source, Image.Image):
             return _as_rgb(ImageOps.exif_transpose(source))  # phones store the turn beside the pixels
-        image = Image.open(tar_members.opened(source))
+        image = open_image(tar_members.opened(source))
         if least_side:
             image.draft(None, (least_side, least_side))  # does nothing for other formats
         image.load()

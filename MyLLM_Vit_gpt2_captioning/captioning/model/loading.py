@@ -4,6 +4,7 @@ Nothing behind this file changes a configuration: each function returns a new on
 """
 
 import dataclasses
+import re
 
 from captioning.common.config import attributes, complete
 from captioning.common.files import CONFIG_FILE, WEIGHTS_FILE
@@ -19,6 +20,9 @@ def stored_config(source, defaults, read_decoder):
     """
     folder, values = hugging_face.read_config(source, read_decoder, defaults)
     try:
+        encoders.check_options(values.get("encoder_options", {}))
+        if re.search(r"[/\\:]", str(values.get("encoder", ""))):  # a stranger's file asks no Hub
+            raise ValueError(f"encoder is {str(values['encoder'])[:60]!r}, but must be the name of a timm model")
         return folder, complete(values, defaults)
     except ValueError as error:
         raise ValueError(

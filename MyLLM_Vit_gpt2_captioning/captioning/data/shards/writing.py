@@ -12,7 +12,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from captioning.common.files import write_atomically
 from captioning.common.locks import LOCK_FILE, after_other_writers
@@ -21,6 +20,7 @@ from captioning.data.conventions import IMAGE_SUFFIXES, SPLITS
 from captioning.data.shards import reading
 from captioning.data.unreadable_photos import print_left_out
 from captioning.images import tar_members
+from captioning.images.preprocessing import open_image
 
 SHARDS_FORMAT = 1  # of the manifest and the content of shards
 PHOTOS_PER_SHARD = 1000  # at 100 kB a photo a shard has 100 MB
@@ -194,7 +194,7 @@ def _read_decodable(photo):
     except FileNotFoundError:
         raise FileNotFoundError("no such image") from None
     reading.decode_photo(content)
-    with Image.open(io.BytesIO(content)) as image:
+    with open_image(io.BytesIO(content)) as image:
         suffix = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tiff"}.get(image.format, image.format.lower())
     return content, suffix if f".{suffix}" in IMAGE_SUFFIXES else "jpg"  # readers go by the content anyway
 
