@@ -41,7 +41,7 @@ from captioning.data.token_cache import read_tokens_from_disk
 from captioning.data.unreadable_photos import UnreadablePhotos
 from captioning.decoding.cached_decoder import BlockCache
 from captioning.decoding.search import caption_images, generate_ids, trim
-from captioning.images.augmentation import TrainingTransforms, ValidationTransforms
+from captioning.images.augmentation import CaptionsOfPicture, TrainingTransforms, ValidationTransforms
 from captioning.images.preprocessing import normalize_pixels
 from captioning.model import checkpoint, hugging_face, loading
 from captioning.model.encoders import build_encoder, meta_device_for, preprocessing_of, run_block
@@ -245,7 +245,7 @@ class Dataset(torch.utils.data.Dataset):
         self.prompts = list(df["prompt"]) if "prompt" in df else [""] * len(df)
         self.captions_of = {}  # all captions of an image decide how it may be augmented, questions too
         for image, *texts in zip(self.images, self.captions, self.prompts, strict=True):
-            self.captions_of.setdefault(image, []).extend(filter(None, texts))
+            self.captions_of.setdefault(image, CaptionsOfPicture()).extend(filter(None, texts))
         self.captions_per_image, self.max_length, self.seed = captions_per_image, max_length, seed
         self.unreadable_photos = UnreadablePhotos(self.captions_of, max_bad_images)
         self.token_caches = []  # a `TokenCache` for each view, where the encoder's tokens are not computed anew

@@ -65,7 +65,7 @@ def import_webdataset():
 
 def has_shards(folder):
     """Whether a folder holds shards."""
-    return any(SHARD_NAME.fullmatch(path.name) for path in Path(folder).glob("*.tar"))
+    return any(SHARD_NAME.fullmatch(path.name) and path.is_file() for path in Path(folder).glob("*.tar"))
 
 
 def shards_by_split(folder):
@@ -81,7 +81,7 @@ def shards_by_split(folder):
             f"{folder}: its shards are not all written yet; the command that writes them (prepare_data.py --shards "
             "DATASET --to FOLDER) goes on where it stopped"
         )
-    for path in sorted(folder.glob("*.tar")):
+    for path in filter(Path.is_file, sorted(folder.glob("*.tar"))):  # not a pipe, which would never end
         if match := SHARD_NAME.fullmatch(path.name):
             words = [SPLIT_NAMES.get(word, word) for word in re.split(r"[-_.]", match["words"] or "")]
             split = next((word for word in reversed(words) if word in SPLITS), "train")
