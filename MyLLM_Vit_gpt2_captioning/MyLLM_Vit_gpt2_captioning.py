@@ -32,6 +32,7 @@ from captioning.common.config import Config, complete
 from captioning.common.distributed import ProcessGroup, gradient_sync, silence_other_ranks
 from captioning.common.precision import mixed_precision, use_deterministic_algorithms
 from captioning.common.progress import progress_bar
+from captioning.common.stopping import Stopped, listening, stop_if_asked
 from captioning.data import batching, shapes, sources
 from captioning.data.built_in import data_paths, default_recipe, load_data
 from captioning.data.shards import streaming
@@ -39,7 +40,7 @@ from captioning.data.token_cache import read_tokens_from_disk
 from captioning.data.unreadable_photos import UnreadablePhotos
 from captioning.decoding.cached_decoder import BlockCache
 from captioning.decoding.search import caption_images, generate_ids, trim
-from captioning.images.augmentation import TrainingTransforms, ValidationTransforms
+from captioning.images.augmentation import CaptionsOfPicture, TrainingTransforms, ValidationTransforms
 from captioning.images.preprocessing import normalize_pixels
 from captioning.model import checkpoint, hugging_face, loading
 from captioning.model.encoders import build_encoder, meta_device_for, preprocessing_of, run_block
@@ -49,11 +50,11 @@ from captioning.model.stages import keep_frozen_in_eval, pretrained_names, stage
 from captioning.model.tokenizer import CaptionTokenizer, check_eos, encode_caption, encode_prompt
 from captioning.pages import plots
 from captioning.sharing import upload
-from captioning.training import schedule
+from captioning.training import run_folder, schedule
 from captioning.training.cross_entropy import CrossEntropy
 from captioning.training.out_of_memory import explained
 from captioning.training.run_log import RunLog, perplexity
-from captioning.training.run_state import RunState, Stopped, dataset_digest
+from captioning.training.run_state import RunState, dataset_digest
 from captioning.training.self_critical import SelfCritical
 from captioning.training.trackers import Tracker
 from MyLLM.ch3 import KeyValueCache, merge_heads, split_heads
@@ -246,7 +247,7 @@ class Dataset(torch.utils.data.Dataset):
         self.prompts = list(df["prompt"]) if "prompt" in df else [""] * len(df)
         self.captions_of = {}  # all captions of an image decide how it may be augmented, questions too
         for image, *texts in zip(self.images, self.captions, self.prompts, strict=True):
-            self.captions_of.setdefault(image, []).extend(filter(None, texts))
+            self.captions_of.setdefault(image, CaptionsOfPicture()).extend(filter(None, texts))
         self.captions_per_image, self.max_length, self.seed = captions_per_image, max_length, seed
         self.unreadable_photos = UnreadablePhotos(self.captions_of, max_bad_images)
         self.token_caches = []  # a `TokenCache` for each view, where the encoder's tokens are not computed anew
@@ -800,6 +801,7 @@ class Trainer:
             with self.autocast():
                 losses.append(validation.loss(validation.to_device(batch, self.device))[1])
             bar.update(validation.captions_in(batch) // validation.captions_per_image * self.processes.world_size)
+            stop_if_asked()
         bar.close()
         total_loss = float(np.dot(torch.stack(losses).tolist(), counts))  # read only now: no batch waits for another
         total_loss, total_count = self.processes.all_reduce_sum(total_loss, sum(counts))
@@ -818,12 +820,15 @@ class Trainer:
         non-finite end the run early, and the best epoch is kept. Raises Stopped on Ctrl-C, SIGTERM and SIGUSR1, with
         the state of the run saved.
         """
-        dataset, configs = self.valid_dl.dataset, self.identity()["config"]
-        self.log.config = self.train_config  # `rebuild_schedule` may have replaced it
-        self.log.begin(self.model, self.tokenizer, dataset, configs, self.autocast, self.state.resumed)
         epochs = range(self.state.position["epoch"], self.train_config.epochs + self.train_config.scst_epochs)
         try:
-            with self.state.signals(), explained(self.train_config), self.state.saved_on_failure(self.state_dict):
+            with (
+                self.state.run(self.state_dict, has_best=self.best["best_epoch"] is not None),
+                explained(self.train_config),
+            ):
+                dataset, configs = self.valid_dl.dataset, self.identity()["config"]
+                self.log.config = self.train_config  # `rebuild_schedule` may have replaced it
+                self.log.begin(self.model, self.tokenizer, dataset, configs, self.autocast, self.state.resumed)
                 for epoch in epochs:
                     self._run_epoch(epoch)
         except (FloatingPointError, KeyboardInterrupt) as reason:
@@ -959,28 +964,26 @@ def main(argv=None):
     """Train, plot, demonstrate -> {"best_perplexity", "best_epoch"}, for Shapes also {"scores"}."""
     silence_other_ranks()
     model_cfg, train_cfg, download = read_configs(sys.argv[1:] if argv is None else argv)
-    torch.manual_seed(train_cfg.seed)
-    df = load_data(train_cfg, DATA_DIR, download)
-    trainer = build_trainer(model_cfg, train_cfg, df)
-    if trainer.processes.is_main:
-        if not trainer.state.resumed and (earlier := checkpoint.set_aside(train_cfg.model_path)):
-            print(f"an earlier run was moved to {earlier}")
-        recipes.write_recipe(train_cfg.model_path, model_config=trainer.model.config, train_config=trainer.train_config)
-    result = trainer.run_training()
-
-    trainer.load_best_model()
-    trainer.processes.destroy()
-    if not trainer.processes.is_main:
-        return result
-    trainer.log.finish(trainer.model)
-    caption = partial(caption_images, trainer.model, trainer.tokenizer)
-    plots.draw_demo(caption, df[df["split"] == "val"], train_cfg.demo_images, train_cfg.model_path / "demo.png")
-    if (train_cfg.data_dir / shapes.SPLIT_FILE).is_file():
-        result["scores"] = (shapes.score_answers if "prompt" in df else shapes.score)(caption, train_cfg.data_dir)
-    print(
-        f"best {trainer.log.best_by}: epoch {result['best_epoch'] + 1}, perplexity {result['best_perplexity']:.3f}; "
-        f"checkpoint and plots are in {train_cfg.model_path}"
-    )
+    with run_folder.writing(train_cfg.model_path):
+        with listening("the same command starts again"):
+            torch.manual_seed(train_cfg.seed)
+            df = load_data(train_cfg, DATA_DIR, download)
+            trainer = build_trainer(model_cfg, train_cfg, df)
+            if trainer.processes.is_main:
+                run_folder.set_aside(train_cfg.model_path, trainer.state.resumed)
+                configs = dict(model_config=trainer.model.config, train_config=trainer.train_config)
+                recipes.write_recipe(train_cfg.model_path, **configs)
+            result = trainer.run_training()
+        trainer.load_best_model()
+        trainer.processes.destroy()
+        if not trainer.processes.is_main:
+            return result
+        trainer.log.finish(trainer.model)
+        caption = partial(caption_images, trainer.model, trainer.tokenizer)
+        plots.draw_demo(caption, df[df["split"] == "val"], train_cfg.demo_images, train_cfg.model_path / "demo.png")
+        if (train_cfg.data_dir / shapes.SPLIT_FILE).is_file():
+            result["scores"] = (shapes.score_answers if "prompt" in df else shapes.score)(caption, train_cfg.data_dir)
+        trainer.log.print_best(result)
     upload.offer_upload(HF_REPO_ID, train_cfg.model_path, train_cfg.push_every_epoch)
     plots.show_windows()
     return result
@@ -992,6 +995,6 @@ if __name__ == "__main__":
     except (OSError, ValueError, FloatingPointError, torch.OutOfMemoryError) as error:
         sys.exit(f"error: {error}")
     except Stopped as reason:
-        print(f"{reason}; the same command with --resume auto resumes the run")
+        print(reason)
     except KeyboardInterrupt:
         sys.exit("interrupted")

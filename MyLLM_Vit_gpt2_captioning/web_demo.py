@@ -42,11 +42,13 @@ MAX_QUEUE = 100  # waiting requests; further ones are refused
 KEPT_SECONDS = 3600  # how long uploads and attention maps are kept
 METHODS = ("greedy", "beam search", "sampling")
 
+# Gradio makes JavaScript of what comes out of this template (a template literal), so `${...}` in a caption would run:
+# words are written as HTML entities, see `as_entities`.
 CAPTIONS_TEMPLATE = """
 {{#if value}}
 <ol>{{#each value}}<li>
-  <span class="words">{{#each words}}<button type="button" data-caption="{{@../index}}" data-word="{{@index}}"
-    >{{this}}</button> {{else}}(empty){{/each}}</span>
+  <span class="words">{{#each html}}<button type="button" data-caption="{{@../index}}" data-word="{{@index}}"
+    >{{{this}}}</button> {{else}}(empty){{/each}}</span>
   <span class="score" title="log-probability of the caption under the model, in nats">log p = {{shown}}</span>
 </li>{{/each}}</ol>
 {{else}}<p class="score">Captions appear here.</p>{{/if}}
@@ -166,6 +168,11 @@ def caption_photo(model, tokenizer, photo, options, prompt=""):
     return captions
 
 
+def as_entities(text):
+    """A text -> HTML that shows it, without any character that means something in HTML or JavaScript."""
+    return "".join(char if char.isalnum() or char == " " else f"&#{ord(char)};" for char in text)
+
+
 @contextmanager
 def errors_shown_on_page(photo):
     """Context that turns the errors of load_image, options and checkpoints into gr.Error, without this machine's
@@ -271,7 +278,10 @@ def build(sources):
             options = decoding_options(args) | dict(num_return_sequences=1 if method == "greedy" else number)
             captions = caption_photo(*captioners.load(model), photo, options, prompt or "")
         rows = [caption.pop("ids") for caption in captions]
-        return [caption | dict(shown=f"{caption['log_probability']:.2f}") for caption in captions], (model, photo, rows)
+        for caption in captions:
+            caption["shown"] = f"{caption['log_probability']:.2f}"
+            caption["html"] = [as_entities(word) for word in caption["words"]]
+        return captions, (model, photo, rows)
 
     def clear_unreadable(photo):
         try:

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image, features
@@ -34,8 +35,11 @@ from captioning.data import dataset_check, downloads, sources
 from captioning.data.conventions import is_photo_file
 from captioning.data.shards import reading, streaming
 from captioning.data.token_cache import TokenCache
+from captioning.images import tar_members
 from captioning.images.preprocessing import load_image
-from captioning.model import checkpoint
+from captioning.model import checkpoint, hugging_face
+from captioning.scoring import metrics
+from captioning.training import run_folder
 from captioning.training.run_log import RunLog
 from captioning.training.self_critical import SelfCritical
 from conftest import CAPTIONS
@@ -258,6 +262,25 @@ def _(tmp_path):
     return "refused as any unreadable image, by the number of pixels that its header names, before decoding"
 
 
+@case("Images", "PostScript named photo.jpg")
+def _(tmp_path, monkeypatch):
+    """For EPS Pillow starts Ghostscript."""
+    monkeypatch.setattr(
+        "PIL.EpsImagePlugin.Ghostscript", lambda *args, **options: pytest.fail("Ghostscript is started")
+    )
+    path = tmp_path / "photo.jpg"
+    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    assert dataset_check.read_photo(path).fault == "not an image of a known format"
+    load_image(path)
+
+
+@case("Images", "pipe named photo.jpg, which would never end")
+def _(tmp_path):
+    os.mkfifo(tmp_path / "photo.jpg")
+    assert dataset_check.read_photo(tmp_path / "photo.jpg").fault == "it is a pipe or a device"
+    load_image(tmp_path / "photo.jpg")
+
+
 @case("Images", "directory named 1000.jpg")
 def _(flickr, capsys):
     photo = flickr / "flickr30k_images" / "1000.jpg"
@@ -411,6 +434,28 @@ def usable(flickr, capsys, caption):
     said = left_out(flickr, capsys)
     assert len(sources.drop_unusable(sources.load(flickr), "captions.jsonl")) == len(rows)
     return said
+
+
+@case("Captions", "60,000 captions of one photo")
+def _(script, tmp_path, bpe):
+    """What is looked up in all captions of a photo is looked up once, and scores are not compared pair by pair."""
+    save(tmp_path / "1.jpg")
+    captions = [f"{CAPTIONS[1]} {number}" for number in range(60_000)]
+    df = pd.DataFrame({"image": tmp_path / "1.jpg", "caption": captions})
+    dataset = script.Dataset(df, script.build_transforms(16)[0], bpe)
+    searched = 0
+
+    class Counting:
+        def search(self, text):
+            nonlocal searched
+            searched += 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("captioning.images.augmentation.NOT_MIRRORABLE", Counting())
+        assert len(dataset.__getitems__(range(5))) == 5
+    assert searched == len(captions)
+    assert metrics.bleu([captions[7]], [captions])[3] == pytest.approx(1)
+    return "trained on and scored, in time that grows with their number"
 
 
 @case("Captions", "byte order mark, line ends of Windows and of old Macs")
@@ -725,6 +770,55 @@ def _(script, captioner, tiny_model):
     return "loaded, as strictly as any"
 
 
+@case("Files", "`config.json` whose `encoder_options` name a file for timm to load (`checkpoint_path`)")
+def _(script, captioner, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
+    config = json.loads((captioner / CONFIG_FILE).read_text())
+    config["model_config"]["encoder_options"] |= {"checkpoint_path": str(tmp_path / "evil.pth")}
+    (captioner / CONFIG_FILE).write_text(json.dumps(config))
+    try:
+        script.load_captioner(captioner)
+    finally:
+        assert not (tmp_path / "ran").exists()
+
+
+@case("Files", '`config.json` with `encoder` "user/repo": captioning asks no Hub')
+def _(script, captioner, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **options: pytest.fail("the Hub is asked"))
+    config = json.loads((captioner / CONFIG_FILE).read_text())
+    config["model_config"]["encoder"] = "user/repo"
+    (captioner / CONFIG_FILE).write_text(json.dumps(config))
+    script.load_captioner(captioner)
+
+
+@case("Files", "an encoder's `config.json` with code of its own (`auto_map`)")
+def _(tmp_path, monkeypatch):
+    """On a terminal transformers would ask whether to run it."""
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked whether to run the code"))
+    (tmp_path / "tower").mkdir()
+    (tmp_path / "tower" / CONFIG_FILE).write_text(
+        json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig"}})
+    )
+    (tmp_path / "tower" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    try:
+        hugging_face.read_vision_tower(tmp_path / "tower")
+    finally:
+        assert not (tmp_path / "ran").exists()
+
+
+@case("Files", "index of sharded weights that names a file outside of its folder")
+def _(tmp_path):
+    (tmp_path / "hf").mkdir()
+    save_file({"secret": torch.ones(1)}, tmp_path / "secret.safetensors")
+    index = {"weight_map": {"secret": "../secret.safetensors"}}
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
+    hugging_face.read_weights(tmp_path / "hf")
+
+
 @case("Files", "a tensor of the wrong shape, one missing, one unknown")
 def _(script, captioner, tiny_model):
     weights = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
@@ -837,8 +931,8 @@ def _(tiny_model, bpe):
 @case("Files", "output folder that may not be made: found before training")
 def _():
     with for_everybody() as folder:
-        with read_only(folder), pytest.raises(OSError) as error:
-            checkpoint.set_aside(folder / "captioner")
+        with read_only(folder), pytest.raises(OSError) as error, run_folder.writing(folder / "captioner"):
+            pass
         return f"error: {error.value}".replace(f"{folder}/", "")
 
 
@@ -912,6 +1006,17 @@ def _(script, bpe, tmp_path, capsys):
     huge.size = 2**40
     stream(script, two_shards(tmp_path / "shards", **{"000002.jpg": huge}), bpe)
     return f"warning: {said(capsys)}"
+
+
+@case("Tar shards", "a header of 3 GB for a long name")
+def _(tmp_path):
+    header = tarfile.TarInfo("./PaxHeaders/x")
+    header.type, header.size = tarfile.XHDTYPE, 3 * 2**30
+    with open(tmp_path / "photos.tar", "wb") as file:
+        file.write(header.tobuf(tarfile.USTAR_FORMAT))
+        file.truncate(3 * 2**30 + 2048)  # no blocks on the disk
+    with open(tmp_path / "photos.tar", "rb") as file:
+        list(tar_members.members(file))
 
 
 @case("Tar shards", "shards that are still being written")

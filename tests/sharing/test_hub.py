@@ -670,7 +670,7 @@ def test_a_run_uploads_its_best_epoch(script, server, monkeypatch, tiny_config, 
     assert "| 1008.jpg | " in card  # the first photo of the validation split
     assert not [name for name in repo.files if name.endswith((".jpg", ".pt"))]
     assert "push_every_epoch" not in repo.files["recipe.toml"].decode()
-    assert trainer.state.resumed is False
+    assert trainer.state.resumed is None
     tiny_train_config.resume, tiny_train_config.push_every_epoch = "auto", False
     assert script.Trainer(tiny_config, tiny_train_config, dls).state.resumed  # with or without uploads: the same run
 

@@ -37,6 +37,14 @@ def is_litter(name):
     return any(part.startswith("._") or part.lower() in LITTER for part in PurePath(name).parts)
 
 
+def make_folder(folder, option):
+    """Make a folder, and those it lies in. Raises OSError that names it and the `option` that would choose another."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{folder}: cannot be made ({error.strerror}); choose another with {option} FOLDER") from error
+
+
 def write_atomically(path, write):
     """`write(draft_path)`, then put the finished file in the place of `path` in one step.
 

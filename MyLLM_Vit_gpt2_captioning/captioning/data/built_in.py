@@ -1,7 +1,6 @@
 """The dataset of a run: a built-in one, which is rendered on first use, a download, or a user's own folder."""
 
-from filelock import FileLock
-
+from captioning.common.locks import after_other_writers
 from captioning.data import shapes, sources
 
 # Name of a built-in dataset -> the function that renders it into its folder.
@@ -58,7 +57,8 @@ def load_data(train_cfg, data_folder, download=False):
     built_in = _built_in_name(data_dir, data_folder)
     if built_in or download:
         data_dir.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(data_dir.parent / f".{data_dir.name}.lock"):  # other processes wait, and then find the dataset
+        lock = data_dir.parent / f".{data_dir.name}.lock"
+        with after_other_writers(lock):  # the others wait, and then find the dataset
             if built_in:
                 BUILT_IN[built_in](data_dir, train_cfg.shapes_scenes)
             else:

@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from captioning.common.printable import in_markdown, printable
 from captioning.common.progress import progress_bar
+from captioning.common.stopping import stop_if_asked
 from captioning.data import sources
 from captioning.data.conventions import NOT_UTF8, SPLITS, is_photo_file
 from captioning.data.shards import reading
@@ -90,9 +91,13 @@ def read_photos(paths):
     """Decode every photo in full, on all cores -> list of CheckedPhoto in the order of `paths`."""
     photos, bar = [], progress_bar(len(paths), "photos")
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # pillow and hashlib let other threads run
-        for photo in pool.map(read_photo, paths):
-            photos.append(photo)
-            bar.update(1)
+        try:
+            for photo in pool.map(read_photo, paths):
+                photos.append(photo)
+                bar.update(1)
+                stop_if_asked()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
     bar.close()
     return photos
 

@@ -15,10 +15,10 @@ import os
 from functools import partial
 from pathlib import Path
 
-from filelock import FileLock
 from PIL import ExifTags, Image
 
 from captioning.common.files import write_atomically
+from captioning.common.locks import LOCK_FILE, after_other_writers
 from captioning.data import resumable_work, sources
 from captioning.data.conventions import with_markup
 from captioning.data.unreadable_photos import print_left_out
@@ -58,7 +58,7 @@ def write_store(
         df[column] = df[column].map(with_markup)  # the store is read as any dataset is
     names = store_names(df["image"].unique(), quality)
     (store / IMAGE_FOLDER).mkdir(parents=True, exist_ok=True)
-    with FileLock(store / ".lock"):  # a second run waits, and then has nothing to do
+    with after_other_writers(store / LOCK_FILE):  # a second run waits, and then has nothing to do
         _write_or_compare_manifest(store, dict(format=STORE_FORMAT, side=side, quality=quality))
         faults, made = _make_missing(store, names, side, quality, num_workers)
         if len(faults) == len(names):

@@ -4,6 +4,7 @@ Only pillow, numpy and torch are needed here, so that captioning a photo does no
 library.
 """
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from captioning.common.printable import printable
 from captioning.images import tar_members
 
+# Pillow's names of the formats of photos. It would open others, too, by their content and whatever a file is called:
+# for EPS it starts Ghostscript, which runs the program in the file.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM")
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # of ISO/IEC 23008-12
 
 
@@ -45,10 +49,18 @@ def load_image(source, least_side=None):
         ) from error
 
 
+@cache
+def _formats():
+    """Those of FORMATS that this Pillow reads; HEIF comes with pillow-heif."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def open_image(source):
-    """As `Image.open`, also for HEIC where pillow-heif is installed; where it is not, ValueError names that library."""
+    """As `Image.open`, for the formats of photos only; also for HEIC where pillow-heif is installed, and where it is
+    not, ValueError names that library."""
     try:
-        return Image.open(source)
+        return Image.open(source, formats=_formats())
     except UnidentifiedImageError:
         if not _is_heic(source):
             raise
@@ -57,7 +69,8 @@ def open_image(source):
     except ImportError:
         raise ValueError("HEIC, which needs one more library: pip install pillow-heif") from None
     pillow_heif.register_heif_opener()
-    return Image.open(source)
+    _formats.cache_clear()
+    return Image.open(source, formats=_formats())
 
 
 def _is_heic(source):

@@ -9,7 +9,6 @@ A checkpoint folder holds
 
 import json
 import pickle
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from captioning.common.config import as_type
 from captioning.common.files import (
     CONFIG_FILE,
     EPOCHS_FOLDER,
-    RUN_FILES,
     TOKENIZER_FILE,
     TORCH_FILE,
     WEIGHTS_FILE,
@@ -184,28 +182,6 @@ def _without_prefix(content):
     while content and (prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in content)), None)):
         content = {name.removeprefix(prefix): value for name, value in content.items()}
     return content
-
-
-def set_aside(folder):
-    """Make `folder`, and move an earlier run in it to `folder`/earlier/<its date>, so that a new run overwrites nothing
-    -> where the earlier run is now, or None when there was none. Raises OSError for a folder that cannot be made."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            f"{folder}: cannot be made ({error.strerror}); choose another with --model_path FOLDER"
-        ) from error
-    config = folder / CONFIG_FILE
-    if not config.is_file():
-        return None
-    date = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(config.stat().st_mtime))
-    earlier = folder / "earlier" / date
-    earlier.mkdir(parents=True)
-    for name in RUN_FILES:
-        if (folder / name).exists():
-            (folder / name).rename(earlier / name)
-    return earlier
 
 
 def find_folder(source, files=(WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE)):

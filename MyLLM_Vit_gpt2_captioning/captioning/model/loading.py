@@ -21,6 +21,9 @@ def stored_config(source, defaults, read_decoder):
     """
     folder, values = hugging_face.read_config(source, read_decoder, defaults)
     try:
+        encoders.check_options(values.get("encoder_options", {}))
+        if re.search(r"[/\\:]", str(values.get("encoder", ""))):  # a stranger's file asks no Hub
+            raise ValueError(f"encoder is {str(values['encoder'])[:60]!r}, but must be the name of a timm model")
         config = complete(values, defaults)
     except ValueError as error:
         raise ValueError(

@@ -177,6 +177,13 @@ class RunLog:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"WARNING: report.html is not written ({reason}); the run goes on")
 
+    def print_best(self, result):
+        """Say which epoch was the best, by the `result` of `run_training`, and where the files of the run are."""
+        print(
+            f"best {self.best_by}: epoch {result['best_epoch'] + 1}, perplexity {result['best_perplexity']:.3f}; "
+            f"checkpoint and plots are in {self.folder}"
+        )
+
     def finish(self, model):
         """The run is over: draw the curves, write the report of the best `model`, close the tracker."""
         self.draw_curves()

@@ -17,14 +17,14 @@ import json
 import os
 import re
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from filelock import FileLock
 from PIL import UnidentifiedImageError
 
 from captioning.common.files import is_litter, write_atomically
+from captioning.common.locks import LOCK_FILE, after_other_writers
 from captioning.common.printable import printable
 from captioning.data import resumable_work
 from captioning.data.conventions import (
@@ -79,7 +79,7 @@ def has_shards(folder):
 
 def _shard_names(folder):
     """Yields (path, match of its name) of the shards in a folder, sorted."""
-    for path in sorted(Path(folder).glob("*.tar")):
+    for path in filter(Path.is_file, sorted(Path(folder).glob("*.tar"))):  # not a pipe, which would never end
         if not is_litter(path.name) and (match := SHARD_NAME.fullmatch(path.name)):
             yield path, match
 
@@ -155,11 +155,9 @@ def _as_shard(path, entry):
 
 def _count_shards(folder, paths):
     """Count the shards whose counts are not in `counts.json`, or that changed since -> {name: entry} of all."""
-    try:
-        lock = FileLock(folder / ".lock").acquire()  # one rank counts, the others wait and read
-    except OSError:  # the folder is read-only
-        lock = nullcontext()
-    with lock:
+    with ExitStack() as stack:
+        with suppress(OSError):  # the folder is read-only
+            stack.enter_context(after_other_writers(folder / LOCK_FILE))  # one rank counts, the others wait and read
         try:
             counted = _read_entries(folder / COUNTS_FILE)
         except ValueError:

@@ -12,9 +12,9 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 
 from captioning.common.files import write_atomically
+from captioning.common.locks import LOCK_FILE, after_other_writers
 from captioning.common.printable import printable
 from captioning.data import resumable_work, sources
 from captioning.data.conventions import IMAGE_SUFFIXES, SPLITS, with_markup
@@ -61,7 +61,7 @@ def write_shards(
     plan = _plan(df, photos_per_shard)
     source_hash = _hash_of(plan)
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):  # a second run waits, and then has nothing to do
+    with after_other_writers(folder / LOCK_FILE):  # a second run waits, and then has nothing to do
         written = _written_shards(folder, records, source_hash)
         missing = [name for name in plan if name not in written]
         if missing:
