@@ -145,6 +145,7 @@ class TrainConfig(Config):
     image_dir: Path = IMAGE_DIR  # folder with the photos; found in data_dir when only that is given
     model_path: Path = OUTPUT_DIR  # folder for checkpoint, metrics and plots; an earlier run there is moved aside
     captions_file: str = CAPTIONS_FILE  # annotation file of any format; found in data_dir when empty
+    unescape_captions: bool = True  # captions: &amp; becomes &, tags like <b> and invisible characters are left out
     dataset: str = "flickr30k"  # what --download puts into data_dir: flickr8k, flickr30k or coco2017
     score_every: int = 1  # epochs between scores of captions of the same validation photos; 0: never
     score_images: int = 200  # validation photos that are captioned for these scores
@@ -214,7 +215,7 @@ def _load_flickr_dataframe(data_dir, image_dir, captions_file=None):
     """Read `data_dir`/results.csv (Flickr30k), or any other dataset that `sources.load` recognises there -> DataFrame
     with a row a caption: image (Path in `image_dir`), caption (lowercased, stripped, "" where missing), split
     (train/val/test, by image) and, for questions, prompt. Raises FileNotFoundError or ValueError for a bad file."""
-    return sources.load(data_dir, captions_file, image_dir)
+    return sources.load(data_dir, captions_file, image_dir, unescape=train_config.unescape_captions)
 
 
 def build_transforms(img_size=224, norm_mean=None, norm_std=None, crop_scale=0.8, resample="bicubic", normalized=True):
@@ -948,7 +949,7 @@ def build_trainer(model_cfg, train_cfg, df):
     """Tokenizer, loaders, model and Trainer for the captions in `df`. Where files cannot be downloaded, raises
     FileNotFoundError that says which the run needs, and how to give local copies."""
     try:
-        tok = build_tokenizer(model_cfg, streaming.training_texts(df))
+        tok = build_tokenizer(model_cfg, streaming.training_texts(df, train_cfg.unescape_captions))
         trained = model_cfg.tokenizer in ("bpe", "word") and not model_cfg.start_from
         if trained or len(tok) > model_cfg.vocab_size:  # a vocab_size above GPT-2's stays: padded for speed
             model_cfg = replace(model_cfg, vocab_size=len(tok))

@@ -122,7 +122,7 @@ def load_predictor(args, images, options):
     autocast, _ = mixed_precision(torch.device(train_config.device), args.precision)
     load_batch = None
     if args.cache_dir:
-        cache = TokenCache(args.cache_dir, model)
+        cache = TokenCache(args.cache_dir, model, precision=args.precision)
         fill_caches(model, [(cache, images, None)])
         load_batch = cache.batch
 
@@ -147,8 +147,10 @@ def score_answers(rows, caption, output):
 
 def read_split(args):
     """DataFrame of the usable rows of the split. Raises ValueError when there is none."""
-    source = args.captions_file or sources.find_captions(args.data)
-    df = sources.drop_unusable(sources.load(args.data, args.captions_file, args.image_dir, [args.split]), source)
+    source = args.captions_file or sources.find_captions(args.data, args.image_dir)
+    unescape = train_config.unescape_captions
+    df = sources.load(args.data, args.captions_file, args.image_dir, [args.split], unescape)
+    df = sources.drop_unusable(df, source)
     rows = df[df["split"] == args.split]
     if rows.empty:
         counts = ", ".join(f"{split} {n:,}" for split, n in df.groupby("split")["image"].nunique().items())

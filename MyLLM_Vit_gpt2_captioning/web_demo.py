@@ -27,6 +27,7 @@ from captioning.command_line.decoding_options import decoding_options
 from captioning.command_line.overrides import with_underscores
 from captioning.common.files import CONFIG_FILE, WEIGHTS_FILE
 from captioning.common.precision import mixed_precision
+from captioning.common.printable import printable
 from captioning.decoding.attention_maps import group_words, overlay, word_maps
 from captioning.decoding.search import generate_ids, log_probabilities, trim
 from captioning.images.preprocessing import load_image, preprocess
@@ -151,7 +152,7 @@ def caption_photo(model, tokenizer, photo, options, prompt=""):
     captions = []
     for row, log_prob in zip(rows, log_probs.tolist(), strict=True):
         ids = trim(row, len(prompt), model.config.eos_token_id).tolist()
-        words = [word for word, _ in group_words(tokenizer, ids)]
+        words = [printable(word) for word, _ in group_words(tokenizer, ids)]
         captions.append(dict(ids=ids, words=words, caption=tokenizer.decode(ids[1:]).strip(), log_probability=log_prob))
     return captions
 

@@ -66,7 +66,8 @@ def row(key, outcome):
     words = re.sub(r"(not a readable image|not a whole tar file) \(.*?\)(?=[.]|$)", r"\1 (why)", words)
     words = re.sub(r"(could not be written|cannot be made|not valid JSON|not a usable zip archive) \(.*?\)(;|$)",
                    r"\1 (why)\2", words)  # fmt: skip
-    return f"| {key[1]} | {' '.join(words.split())} |".replace("\0", "\\0")
+    words = re.sub(r"([|<&])", r"\\\1", " ".join(words.split()))
+    return f"| {key[1]} | {words} |"
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -386,9 +387,71 @@ def _(tmp_path):
     return "read as they are"
 
 
-@case("Captions", "an unquoted separator")
+def said_of(folder, capsys, text="have|left out|unescaped|read as|is a|taken for|separated by"):
+    """What `load_usable` says about the files it reads, in the line in which one of the words is."""
+    sources.load_usable(folder, None, None, "flickr30k")
+    return next(line for line in capsys.readouterr().out.splitlines() if re.search(text, line))
+
+
+def rewritten(flickr, content, name="captions.csv"):
+    """The folder with other captions in place of its own."""
+    (flickr / "results.csv").unlink(missing_ok=True)
+    (flickr / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return flickr
+
+
+PHOTOS = [f"{1000 + i}.jpg" for i in range(12)]
+
+
+@case("Captions", "a separator in a caption that is not quoted, in the last column")
+def _(flickr, capsys):
+    with open(flickr / "results.csv", "a") as file:
+        file.write("1000.jpg| 2| a man | a dog\n")
+    said = said_of(flickr, capsys)
+    assert sources.load(flickr)["caption"].iloc[-1] == "a man | a dog"
+    return said
+
+
+@case("Captions", "a separator in a caption that is not quoted, in another column")
 def _(tmp_path):
-    read(tmp_path, "image_name| comment_number| comment\n1.jpg| 0| a dog\n1.jpg| 1| a | b\n", "results.csv")
+    read(tmp_path, "caption,image\na dog,1.jpg\na dog, running,1.jpg\n")
+
+
+@case("Captions", "a row of nothing but separators")
+def _(flickr, capsys):
+    with open(flickr / "results.csv", "a") as file:
+        file.write("|||\n")
+    return said_of(flickr, capsys, "left out")
+
+
+@case("Captions", "a row that breaks off")
+def _(flickr, capsys):
+    with open(flickr / "results.csv", "a") as file:
+        file.write("1000.jpg| 2")
+    return said_of(flickr, capsys, "left out")
+
+
+@case("Captions", "separators and column names of spreadsheets")
+def _(flickr, capsys):
+    lines = ["Image Name;Comment", *(f"{name};a {name}" for name in PHOTOS)]
+    return said_of(rewritten(flickr, "\r\n".join(lines)), capsys)
+
+
+@case("Captions", "a table without column names")
+def _(flickr, capsys):
+    said = said_of(
+        rewritten(flickr, "".join(f"{name},a dog, {name}\n" for name in PHOTOS)), capsys, "no line of column"
+    )
+    assert sources.load(flickr)["caption"].iloc[0] == "a dog, 1000.jpg"
+    return said
+
+
+@case("Captions", "text that was written for a web page: `&amp;`, `<b>`, soft hyphens")
+def _(flickr, capsys):
+    text = json.dumps({name: ["a man &amp; a <b>dog</b>&#39;s toy"] for name in PHOTOS})
+    said = said_of(rewritten(flickr, text, "captions.json"), capsys)
+    assert set(sources.load(flickr)["caption"]) == {"a man & a dog's toy"}
+    return said
 
 
 @case("Captions", "a quotation mark that nothing closes, in CSV")
@@ -396,11 +459,10 @@ def _(tmp_path):
     read(tmp_path, 'image,caption\n1.jpg,"a dog\n2.jpg,a cat\n')
 
 
-@case("Captions", "NUL bytes")
-def _(tmp_path, bpe):
-    assert read(tmp_path, "image,caption\n1.jpg,a\0dog\n2.jpg,b\n") == ["a\0dog", "b"]
-    assert bpe.decode(bpe.encode("a\0dog")) == "a\0dog"
-    return "read; a token like any other"
+@case("Captions", "NUL, and what colours a terminal, rings its bell, moves its cursor")
+def _(tmp_path):
+    assert read(tmp_path, "image,caption\n1.jpg,a\0 \x1b[31mred\x1b[0m\a dog\b\n2.jpg,b\n") == ["a red dog", "b"]
+    return "read without them"
 
 
 @case("Captions", "100,000 characters")
@@ -434,10 +496,19 @@ def _(flickr, capsys):
     return usable(flickr, capsys, "a dog \ud83d runs")
 
 
-@case("Captions", "Latin-1")
+@case("Captions", "Latin-1 or Windows-1252, all of the file")
 def _(flickr, capsys):
     with open(flickr / "results.csv", "ab") as file:
-        file.write("1000.jpg| 2| ein Käfer\n".encode("latin-1"))
+        file.write("1000.jpg| 2| ein “Käfer”\n".encode("cp1252"))
+    said = said_of(flickr, capsys)
+    assert sources.load(flickr)["caption"].iloc[-1] == "ein “käfer”"
+    return said
+
+
+@case("Captions", "Latin-1 in a file of UTF-8")
+def _(flickr, capsys):
+    with open(flickr / "results.csv", "ab") as file:
+        file.write("1000.jpg| 2| ein Käfer\n".encode() + "1000.jpg| 3| ein Käfer\n".encode("latin-1"))
     return left_out(flickr, capsys)
 
 
@@ -459,6 +530,40 @@ def _(flickr, capsys):
     said = left_out(flickr, capsys)
     assert "left out 2 of 26 rows" in said
     return said
+
+
+@case("Captions", "names of photos from Windows, in another case, without ending, with letters taken apart")
+def _(flickr, capsys):
+    (flickr / "flickr30k_images" / "1003.jpg").rename(flickr / "flickr30k_images" / "a\u0308.jpg")
+    names = ["C:\\data\\train\\1000.jpg", "1001.JPG", "1002", "\u00e4.jpg", *PHOTOS[4:]]
+    said = said_of(
+        rewritten(flickr, json.dumps({name: ["a dog"] for name in names}), "captions.json"), capsys, "another"
+    )
+    assert sources.load(flickr)["image"].map(Path.is_file).all()
+    return said
+
+
+@case("Captions", "a photo's name that fits two")
+def _(flickr):
+    shutil.copy(flickr / "flickr30k_images" / "1000.jpg", flickr / "flickr30k_images" / "1000.jpeg")
+    sources.load(rewritten(flickr, json.dumps({"1000": ["a dog"]}), "captions.json"))
+
+
+@case("Captions", "a folder of which no file holds captions")
+def _(flickr):
+    sources.load(rewritten(flickr, "image,label\n1000.jpg,3\n", "labels.csv"))
+
+
+@case("Captions", "files that macOS and Windows leave behind: ._a.jpg, __MACOSX, Thumbs.db")
+def _(flickr):
+    folder = flickr / "flickr30k_images"
+    for name in PHOTOS:
+        (folder / name).with_suffix(".txt").write_text(name)
+        (folder / f"._{name}").write_bytes(b"\0\5\x16\7")
+        (folder / f"._{name}").with_suffix(".txt").write_bytes(b"\0\5\x16\7Mac OS X")
+    (flickr / "results.csv").unlink()
+    assert sources.load(flickr)["caption"].tolist() == PHOTOS
+    return "ignored, in folders and in tars"
 
 
 @case("Captions", "a photo's name that leads out of the folder")

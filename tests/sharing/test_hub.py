@@ -26,6 +26,7 @@ import export_to_hub
 from captioning.command_line.recipes import read_recipe
 from captioning.common.files import write_atomically
 from captioning.common.hub_errors import explain
+from captioning.common.printable import printable
 from captioning.model import checkpoint
 from captioning.sharing import hub_folder, model_card, upload
 from conftest import REDUCED_ENCODERS, REPO_ROOT, randomize
@@ -189,7 +190,7 @@ def test_the_example_knows_every_encoder(encoder, script, tiny_config, bpe, tmp_
     export_to_hub.main(["anna/tiny", "--checkpoint", str(tmp_path / "own"), "--dry-run", str(tmp_path / "shared")])
     expected = script.caption_images(model, bpe, SCENES)
     assert [line.split() for line in run_example(tmp_path / "shared", SCENES, monkeypatch, capsys)] == [
-        caption.split() for caption in expected
+        printable(caption).split() for caption in expected
     ]
     assert "timm>=" in (tmp_path / "shared" / "requirements.txt").read_text()
 
@@ -306,7 +307,7 @@ def test_the_card_says_what_was_measured(tmp_path):
     assert "| METEOR | needs Java |" in card
     assert "BLEU-4" not in card  # it was not measured in the epoch that was kept
     assert "7.5" not in card
-    assert "| dog.jpg | a &lt;b&gt;dog&lt;/b&gt; &#124; &lt;script&gt; | a dog |" in card
+    assert r"| dog.jpg | a \<b\>dog\</b\> \| \<script\> | a dog |" in card
     assert "an early cat" not in card
     assert "The licence of the weights has not been stated" in card
     assert facts.metrics_csv == (folder / "metrics.csv").read_text()

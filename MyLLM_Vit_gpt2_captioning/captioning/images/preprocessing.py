@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from captioning.common.printable import printable
 from captioning.images import tar_members
 
 
@@ -22,6 +23,7 @@ def load_image(source, least_side=None):
     if isinstance(source, np.ndarray):
         return Image.fromarray(source).convert("RGB")
     name = getattr(source, "filename", "") or "the image" if isinstance(source, Image.Image) else source
+    name = printable(name)
     try:
         if isinstance(source, Image.Image):
             return _as_rgb(ImageOps.exif_transpose(source))  # phones store the turn beside the pixels
@@ -34,7 +36,9 @@ def load_image(source, least_side=None):
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such image") from None
     except Exception as error:  # a decoder may stumble over a damaged file in any way: TypeError, struct.error, ...
-        raise ValueError(f"{name}: not a readable image ({error}); replace the file or remove its rows") from error
+        raise ValueError(
+            f"{name}: not a readable image ({printable(error)}); replace the file or remove its rows"
+        ) from error
 
 
 def _as_rgb(image):
