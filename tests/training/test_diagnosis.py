@@ -12,7 +12,8 @@ from captioning.training.diagnosis import Diagnosis, find
 
 HEALTHY = {  # of a run on Shapes after an epoch
     "tokens of a caption": 12, "captions cut off": 0.0, "unknown words": 0.0,
-    "photos with the commonest caption": 0.002, "commonest caption": "a red square", "photos": 3200, "validation photos also in training": 0.0,
+    "photos with the commonest caption": 0.002, "commonest caption": "a red square", "photos": 3200,
+    "validation photos also in training": 0.0,
     "captions that begin with BOS": 1.0, "captions whose end is a target": 1.0, "mean of the model's input": -0.13,
     "its standard deviation": 0.36, "variance at the start": 0.5, "loss with the own photo": 0.62,
     "loss with another photo": 1.25, "loss of the first word": 1.49,
@@ -181,12 +182,12 @@ def test_tokens_and_pixels_of_a_batch(script, bpe, dls, tiny_model):
 
 
 def test_movement_and_gradients(tiny_model, batch):
-    weights = measurements.WeightSample(tiny_model)
-    assert all(moved == 0 < size for size, moved in weights.movement(tiny_model).values())
+    start = measurements.weights_of(tiny_model)
+    assert all(moved == 0 < size for size, moved in measurements.movement(start, tiny_model).values())
     with torch.no_grad():
         for parameter in tiny_model.encoder.parameters():
             parameter *= 1.5
-    assert weights.movement(tiny_model)["encoder"][1] == pytest.approx(1 / 3)
+    assert measurements.movement(start, tiny_model)["encoder"][1] == pytest.approx(1 / 3)
     tiny_model(*batch).backward()
     norms = measurements.of_gradients(tiny_model)
     whole = torch.stack([p.grad.norm() for p in tiny_model.parameters() if p.grad is not None]).norm().item()

@@ -7,7 +7,6 @@ is not reported beside it. `Diagnosis` takes the measurements while a run goes o
 import math
 from dataclasses import dataclass
 
-from captioning.common.config import Config
 from captioning.data import batching
 from captioning.training import measurements
 
@@ -257,19 +256,30 @@ class Diagnosis:
     `measured`: the newest numbers; `findings`: what they mean.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config):
         """`config`: the train_config."""
         self.config, self.measured, self.findings = config, {}, []
         self.steps = self.skipped = self.clipped = 0
         self.losses, self.lowest = [], math.inf  # of recent steps; the lowest mean of ten of them
         self.first = None  # mean loss of the first ten steps
         self.batch = self.model = None
+        self.weights = None  # `measurements.weights_of` the model before the first step
         self.gradients = {}  # norm of each part's gradient in the last step that was looked at
+
+    def state_dict(self):
+        """What a resumed run needs to go on; the photos to look at are those of its first batch, not kept here."""
+        kept = {name: getattr(self, name) for name in KEPT}
+        return kept | {"found": [finding.name for finding in self.findings]}
+
+    def load_state_dict(self, state):
+        state = dict(state)
+        self.findings = [Finding(name, "", "", "") for name in state.pop("found")]  # not to be said again
+        vars(self).update(state)
 
     def begin(self, model, training, validation, autocast):
         """Look at the captions of both splits (`Dataset` of the script) and at the weights before the first step."""
         self.model, self.autocast, self.tokenizer = model, autocast, training.tokenizer
-        self.weights = measurements.WeightSample(model)
+        self.weights = self.weights or measurements.weights_of(model)
         self.measured |= measurements.of_captions(training) | measurements.of_preprocessing(model.config)
         self.measured |= measurements.of_photos(training.captions_of, validation.captions_of)
 
@@ -298,7 +308,7 @@ class Diagnosis:
 
     def look(self, place):
         """Look at the model after `place` epochs, and print what is found."""
-        parts = self.weights.movement(self.model)
+        parts = measurements.movement(self.weights, self.model)
         new = [parts[part][0] for part in ("cross-attention", "refiner", "MLP") if part in parts]
         self.measured |= self._look() | {
             "steps": self.steps,
@@ -360,6 +370,17 @@ class Diagnosis:
         return "\n".join(["", "diagnosis:", *(f"    {value:>10}  {name}" for name, value in self.rows()), *found, ""])
 
 
+KEPT = (
+    "weights",
+    "measured",
+    "gradients",
+    "steps",
+    "skipped",
+    "clipped",
+    "losses",
+    "lowest",
+    "first",
+)  # in a run's state
 HIDDEN = ("commonest caption", "photos", "variance at the start", "loss above guessing", "steps left out")
 SHARES = ("share", "captions that", "captions whose", "captions over", "captions cut", "photos", "unknown", "different",
           "empty", "evenness", "peak", "pretrained", "training loss over", "validation photos")  # fmt: skip

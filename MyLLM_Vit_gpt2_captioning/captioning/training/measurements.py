@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from captioning.common.printable import printable
 from captioning.decoding.attention_maps import eager_attend
 from captioning.decoding.cached_decoder import next_token_logits
 from captioning.images.preprocessing import normalize_pixels
@@ -47,7 +48,7 @@ def of_captions(dataset):
         caption, photos = photos_of.most_common(1)[0]
         found |= {
             "photos with the commonest caption": photos / len(dataset.captions_of),
-            "commonest caption": caption,
+            "commonest caption": printable(caption),
             "photos": len(dataset.captions_of),
         }
     return found
@@ -99,32 +100,25 @@ def of_preprocessing(config):
     return {"mean and std, difference from the encoder's own": float(difference)}
 
 
-class WeightSample:
-    """A few values of each matrix of a model, as they were when this was made."""
+@torch.no_grad()
+def weights_of(model):
+    """-> {part: a few values of each of its matrices (n,)}, on the CPU."""
+    values = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:  # norms and biases may begin at 0, from which all movement is large
+            flat = parameter.detach().flatten()
+            values.setdefault(part_of(name), []).append(flat[:: max(1, len(flat) // VALUES)].float())
+    return {part: torch.cat(parts).cpu() for part, parts in values.items()}
 
-    def __init__(self, model):
-        self.start = self._sample(model)
 
-    @staticmethod
-    @torch.no_grad()
-    def _sample(model):
-        """{part: its values (n,)}"""
-        values = {}
-        for name, p in model.named_parameters():
-            if p.ndim > 1:  # norms and biases may begin at 0, from which all movement is large
-                flat = p.detach().flatten()
-                values.setdefault(part_of(name), []).append(flat[:: max(1, len(flat) // VALUES)].float().clone())
-        return {part: torch.cat(parts) for part, parts in values.items()}
-
-    def movement(self, model):
-        """-> {part: (size of its weights, root mean square; how far they have moved, as a share of that size)}"""
-        now = self._sample(model)
-        numbers = [
-            torch.stack([values.square().mean().sqrt(), (values - self.start[part]).square().mean().sqrt()])
-            for part, values in now.items()
-        ]
-        sizes = torch.stack(numbers).tolist()
-        return {part: (size, moved / max(size, 1e-12)) for part, (size, moved) in zip(now, sizes, strict=True)}
+def movement(start, model):
+    """-> {part: (size of its weights, root mean square; how far they have moved since `start`, a result of
+    `weights_of`, as a share of that size)}"""
+    moved = {}
+    for part, values in weights_of(model).items():
+        size, distance = (v.square().mean().sqrt().item() for v in (values, values - start[part]))
+        moved[part] = size, distance / max(size, 1e-12)
+    return moved
 
 
 def of_gradients(model):

@@ -284,8 +284,8 @@ def written_and_true(scored, dataset):
 def _diagnosis(diagnosis):
     """What was found, and all that was measured to find it."""
     found = "".join(
-        f"<li><b>{html.escape(finding.name)}</b>: {html.escape(finding.seen)}. Likely cause: "
-        f"{html.escape(finding.cause)}. Try: {html.escape(finding.remedy)}.</li>"
+        f"<li><b>{in_html(finding.name)}</b>: {in_html(finding.seen)}. Likely cause: {in_html(finding.cause)}. "
+        f"Try: {in_html(finding.remedy)}.</li>"
         for finding in diagnosis.findings
     )
     return (f"<ul>{found}</ul>" if found else "<p>Nothing was found.</p>") + _pairs(dict(diagnosis.rows()))

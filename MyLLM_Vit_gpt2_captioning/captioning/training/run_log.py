@@ -51,14 +51,17 @@ class RunLog:
             "samples": self.samples,
             "timings": self.timings,
             "log": {name: getattr(self, name) for name in kept} | {"tracker": self.tracker.state_dict()},
+            "diagnosis": self.diagnosis.state_dict(),
         }
 
     def load_state_dict(self, state):
-        """Continue from `state_dict`; states of early versions have no "log"."""
+        """Continue from `state_dict`; states of early versions have no "log" and no "diagnosis"."""
         self.rows[:], self.samples, self.timings = state["metrics"], state["samples"], state["timings"]
         log = dict(state.get("log", {}))
         self.tracker.load_state_dict(log.pop("tracker", None))
         vars(self).update(log)
+        if "diagnosis" in state:
+            self.diagnosis.load_state_dict(state["diagnosis"])
 
     def begin(self, model, tokenizer, training, dataset, configs, autocast, resumed):
         """Print a table of the model's parts, and open the tracker's run, or continue it where the run was `resumed`.
