@@ -699,8 +699,8 @@ class Trainer:
             values.append(value)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train_config.clip_norm)
-        *values, norm = torch.stack([*values, norm]).tolist()  # the one place where the step waits for the device
-        finite = math.isfinite(norm)
+        *values, self.norm = torch.stack([*values, norm]).tolist()  # the one place where the step waits for the device
+        finite = math.isfinite(self.norm)
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if self.bad_steps >= self.train_config.max_bad_steps:
             raise FloatingPointError(f"{self.bad_steps} steps in a row were not finite: try a lower --lr")
@@ -718,7 +718,7 @@ class Trainer:
     def start_schedule(self, lr, batches):
         """A new optimizer with peak learning rate `lr`, OneCycle over `batches` batches, and a new moving average."""
         config = self.train_config
-        self.peak_lr, self.bad_steps = lr, 0  # bad_steps: consecutive ones
+        self.peak_lr, self.bad_steps, self.norm = lr, 0, 0.0  # consecutive bad steps; norm of the last gradient
         self.optimizer = schedule.build_optimizer(self.model, lr, config)
         self.scheduler = schedule.one_cycle(self.optimizer, math.ceil(batches / config.accumulate), config.warmup_share)
         self.average = schedule.moving_average(self.model, config.ema_decay) if config.ema_decay else None
@@ -781,7 +781,7 @@ class Trainer:
                 position["total"], position["count"] = position["total"] + total, position["count"] + count
                 position["batches"] += len(batches)
                 place = epoch + position["batches"] / len(objective.loader)
-                self.log.step(place, self.lr, objective.name, total, count, captions)
+                self.log.step(place, self.lr, objective.name, total, count, captions, batches[0], self.norm)
             if count:
                 mean = f"{position['total'] / position['count']:.3f}"
                 bar.set_postfix({objective.name: mean, "lr": f"{self.lr:.1e}"}, refresh=False)
@@ -822,13 +822,12 @@ class Trainer:
         """
         epochs = range(self.state.position["epoch"], self.train_config.epochs + self.train_config.scst_epochs)
         try:
-            with (
-                self.state.run(self.state_dict, has_best=self.best["best_epoch"] is not None),
-                explained(self.train_config),
-            ):
-                dataset, configs = self.valid_dl.dataset, self.identity()["config"]
+            has_best = self.best["best_epoch"] is not None
+            with self.state.run(self.state_dict, has_best), explained(self.train_config):
+                datasets = [loader.dataset for loader in (self.train_dl, self.valid_dl)]
                 self.log.config = self.train_config  # `rebuild_schedule` may have replaced it
-                self.log.begin(self.model, self.tokenizer, dataset, configs, self.autocast, self.state.resumed)
+                configs, resumed = self.identity()["config"], self.state.resumed
+                self.log.begin(self.model, self.tokenizer, *datasets, configs, self.autocast, resumed)
                 for epoch in epochs:
                     self._run_epoch(epoch)
         except (FloatingPointError, KeyboardInterrupt) as reason:

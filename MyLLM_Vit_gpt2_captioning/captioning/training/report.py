@@ -93,6 +93,7 @@ def write_report(path, log, run, model):
         "The same photos after every epoch": _samples(log, run.dataset),
         **_best_and_worst(log, run.dataset),
         "Where it looks for each word": _attention(log, run, model),
+        "Diagnosis": _diagnosis(log.diagnosis),
         "Model": _table(head, rows, numbers=2, classes={len(rows) - 1: "total"})
         + "<p class=note>Behind the number of a part's parameters: how many of them train in which stage.</p>",
         "Constants": _constants(run.configs),
@@ -272,6 +273,22 @@ def _attention(log, run, model):
     )
     note = "Cross-attention's weights, means over all blocks and heads; the brightest cell is the largest of its word."
     return f"<div class=words>{''.join(figures)}</div><p class=note>{note}</p>"
+
+
+def written_and_true(scored, dataset):
+    """`RunLog.newest` or `scored` -> (its captions, for each the list of true captions of its photo)."""
+    truth = _truth(dataset)
+    return scored["captions"], [truth[dataset.images[row], dataset.prompts[row]] for row in scored["rows"]]
+
+
+def _diagnosis(diagnosis):
+    """What was found, and all that was measured to find it."""
+    found = "".join(
+        f"<li><b>{in_html(finding.name)}</b>: {in_html(finding.seen)}. Likely cause: {in_html(finding.cause)}. "
+        f"Try: {in_html(finding.remedy)}.</li>"
+        for finding in diagnosis.findings
+    )
+    return (f"<ul>{found}</ul>" if found else "<p>Nothing was found.</p>") + _pairs(dict(diagnosis.rows()))
 
 
 def _constants(configs):
