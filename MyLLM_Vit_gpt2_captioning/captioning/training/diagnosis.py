@@ -11,6 +11,7 @@ from captioning.data import batching
 from captioning.training import measurements
 
 FIRST_LOOKS = (50, 100, 200)  # steps after which the model is looked at, beside the end of every epoch
+NEW_PARTS = ("cross-attention", "refiner")  # which learn at `lr` itself
 EARLY = 100  # steps before which nothing is concluded from what the model has not learned
 
 
@@ -309,7 +310,7 @@ class Diagnosis:
     def look(self, place):
         """Look at the model after `place` epochs, and print what is found."""
         parts = measurements.movement(self.weights, self.model)
-        new = [parts[part][0] for part in ("cross-attention", "refiner", "MLP") if part in parts]
+        new = [self.weights[part].square().mean().sqrt().item() for part in NEW_PARTS if part in self.weights]
         self.measured |= self._look() | {
             "steps": self.steps,
             "epochs": place,
