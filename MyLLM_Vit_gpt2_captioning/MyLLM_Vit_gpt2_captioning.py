@@ -31,7 +31,7 @@ from captioning.command_line import checks, overrides, recipes
 from captioning.common.config import Config, complete
 from captioning.common.distributed import ProcessGroup, gradient_sync, silence_other_ranks
 from captioning.common.files import WEIGHTS_FILE
-from captioning.common.precision import mixed_precision, use_deterministic_algorithms
+from captioning.common.precision import choose_algorithms, mixed_precision
 from captioning.common.progress import progress_bar
 from captioning.data import batching, shapes, sources
 from captioning.data.built_in import data_paths, default_recipe, load_data
@@ -635,8 +635,6 @@ class Trainer:
 
     def __init__(self, model_config, train_config, dls):
         model_config, config = complete_configs(model_config, train_config)
-        if config.deterministic:
-            use_deterministic_algorithms()
         self.train_config, self.model_path = config, config.model_path
         self.train_dl, self.valid_dl = dls
         self.tokenizer = getattr(self.train_dl.dataset, "tokenizer", tokenizer)
@@ -644,6 +642,7 @@ class Trainer:
         self.device = self.processes.device
         model_config = loading.with_tokenizer(model_config, self.tokenizer)
         self.model = VisionGPT2Model.from_pretrained(model_config).to(self.device)
+        choose_algorithms(config.deterministic, convolutional=hasattr(self.model.encoder, "cnn"))
         if config.gradient_checkpointing:
             self.model.checkpoint_gradients()
         self.autocast, self.scaler = mixed_precision(self.device, config.precision)
