@@ -30,7 +30,7 @@ sys.path.append(str(REPO_ROOT))  # for MyLLM; this file's own folder is on the p
 from captioning.command_line import checks, overrides, recipes
 from captioning.common.config import Config, complete
 from captioning.common.distributed import ProcessGroup, gradient_sync, silence_other_ranks
-from captioning.common.precision import mixed_precision, use_deterministic_algorithms
+from captioning.common.precision import choose_algorithms, mixed_precision
 from captioning.common.progress import progress_bar
 from captioning.common.stopping import Stopped, listening, stop_if_asked
 from captioning.data import batching, shapes, sources
@@ -249,6 +249,7 @@ class Dataset(torch.utils.data.Dataset):
         for image, *texts in zip(self.images, self.captions, self.prompts, strict=True):
             self.captions_of.setdefault(image, CaptionsOfPicture()).extend(filter(None, texts))
         self.captions_per_image, self.max_length, self.seed = captions_per_image, max_length, seed
+        self.repeats_count = True  # whether a caption that repeats, to fill the group of its image, adds loss again
         self.unreadable_photos = UnreadablePhotos(self.captions_of, max_bad_images)
         self.token_caches = []  # a `TokenCache` for each view, where the encoder's tokens are not computed anew
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # shared: workers live longer than an epoch
@@ -280,16 +281,18 @@ class Dataset(torch.utils.data.Dataset):
         """Captions of one image -> their items; the image is loaded once."""
         image = self.load_input(self.images[rows[0]], rows[0])
         readable = self.images[rows[0]] not in self.unreadable_photos
-        return [(image, *self.tokens(self.captions[row], self.prompts[row], readable)) for row in rows]
+        counts = [readable and (self.repeats_count or row not in rows[:n]) for n, row in enumerate(rows)]
+        pairs = zip(rows, counts, strict=True)
+        return [(image, *self.tokens(self.captions[row], self.prompts[row], count)) for row, count in pairs]
 
-    def tokens(self, caption, prompt="", readable=True):
-        """-> (token_ids, labels); the labels of an image that is not `readable` are all -100."""
+    def tokens(self, caption, prompt="", counts=True):
+        """-> (token_ids, labels); labels of a caption that does not count, as of an unreadable image, are all -100."""
         token_ids = encode_caption(self.tokenizer, caption, self.max_length, prompt)
         labels = _shift_labels(token_ids)
         if prompt:
             prompt_length = min(len(encode_prompt(self.tokenizer, prompt)), max(1, self.max_length - 2)) - 1
             labels[:prompt_length] = [IGNORED_LABEL] * prompt_length
-        return token_ids, labels if readable else [IGNORED_LABEL] * len(labels)
+        return token_ids, labels if counts else [IGNORED_LABEL] * len(labels)
 
 
 def collate_fn(batch, tokenizer=None, captions_per_image=1):
@@ -333,14 +336,13 @@ def build_dataloaders(df, tokenizer, model_config, train_config):
         if rows.empty and not folder:
             raise ValueError(f"{config.data_dir}: no usable caption is in the {split} split")
         training, K = split == "train", config.captions_per_image
-        if not training:
-            K = batching.exact_captions_per_image(rows["image"], K)  # validation counts every caption exactly once
         dataset = Dataset(rows, tfms, tokenizer, K, model_config.seq_len, config.seed, config.max_bad_images)
+        dataset.repeats_count = training  # validation counts every caption exactly once
         collate = partial(collate_fn, tokenizer=tokenizer, captions_per_image=K)
         if folder:
             loaders.append(streaming.build_stream_loader(folder, dataset, collate, config))
         else:
-            loaders.append(batching.build_caption_loader(dataset, collate, config, shuffle=training))
+            loaders.append(batching.build_caption_loader(dataset, collate, config, training))
     return tuple(loaders)
 
 
@@ -636,8 +638,6 @@ class Trainer:
 
     def __init__(self, model_config, train_config, dls):
         model_config, config = complete_configs(model_config, train_config)
-        if config.deterministic:
-            use_deterministic_algorithms()
         self.train_config, self.model_path = config, config.model_path
         self.train_dl, self.valid_dl = dls
         self.tokenizer = getattr(self.train_dl.dataset, "tokenizer", tokenizer)
@@ -645,6 +645,7 @@ class Trainer:
         self.device = self.processes.device
         model_config = loading.with_tokenizer(model_config, self.tokenizer)
         self.model = VisionGPT2Model.from_pretrained(model_config).to(self.device)
+        choose_algorithms(config.deterministic, convolutional=hasattr(self.model.encoder, "cnn"))
         if config.gradient_checkpointing:
             self.model.checkpoint_gradients()
         self.autocast, self.scaler = mixed_precision(self.device, config.precision)

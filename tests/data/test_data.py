@@ -1,6 +1,7 @@
 """Annotation files, splits and batches."""
 
 import json
+import math
 
 import numpy as np
 import pandas as pd
@@ -8,9 +9,10 @@ import pytest
 import torch
 
 from captioning.data import sources
-from captioning.data.batching import CaptionBatchSampler, exact_captions_per_image
+from captioning.data.batching import CaptionBatchSampler
 from captioning.data.splits import assign_splits
 from captioning.images.preprocessing import load_image, normalize_pixels
+from captioning.training.cross_entropy import CrossEntropy
 from conftest import CAPTIONS
 
 # --- readers ----------------------------------------------------------------------------------------------------------
@@ -171,9 +173,69 @@ def test_batch_size_must_be_a_multiple():
         CaptionBatchSampler(["a"], batch_size=32, captions_per_image=5)
 
 
-def test_validation_counts_each_caption_once():
-    assert exact_captions_per_image(list("aabb"), 2) == 2
-    assert exact_captions_per_image(list("aabbb"), 2) == 1
+def test_sampler_that_leaves_nothing_out():
+    """Every row, side by side with others of its image; a group that is not full repeats its own."""
+    images = [image for image in range(1, 8) for _ in range(image)]  # the 1-7 captions of seven images
+    sampler = CaptionBatchSampler(images, 6, 3, shuffle=False, leave_out=False)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == 6  # of two groups
+    rows = [row for batch in batches for row in batch]
+    assert set(rows) == set(range(28))
+    groups = [rows[start : start + 3] for start in range(0, len(rows), 3)]
+    assert all(len({images[row] for row in group}) == 1 for group in groups)
+    assert sum(len(set(group)) for group in groups) == 28  # no row is in two groups
+
+
+@pytest.fixture
+def one_to_seven(script, flickr, tiny_train_config):
+    """A DataFrame of validation photos with one to seven captions of different lengths; one other photo trains."""
+    rng, words, rows = np.random.default_rng(0), " ".join(CAPTIONS).split(), []
+    photos = sorted((flickr / "flickr30k_images").iterdir())
+    for count, photo in enumerate(photos[:8]):
+        for _ in range(count or 5):
+            text = " ".join(rng.choice(words, rng.integers(2, 15)))
+            rows.append(dict(image=photo, caption=text, split="val" if count else "train"))
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_validation_shares_encodings_and_counts_each_caption_once(
+    script, tiny_model, tiny_config, tiny_train_config, one_to_seven, bpe, ranks
+):
+    config = script.complete(tiny_config, script.model_config)
+
+    def validate(K):
+        """-> (perplexity, labels, photos encoded)"""
+        train_config = script.complete(tiny_train_config, script.train_config)
+        train_config.captions_per_image, train_config.batch_size, train_config.length_window = K, 3 * K, 2
+        total, labels, encoded = 0.0, 0, 0
+        for rank in range(ranks):
+            loader = script.build_dataloaders(one_to_seven, bpe, config, train_config)[1]
+            loader.batch_sampler.set_rank(rank, ranks)
+            objective = CrossEntropy(tiny_model, loader)
+            for batch in loader:
+                count = objective.count(batch)
+                assert count
+                total += objective.loss(objective.to_device(batch, torch.device("cpu")))[1].item() * count
+                labels, encoded = labels + count, encoded + len(batch[0])
+        return math.exp(total / labels), labels, encoded
+
+    with torch.inference_mode():
+        one_by_one, expected_labels, encoded = validate(1)
+        assert encoded == 28
+        for K, fewest in ((2, 16), (3, 12), (5, 9), (7, 7), (8, 7)):
+            perplexity, labels, encoded = validate(K)
+            assert (labels, encoded) == (expected_labels, fewest)
+            assert perplexity == pytest.approx(one_by_one, rel=1e-5)
+
+
+def test_a_caption_that_repeats_in_training_counts_again(script, dls, bpe):
+    """As the groups of a batch sampler are made: an image with fewer captions weighs as much as the others."""
+    training, validation = (loader.dataset for loader in dls)
+    for dataset, repeats in ((training, True), (validation, False)):
+        *_, labels = script.collate_fn(dataset.__getitems__([0, 0]), bpe, 2)
+        assert torch.equal(labels[0], labels[1]) == repeats
+        assert (labels[1] == script.IGNORED_LABEL).all() != repeats
 
 
 def test_dataset_item(script, flickr, bpe):

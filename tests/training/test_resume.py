@@ -226,6 +226,16 @@ def test_deterministic(make_trainer, tmp_path, monkeypatch):
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
+def test_cudnn_searches_for_convolutional_encoders(make_trainer, tmp_path, monkeypatch):
+    """And only in runs that need not be the same every time."""
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    cnn = dict(encoder="resnet10t", encoder_options={"img_size": 64})
+    for options, searches in (({}, False), (cnn, True), (cnn | {"deterministic": True}, False)):
+        make_trainer(tmp_path, **options)
+        assert torch.backends.cudnn.benchmark == searches
+
+
 # --- killed processes -------------------------------------------------------------------------------------------------
 
 SCENES = 100

@@ -1,4 +1,4 @@
-"""Mixed precision, and operations that give the same bits every time."""
+"""Mixed precision, and which algorithms operations use: the fastest, or those that give the same bits every time."""
 
 import os
 from functools import partial
@@ -31,8 +31,11 @@ def autocast_dtype(device, precision="auto"):
     return torch.bfloat16 if precision == "bf16" else None
 
 
-def use_deterministic_algorithms():
-    """Only operations that give the same bits every time; one that has no such form raises RuntimeError."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may choose another sum each time
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True)
+def choose_algorithms(deterministic, convolutional):
+    """For a `deterministic` run only operations that give the same bits every time; one that has no such form raises
+    RuntimeError. For others with a `convolutional` encoder, cuDNN tries which algorithm is the fastest for each shape.
+    """
+    torch.backends.cudnn.benchmark = convolutional and not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may choose another sum each time
+        torch.use_deterministic_algorithms(True)

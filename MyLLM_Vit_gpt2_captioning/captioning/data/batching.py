@@ -2,7 +2,6 @@
 of similar length together, so that little of a batch is padding."""
 
 import itertools
-from collections import Counter
 
 import numpy as np
 import torch
@@ -20,9 +19,12 @@ class CaptionBatchSampler(Sampler):
     caption comes once an epoch, as in a classic loader.
     """
 
-    def __init__(self, images, batch_size, captions_per_image=1, shuffle=True, seed=0, lengths=None, window=1):
+    def __init__(
+        self, images, batch_size, captions_per_image=1, shuffle=True, seed=0, lengths=None, window=1, leave_out=True
+    ):
         """`images`: the image of every row. `batch_size` counts captions; ValueError when it is not a multiple of
-        `captions_per_image`.
+        `captions_per_image`. Without `leave_out` no caption is left over: those of an image that do not fill a last
+        group repeat in it, and a `Dataset` can leave the repetitions out of the loss.
 
         With `lengths`, one per row, the groups of `window` batches are sorted by their longest caption before they are
         cut into batches; batches then come in random order again.
@@ -38,7 +40,7 @@ class CaptionBatchSampler(Sampler):
         self.rows_of_image = list(rows_of.values())
         self.captions_per_image = captions_per_image
         self.groups_per_batch = batch_size // captions_per_image
-        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+        self.shuffle, self.seed, self.epoch, self.leave_out = shuffle, seed, 0, leave_out
         self.skip_batches = 0  # of the next epoch, because a resumed run has trained on them
         self.lengths, self.window = lengths, window
         self.set_rank(0, 1)
@@ -56,8 +58,12 @@ class CaptionBatchSampler(Sampler):
         self.epoch = epoch
 
     def __len__(self):
-        groups = sum(max(1, len(rows) // self.captions_per_image) for rows in self.rows_of_image)
-        return len(self._batch_starts(groups))
+        return len(self._batch_starts(sum(map(self._groups, self.rows_of_image))))
+
+    def _groups(self, rows):
+        """How many groups the captions of an image make."""
+        n, K = len(rows), self.captions_per_image
+        return max(1, n // K) if self.leave_out else -(-n // K)
 
     def _batch_starts(self, groups):
         """The first group of each batch of all processes. A last batch with too few groups for all of them is joined to
@@ -73,9 +79,8 @@ class CaptionBatchSampler(Sampler):
         groups = []
         for rows in self.rows_of_image:
             rows = rng.permutation(rows) if self.shuffle else np.array(rows)
-            if len(rows) < K:
-                rows = np.resize(rows, K)  # repeats from the front
-            groups += [rows[start : start + K] for start in range(0, len(rows) - K + 1, K)]
+            for start in range(0, self._groups(rows) * K, K):
+                groups.append(np.resize(rows[start : start + K], K))  # repeats from the front where there are fewer
         order = rng.permutation(len(groups)) if self.shuffle else np.arange(len(groups))
         starts = self._batch_starts(len(groups))
         ends = dict(zip(starts, [*starts[1:], len(groups)], strict=True))
@@ -91,17 +96,19 @@ class CaptionBatchSampler(Sampler):
             yield [int(row) for group in own for row in groups[group]]
 
 
-def build_caption_loader(dataset, collate_fn, config, shuffle):
-    """A DataLoader of the batches of `CaptionBatchSampler`, as `config`, the train_config, wants them."""
+def build_caption_loader(dataset, collate_fn, config, training):
+    """A DataLoader of the batches of `CaptionBatchSampler`, as `config`, the train_config, wants them: shuffled in
+    `training`, else with every caption."""
     lengths = [caption.count(" ") for caption in dataset.captions]  # in words, near enough to sort by
     sampler = CaptionBatchSampler(
         dataset.images,
         config.batch_size,
         dataset.captions_per_image,
-        shuffle,
-        config.seed,
-        lengths,
-        config.length_window,
+        shuffle=training,
+        seed=config.seed,
+        lengths=lengths,
+        window=config.length_window,
+        leave_out=training,
     )
     return build_loader(dataset, sampler, collate_fn, config)
 
@@ -118,11 +125,6 @@ def build_loader(dataset, batch_sampler, collate_fn, config):
         persistent_workers=config.num_workers > 0,
         pin_memory=config.device.startswith("cuda"),
     )
-
-
-def exact_captions_per_image(images, wanted):
-    """`wanted` when every image's captions fill groups of that size exactly, else 1: validation counts each once."""
-    return wanted if all(count % wanted == 0 for count in Counter(images).values()) else 1
 
 
 def stack(inputs):
