@@ -16,6 +16,7 @@ import contextlib
 import datetime
 import gc
 import importlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -164,8 +165,8 @@ def follow(name, args, limit, record, write):
 
 def tables_in(text):
     """The Markdown tables in a text, whose rows other lines may separate -> [[row, ...], ...], rows being lines."""
-    lines, found = text.splitlines(), []
-    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+    found = []
+    for line, following in itertools.pairwise([*text.splitlines(), ""]):
         if line.startswith("|"):
             if re.fullmatch(r"(\| *--- *)+\|", following):
                 found.append([])
