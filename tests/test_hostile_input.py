@@ -38,6 +38,7 @@ from captioning.data.token_cache import TokenCache
 from captioning.images import tar_members
 from captioning.images.preprocessing import load_image
 from captioning.model import checkpoint, hugging_face
+from captioning.pages import html_pages
 from captioning.scoring import metrics
 from captioning.training import run_folder
 from captioning.training.run_log import RunLog
@@ -648,6 +649,35 @@ def _(flickr):
 @case("Captions", "a folder of which no file holds captions")
 def _(flickr):
     sources.load(rewritten(flickr, "image,label\n1000.jpg,3\n", "labels.csv"))
+
+
+@case("Captions", "folders as other projects have them: LAVIS, ClipCap, imagefolder, Kaggle's Flickr30k, Flickr8k_text")
+def _(flickr):
+    inner = flickr / "flickr30k_images"
+    shutil.move(inner, flickr / "again")
+    inner.mkdir()
+    shutil.move(flickr / "again", inner / "flickr30k_images")
+    shutil.move(flickr / "results.csv", inner)
+    assert sources.load(flickr)["image"].map(Path.is_file).all()
+    return "read; test_other_peoples_files.py has each of them"
+
+
+@case("Captions", "control characters, HTML and Markdown in a caption or a name that is shown")
+def _(tmp_path):
+    text = "a \x1b[31mdog <script> ![x](y) | z"
+    html_pages.write_samples(tmp_path / "samples.md", ["1.jpg"], [["a"]], {1: [text]})
+    shown = r"| 1 | a \\x1b\[31mdog \<script\> !\[x\](y) \| z |"
+    assert shown in (tmp_path / "samples.md").read_text()
+    assert "<script>" not in html_pages.photo_grid([(PIXELS, text, [], "")])
+    return "written out as `\\x1b`, escaped: on the terminal, in Markdown, HTML and pictures"
+
+
+@case("Captions", "photos of one split alone, when a run is to train on them")
+def _(flickr):
+    (flickr / "dataset_flickr30k.json").unlink()
+    (flickr / "test.txt").write_text("\n".join(PHOTOS))
+    assert len(sources.load(flickr)) == 24  # what does not train needs no other
+    sources.load_usable(flickr, None, None, "flickr30k")
 
 
 @case("Captions", "files that macOS and Windows leave behind: ._a.jpg, __MACOSX, Thumbs.db")

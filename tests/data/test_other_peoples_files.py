@@ -462,6 +462,16 @@ def test_what_does_not_train_needs_no_training_split(photos):
         sources.load_usable(photos, None, None, "flickr8k")
 
 
+def test_shards_of_test_photos_alone(tmp_path):
+    pytest.importorskip("webdataset")
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    write_tar(folder / "test-000000.tar", members(0, 0, 1))
+    assert sources.load(folder)["split"].tolist() == ["test"]
+    with pytest.raises(ValueError, match=r"no shard is of the split val; there are 1 of test"):
+        sources.load_usable(folder, None, None, "flickr8k")
+
+
 def test_one_or_two_photos_are_all_test(photos):
     rows_of_table(photos, "image,caption", NAMES[:2])
     assert set(sources.load(photos)["split"]) == {"test"}

@@ -101,8 +101,8 @@ def shards_by_split(folder):
         words = [SPLIT_NAMES.get(word, word) for word in re.split(r"[-_.]", match["words"] or "")]
         split = next((word for word in reversed(words) if word in SPLITS), "train")
         paths_of.setdefault(split, []).append(path)
-    if "val" not in paths_of:
-        if len(paths_of.get("train", ())) < 2:
+    if "val" not in paths_of and "train" in paths_of:
+        if len(paths_of["train"]) < 2:
             raise ValueError(f"{folder}: nothing is left for validation; name one shard or more val-000000.tar")
         paths_of["val"] = [paths_of["train"].pop()]
     return paths_of
