@@ -1,4 +1,4 @@
-"""Caption every image of a split and score the captions with the usual metrics: BLEU, ROUGE-L, CIDEr, METEOR, SPICE.
+"""Caption every image of a split and score the captions with the usual metrics: BLEU, METEOR, ROUGE-L, CIDEr, SPICE.
 
     python MyLLM_Vit_gpt2_captioning/evaluate_captions.py captioner --data data/flickr8k --split test --beam 4
     python MyLLM_Vit_gpt2_captioning/evaluate_captions.py --predictions results.json --data data/coco2017 --split val
@@ -7,7 +7,7 @@ Prints a table and writes to --output:
     scores.json        the table
     predictions.json   [{"image_id": ..., "caption": ...}], COCO's results format, which other tools score too
     page.html          photos with their captions, best and worst first
---predictions scores the captions of another model, in a file of that format. METEOR and SPICE need Java.
+--predictions scores the captions of another model, in a file of that format. SPICE needs Java.
 --diagnose looks for what is wrong with the captioner and the dataset instead, and prints what it measured.
 """
 
@@ -54,6 +54,7 @@ def main(argv=None):
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="(default: CHECKPOINT/evaluation_SPLIT)")
     parser.add_argument("--cache_dir", type=Path, metavar="FOLDER", help="use the token cache in this folder")
     parser.add_argument("--diagnose", action="store_true", help="look for faults of captioner and dataset instead")
+    parser.add_argument("--java_meteor", action="store_true", help="METEOR from its Java program, to compare")
     add_decoding_arguments(parser)
     args = parser.parse_args(argv)
     try:
@@ -83,7 +84,7 @@ def evaluate_split(args):
             return score_answers(rows, caption, output)
         captions, finished = caption(images)
         candidates = dict(zip(images, captions, strict=True))
-    scores = score(candidates, references, finished)
+    scores = score(candidates, references, finished, java_meteor=args.java_meteor)
     _write(output, scores, [dict(image_id=image_id(image), caption=caption) for image, caption in candidates.items()])
     title = f"{args.predictions or args.checkpoint}: {args.split}"
     write_page(output / "page.html", title, scores, candidates, references)
@@ -136,13 +137,13 @@ def load_predictor(args, images, options):
 
 
 def score_answers(rows, caption, output):
-    """Answer the questions in `rows`, write scores and predictions to `output` -> {"exact answers": share}."""
+    """Answer the questions in `rows`, write scores and predictions to `output` -> `evaluation.exact_answers`."""
     references = rows.groupby(["image", "prompt"], sort=False)["caption"].agg(list).to_dict()
     images, questions = map(list, zip(*references, strict=True))
     answers, _ = caption(images, questions)
     entries = zip(images, questions, answers, strict=True)
     predictions = [dict(image_id=image_id(i), question=q, caption=a) for i, q, a in entries]
-    return _write(output, {"exact answers": exact_answers(answers, references.values())}, predictions)
+    return _write(output, exact_answers(answers, references.values()), predictions)
 
 
 def read_split(args):

@@ -61,6 +61,14 @@ def temporary_files(tmp_path_factory):
         yield folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_paraphrases():
+    """METEOR's table of paraphrases takes seconds to read; the tests of METEOR read it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("captioning.scoring.meteor.read_paraphrases", lambda references: {})
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def garbage_is_looked_for_in_what_is_new():
     """`Trainer.clean` collects it after every epoch, which in an epoch of four steps would take most of the time: there

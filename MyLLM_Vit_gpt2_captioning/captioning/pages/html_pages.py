@@ -79,16 +79,16 @@ def photo_url(image):
 def write_evaluation_page(path, title, scores, sections):
     """Write the page of evaluate_captions.py.
 
-    `scores`: rows of text (name, value, value for shuffled captions), the header first; `sections`: {heading: photos
-    as `photo_grid` takes them}.
+    `scores`: rows of text, the name first, then its values, the header in front; `sections`: {heading: photos as
+    `photo_grid` takes them}.
     """
     (first, *titles), *rest = scores
     rows = [f"<tr><th>{in_html(first)}</th>" + "".join(f"<th class=number>{in_html(t)}</th>" for t in titles)]
-    for name, value, shuffled in rest:
+    for name, value, *others in rest:
         if value.replace(".", "", 1).isdigit():
-            cells = "".join(f"<td class=number>{in_html(cell)}</td>" for cell in (value, shuffled))
-        else:
-            cells = f"<td colspan=2 class=score>{in_html(value)}</td>"  # the reason why there is no number
+            cells = "".join(f"<td class=number>{in_html(cell)}</td>" for cell in (value, *others))
+        else:  # the reason why there is no number
+            cells = f"<td colspan={1 + len(others)} class=score>{in_html(value)}</td>"
         rows.append(f"<tr><td>{in_html(name)}</td>{cells}</tr>")
     parts = [f"<h1>{in_html(title)}</h1><table>{''.join(rows)}</table>"]
     for heading, photos in sections.items():

@@ -3,7 +3,7 @@
 from captioning.common.progress import progress_bar
 from captioning.common.stopping import stop_if_asked
 from captioning.decoding.search import Options, caption_batches
-from captioning.scoring import metrics
+from captioning.scoring import intervals, metrics
 from captioning.scoring.ptb_tokenization import tokenize
 
 
@@ -23,13 +23,14 @@ def predict(model, tokenizer, images, prompts="", batch_size=64, title="captions
     return captions, finished
 
 
-def score(candidates, references, finished=None, java=None):
-    """All scores of captions in one dict: those of `metrics.score_captions`, the counts of `describe_captions`, and
-    under "shuffled" the scores with every caption given to another image, which must be far lower.
+def score(candidates, references, finished=None, java=None, java_meteor=False):
+    """All scores of captions in one dict: those of `metrics.score_captions`, their 95% intervals over images under
+    "intervals", the counts of `describe_captions`, and under "shuffled" the scores with every caption given to another
+    image, which must be far lower.
 
-    candidates {image: caption}, references {image: [captions]}; `finished` and `java` as in `metrics`.
+    candidates {image: caption}, references {image: [captions]}; the other arguments as in `metrics`.
     """
-    scores = metrics.score_captions(candidates, references, java=java)
+    scores = metrics.score_captions(candidates, references, java, java_meteor=java_meteor, intervals=True)
     scores |= metrics.describe_captions(candidates, finished)
     if len(candidates) > 1:
         scores["shuffled"] = metrics.shuffled_scores(candidates, references)
@@ -37,15 +38,18 @@ def score(candidates, references, finished=None, java=None):
 
 
 def exact_answers(answers, references):
-    """The share of answers to questions that equal, letter for letter, one of their list of reference answers."""
-    return sum(answer in right for answer, right in zip(answers, references, strict=True)) / len(references)
+    """The share of answers to questions that equal, letter for letter, one of their list of reference answers, with its
+    95% interval over questions -> {"exact answers": share, "intervals": {"exact answers": [low, high]}}."""
+    right = [answer in truth for answer, truth in zip(answers, references, strict=True)]
+    part = intervals.mean_part("exact answers", right)
+    return part.total() | {"intervals": intervals.intervals([part])}
 
 
 def evaluate(model, dataloader, tokenizer, device=None, java=False, **options):
     """Caption every image of `dataloader`'s dataset (a `Dataset` of the script) and score the captions -> dict.
 
     `options` are those of `search.Options`, for example num_beams=4. For questions about images the score is the share
-    of exact answers. METEOR and SPICE are left out unless `java` is true.
+    of exact answers. SPICE is left out unless `java` is true.
     """
     dataset, model = dataloader.dataset, model if device is None else model.to(device)
     if any(dataset.prompts):
@@ -54,7 +58,7 @@ def evaluate(model, dataloader, tokenizer, device=None, java=False, **options):
             references.setdefault((image, prompt), []).append(caption)
         images, prompts = zip(*references, strict=True)
         answers, _ = predict(model, tokenizer, list(images), list(prompts), **options)
-        return {"exact answers": exact_answers(answers, references.values())}
+        return exact_answers(answers, references.values())
     images = list(dataset.captions_of)
     captions, finished = predict(model, tokenizer, images, **options)
     return score(dict(zip(images, captions, strict=True)), dataset.captions_of, finished, java)
@@ -64,7 +68,8 @@ def score_subset(model, tokenizer, dataset, count, processes, load_batch=None):
     """Caption the first `count` images of a `Dataset`, or answer its first `count` questions, together with the other
     `processes` (a `ProcessGroup`); images in `unreadable_photos` are left out.
 
-    -> ({(image, question or ""): reference captions}, captions, {"CIDEr", "BLEU-4"} or {"exact_answers"}).
+    -> ({(image, question or ""): reference captions}, captions, {"CIDEr", "BLEU-4", "METEOR"} or {"exact_answers"});
+    METEOR is missing where its tables are not installed.
     """
     references, flags = {}, dataset.unreadable_photos.flags
     flags.copy_(processes.all_reduce_any(flags))  # each process has loaded other photos
@@ -76,32 +81,41 @@ def score_subset(model, tokenizer, dataset, count, processes, load_batch=None):
     captions, _ = predict(model, tokenizer, images[own], prompts[own], title="scoring", load_batch=load_batch)
     captions = processes.all_gather(captions)
     if any(prompts):
-        scores = {"exact_answers": exact_answers(captions, references.values())}
+        scores = {"exact_answers": exact_answers(captions, references.values())["exact answers"]}
     else:
         by_image = dict(zip(images, references.values(), strict=True))
         scores = metrics.score_captions(dict(zip(images, captions, strict=True)), by_image, java=False)
-        scores = {name: scores[name] for name in ("CIDEr", "BLEU-4")}
+        scores = {name: scores[name] for name in ("CIDEr", "BLEU-4", "METEOR") if isinstance(scores[name], float)}
     return references, captions, scores
 
 
 def table_rows(scores):
-    """Scores -> table rows of text (name, value, value for shuffled captions), the header first."""
-    shuffled = scores.get("shuffled", {})
+    """Scores -> table rows of text (name, value, 95% interval, value for shuffled captions), the header first; without
+    intervals or shuffled scores their column is left out."""
+    shuffled, certain = scores.get("shuffled", {}), scores.get("intervals", {})
 
     def as_text(value):
         return f"{value:.4f}" if isinstance(value, float) else str(value)
 
-    rows = [("", "score", "shuffled" if shuffled else "")]
+    columns = [("", "score", "95% interval", "shuffled")]
     for name, value in scores.items():
-        if name != "shuffled":
+        if name not in ("shuffled", "intervals"):
+            interval = " to ".join(map(as_text, certain[name])) if name in certain else ""
             beside = as_text(shuffled[name]) if isinstance(shuffled.get(name), float) else ""
-            rows.append((name, as_text(value), beside))
-    return rows
+            columns.append((name, as_text(value), interval, beside))
+    shown = [True, True, bool(certain), bool(shuffled)]
+    return [tuple(cell for cell, show in zip(row, shown, strict=True) if show) for row in columns]
 
 
 def as_table(scores):
     """Scores -> the table as one text, a line a score."""
-    return "\n".join(f"{name:32s} {value:>10s} {beside:>10s}".rstrip() for name, value, beside in table_rows(scores))
+    rows = table_rows(scores)
+    widths = [32, *(max(len(row[i]) for row in rows if not row[1].startswith("not")) for i in range(1, len(rows[0])))]
+
+    def line(name, *cells):
+        return f"{name:{widths[0]}s} " + "  ".join(f"{c:>{w}s}" for c, w in zip(cells, widths[1:], strict=True))
+
+    return "\n".join(line(*row).rstrip() for row in rows)
 
 
 def cider_of_each(candidates, references):

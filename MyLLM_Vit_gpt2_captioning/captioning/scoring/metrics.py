@@ -1,8 +1,9 @@
 """Scores of captions against reference captions, as the COCO caption evaluation defines them (Chen et al. 2015).
 
 BLEU-1 to 4, ROUGE-L and CIDEr are computed here and equal those of the reference package pycocoevalcap to 1e-6. CIDEr
-is its `Cider`, which is CIDEr-D, the variant that papers report as CIDEr. METEOR and SPICE are Java programs, which run
-where Java and pycocoevalcap are installed; elsewhere the result is the reason why they are missing, never zero.
+is its `Cider`, which is CIDEr-D, the variant that papers report as CIDEr. METEOR is computed in meteor.py with the tables
+of pycocoevalcap; SPICE, and METEOR for comparison, are its Java programs. Where something is missing the result is the
+reason, never zero.
 """
 
 import math
@@ -16,33 +17,65 @@ from pathlib import Path
 
 import numpy as np
 
+from captioning.scoring import intervals as bootstrap
+from captioning.scoring import meteor as meteor_program
 from captioning.scoring.ptb_tokenization import tokenize
 
 MAX_N = 4  # longest n-grams of BLEU and CIDEr
 NEEDS_JAVA = "not available: needs Java"
 
 
-def score_captions(candidates, references, java=None):
+def score_captions(candidates, references, java=None, meteor=True, java_meteor=False, intervals=False):
     """candidates: {image id: caption}; references: {image id: [caption, ...]} -> {name of the score: value}.
 
     Scores are corpus scores over all images of `references`, from 0 to 1 (CIDEr from 0 to 10). METEOR and SPICE are
-    numbers, or text with the reason why they are missing; `java`: None runs them where possible, False does not. An
-    image without candidate is scored with an empty caption, and "missing candidates" counts such images. Raises
-    ValueError that names the ids for candidates of images that `references` lacks and for images without references.
+    numbers, or text with the reason why they are missing. `java`: None runs SPICE where possible, False does not;
+    `meteor` False leaves METEOR out, `java_meteor` takes it from the Java program. With `intervals`, "intervals" holds
+    95% intervals over images, {name: [low, high]}. An image without candidate is scored with an empty caption, and
+    "missing candidates" counts such images. Raises ValueError that names the ids for candidates of images that
+    `references` lacks and for images without references.
     """
-    _check_images(candidates, references)
-    images = list(references)
-    tokenized = tokenize([candidates.get(image, "") for image in images])
-    all_references = iter(tokenize([caption for image in images for caption in references[image]]))
-    tokenized_references = [[next(all_references) for _ in references[image]] for image in images]
-    pairs = list(zip(tokenized, tokenized_references, strict=True))
-    scores = {f"BLEU-{n}": value for n, value in enumerate(bleu(tokenized, tokenized_references), start=1)}
-    scores["ROUGE-L"] = float(np.mean([rouge_l(candidate, captions) for candidate, captions in pairs]))
-    scorer = CiderD(tokenized_references, cached_images=0)
-    scores["CIDEr"] = float(scorer.scores(tokenized, tokenized_references).mean())
-    scores["METEOR"] = _meteor(tokenized, tokenized_references, java)
+    tokenized, tokenized_references = _tokenized(candidates, references)
+    parts = _parts(tokenized, tokenized_references, meteor and not java_meteor)
+    scores = {name: value for part in parts for name, value in part.total().items()}
+    if java_meteor:
+        scores["METEOR"] = _java_meteor(tokenized, tokenized_references, None)
+    elif meteor and "METEOR" not in scores:
+        scores["METEOR"] = meteor_program.reason_against()
     scores["SPICE"] = _spice(tokenized, tokenized_references, java)
-    return scores | {"missing candidates": sum(image not in candidates for image in images)}
+    scores["missing candidates"] = sum(image not in candidates for image in references)
+    if intervals:
+        scores["intervals"] = bootstrap.intervals(parts)
+    return scores
+
+
+def parts(candidates, references):
+    """The `intervals.Part`s of captions: the statistics of each image, in the order of `references`, from which BLEU,
+    ROUGE-L, CIDEr and, where its tables are installed, METEOR are computed. Arguments and errors: `score_captions`."""
+    return _parts(*_tokenized(candidates, references), meteor=True)
+
+
+def _tokenized(candidates, references):
+    """-> (tokenized candidates, [[tokenized reference, ...], ...]), in the order of `references`."""
+    _check_images(candidates, references)
+    tokenized = tokenize([candidates.get(image, "") for image in references])
+    all_references = iter(tokenize([caption for captions in references.values() for caption in captions]))
+    return tokenized, [[next(all_references) for _ in captions] for captions in references.values()]
+
+
+def _parts(candidates, references, meteor):
+    pairs = list(zip(candidates, references, strict=True))
+    found = [
+        bootstrap.Part(
+            tuple(f"BLEU-{n}" for n in range(1, MAX_N + 1)), bleu_counts(candidates, references), bleu_scores
+        ),
+        bootstrap.mean_part("ROUGE-L", [rouge_l(candidate, captions) for candidate, captions in pairs]),
+        bootstrap.mean_part("CIDEr", CiderD(references, cached_images=0).scores(candidates, references)),
+    ]
+    if meteor and meteor_program.reason_against() is None:
+        rows = meteor_program.statistics(candidates, references)
+        found.append(bootstrap.Part(("METEOR",), rows, lambda sums: meteor_program.score(sums)[..., None]))
+    return found
 
 
 def shuffled_scores(candidates, references, seed=0):
@@ -56,8 +89,8 @@ def shuffled_scores(candidates, references, seed=0):
         raise ValueError(f"captions of {len(images)} images cannot be given to other images")
     random.Random(seed).shuffle(images)  # each caption then goes to the next image, the last to the first
     shuffled = {image: candidates[other] for image, other in zip(images, images[1:] + images[:1], strict=True)}
-    scores = score_captions(shuffled, references, java=False)
-    return {name: value for name, value in scores.items() if name not in ("METEOR", "SPICE")}
+    scores = score_captions(shuffled, references, java=False, meteor=False)
+    return {name: value for name, value in scores.items() if name != "SPICE"}
 
 
 def describe_captions(candidates, finished=None):
@@ -109,27 +142,34 @@ def bleu(candidates, references):
 
     Papineni et al. 2002 with the closest reference's length (the shorter of two equally close ones).
     """
-    tiny, small = 1e-15, 1e-9  # pycocoevalcap's: no precision is 0, and nothing is divided by 0
-    candidate_length = reference_length = 0
-    correct, guessed = [0] * MAX_N, [0] * MAX_N  # n-grams of the candidates that a reference has; all of them
-    for candidate, captions in zip(candidates, references, strict=True):
+    return bleu_scores(bleu_counts(candidates, references).sum(axis=0)).tolist()
+
+
+def bleu_counts(candidates, references):
+    """-> (len(candidates), 2 + 2 * MAX_N): lengths of the candidate and of the closest reference; for each n the n-grams
+    of the candidate that a reference has, then for each n all of them."""
+    rows = np.zeros((len(candidates), 2 + 2 * MAX_N))
+    for row, candidate, captions in zip(rows, candidates, references, strict=True):
         length = len(candidate.split())
-        candidate_length += length
-        reference_length += min((abs(len(caption.split()) - length), len(caption.split())) for caption in captions)[1]
+        row[0] = length
+        row[1] = min((abs(len(caption.split()) - length), len(caption.split())) for caption in captions)[1]
         max_counts = Counter()
         for caption in captions:
             for ngram, count in ngrams(caption).items():
                 max_counts[ngram] = max(max_counts[ngram], count)  # the largest count in any reference
         for ngram, count in ngrams(candidate).items():
-            guessed[len(ngram) - 1] += count
-            correct[len(ngram) - 1] += min(count, max_counts[ngram])
-    ratio = (candidate_length + tiny) / (reference_length + small)
-    brevity_penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
-    scores, product = [], 1.0
-    for n in range(MAX_N):
-        product *= (correct[n] + tiny) / (guessed[n] + small)
-        scores.append(product ** (1 / (n + 1)) * brevity_penalty)
-    return scores
+            row[1 + len(ngram)] += min(count, max_counts[ngram])
+            row[1 + MAX_N + len(ngram)] += count
+    return rows
+
+
+def bleu_scores(sums):
+    """Sums of rows of `bleu_counts` (..., 2 + 2 * MAX_N) -> BLEU-1 to 4 (..., MAX_N)."""
+    tiny, small = 1e-15, 1e-9  # pycocoevalcap's: no precision is 0, and nothing is divided by 0
+    ratio = (sums[..., :1] + tiny) / (sums[..., 1:2] + small)
+    brevity_penalty = np.exp(np.minimum(0.0, 1 - 1 / ratio))
+    precisions = (sums[..., 2 : 2 + MAX_N] + tiny) / (sums[..., 2 + MAX_N :] + small)
+    return np.cumprod(precisions, axis=-1) ** (1 / np.arange(1, MAX_N + 1)) * brevity_penalty
 
 
 def rouge_l(candidate, references):
@@ -235,7 +275,7 @@ class CiderD:
         return 10 * total / (MAX_N * len(products))
 
 
-# --- METEOR and SPICE -------------------------------------------------------------------------------------------------
+# --- Java programs ----------------------------------------------------------------------------------------------------
 
 
 def _reason_against(java):
@@ -261,7 +301,7 @@ def _run_java(scorer_class, candidates, references):
     return float(score)
 
 
-def _meteor(candidates, references, java):
+def _java_meteor(candidates, references, java):
     if reason := _reason_against(java):
         return reason
     from pycocoevalcap.meteor.meteor import Meteor

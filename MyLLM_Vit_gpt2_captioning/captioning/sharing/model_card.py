@@ -272,7 +272,7 @@ def _training(facts):
 def _row_scores(facts):
     """{name: value} of the scores of the epoch that was kept, from metrics.csv or config.json."""
     scores = {}
-    for name in ("valid_perplexity", "CIDEr", "BLEU-4", "exact_answers"):
+    for name in ("valid_perplexity", "CIDEr", "BLEU-4", "METEOR", "exact_answers"):
         try:
             scores[name] = float(facts.row.get(name) or "nan")
         except ValueError:
@@ -289,6 +289,7 @@ def _measured(facts):
         "valid_perplexity": ("perplexity per token", "all captions of the validation split"),
         "CIDEr": ("CIDEr-D", captions),
         "BLEU-4": ("BLEU-4", captions),
+        "METEOR": ("METEOR", captions),
         "exact_answers": ("share of answers that are right to the letter", "validation questions"),
     }
     parts, row_scores = [], _row_scores(facts)
@@ -300,8 +301,11 @@ def _measured(facts):
         from captioning.scoring.evaluation import table_rows
 
         (_, *head), *rest = table_rows(scores)
-        lines = [f"| | {head[0]} | {head[1]} |", "| --- | ---: | ---: |"]
-        lines += [f"| {name} | {_cell(value)} | {beside} |" for name, value, beside in rest]
+        lines = [f"| | {' | '.join(head)} |", f"| --- |{' ---: |' * len(head)}"]
+        lines += [
+            f"| {name} | {_cell(value)} | {' | '.join(others)} |".replace("|  |", "| |")
+            for name, value, *others in rest
+        ]
         shuffled = "; `shuffled` is the same with the captions dealt to other images" if "shuffled" in scores else ""
         parts.append(f"`evaluate_captions.py`, {what}{shuffled}:\n\n" + "\n".join(lines))
     if not facts.scores:

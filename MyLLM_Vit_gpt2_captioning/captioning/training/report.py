@@ -174,7 +174,7 @@ def captions_per_second(timing):
 def _curves(log):
     from captioning.pages.plots import curve_as_svg  # the first use of matplotlib takes a while
 
-    quantities = ["loss", "perplexity", "lr", *(name for name in ("BLEU-4", *CURVES[2:]))]
+    quantities = ["loss", "perplexity", "lr", "BLEU-4", "METEOR", *CURVES[2:]]
     pictures = []
     for quantity in quantities:
         if quantity in ("loss", "perplexity") or any(quantity in row for row in log.rows):
