@@ -95,9 +95,9 @@ def test_what_is_left_is_strict(script, tiny_model, folder):
         (None, "vocab_size", 10**12, "vocab_size is 1000000000000, but the weights beside it have 300;"),
         (None, "embed_dim", 64, "embed_dim is 64, but the weights beside it have 32;"),
         (None, "seq_len", 10**9, "seq_len is 1000000000, but the weights beside it have 24;"),
-        ("encoder_options", "depth", 10**6, "encoder_options: depth is 1000000, but the weights beside it have 2;"),
+        ("encoder_options", "depth", 10**5, "encoder_options: depth is 100000, but the weights beside it have 2;"),
         ("encoder_options", "embed_dim", 48, "encoder_options: embed_dim is 48, but the weights beside it have 24;"),
-        ("encoder_options", "img_size", 10**7, "encoder_options: img_size is 10000000, but the weights beside it are "),
+        ("encoder_options", "img_size", 10**5, "encoder_options: img_size is 100000, but the weights beside it are "),
         ("refiner", "layers", 10**6, "refiner: layers is 1000000, but the weights beside it are "),
         (None, "feature_levels", 10**7, "feature_levels is 10000000, but the weights beside it are "),
     ],
@@ -128,9 +128,9 @@ def test_sizes_of_a_hugging_face_captioner(script, tiny_config, bpe, tmp_path):
         ("decoder", "n_layer", "depth is"),
         ("encoder", "num_hidden_layers", "encoder_options: depth is"),
     ):
-        changed = config | {part: config[part] | {key: 10**6}}
+        changed = config | {part: config[part] | {key: 10**5}}
         (tmp_path / CONFIG_FILE).write_text(json.dumps(changed))
-        with pytest.raises(ValueError, match=f"{message} 1000000, but the weights beside it have 2;"):
+        with pytest.raises(ValueError, match=f"{message} 100000, but the weights beside it have 2;"):
             script.load_captioner(tmp_path)
 
 

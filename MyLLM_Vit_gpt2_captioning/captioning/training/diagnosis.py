@@ -168,13 +168,14 @@ def find(m, model_config, train_config):
     late = above("steps", EARLY - 1) or "steps" not in m  # a finished captioner has none
     after_an_epoch = above("epochs", 0.9) or "epochs" not in m
     variance = "image tokens' variance between photos"
-    if below(variance, 1e-4):
+    at_start = m.get("variance at the start", 0)
+    if below(variance, 1e-4) or below(variance, min(0.03, 0.1 * at_start)):
+        collapsed = at_start > 10 * m[variance]
         found(
             "the encoder sees no difference between photos",
-            f"{{{variance}:.1e}} of its tokens' variance is between photos",
-            "it collapsed in training, or its weights or its input are broken"
-            if m.get("variance at the start", 0) > 1e-3
-            else "its weights or its input are broken",
+            f"{{{variance}:.1e}} of the variance of image tokens is between photos"
+            + (", at the start it was {variance at the start:.1e}" if collapsed else ""),
+            "it collapsed in training" if collapsed else "its weights or its input are broken",
             "a lower --lr and a longer --warmup_share; with post_norm or a refiner --lr 3e-4 --warmup_share 0.3",
         )
     elif late and below("cross-attention's share of the text", 3e-3):
@@ -208,7 +209,7 @@ def find(m, model_config, train_config):
             )
 
     # --- what it writes ---
-    if above("captions written", 19) and after_an_epoch and not findings:
+    if above("captions written", 19) and late and after_an_epoch and not findings:
         if below("different ones among them", 0.05):
             found(
                 "one caption for all photos",

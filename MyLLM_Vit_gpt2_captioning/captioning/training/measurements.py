@@ -16,7 +16,6 @@ import torch
 
 from captioning.common.printable import printable
 from captioning.decoding.attention_maps import eager_attend
-from captioning.decoding.cached_decoder import next_token_logits
 from captioning.images.preprocessing import normalize_pixels
 from captioning.model.encoders import timm_data_config
 from captioning.model.loss import IGNORED_LABEL
@@ -30,9 +29,9 @@ VALUES = 256  # of each matrix, whose movement stands for that of all
 
 def of_captions(dataset):
     """A training `Dataset` of the script -> lengths, unknown words, captions that many photos share."""
-    rows = range(0, len(dataset.captions), max(1, len(dataset.captions) // CAPTIONS))
-    if not rows:  # tar shards are read as they come
+    if not dataset.captions_of:  # tar shards are read as they come
         return {}
+    rows = range(0, len(dataset.captions), max(1, len(dataset.captions) // CAPTIONS))
     unknown, tokenizer, lengths, unknown_count = dataset.tokenizer.unk_token_id, dataset.tokenizer, [], 0
     for row in rows:
         ids = encode_caption(tokenizer, dataset.captions[row], 10**6, dataset.prompts[row])
@@ -197,7 +196,7 @@ def _losses(model, ids, labels, states):
         added[-1] = added[-1] / stream
         x = block.residual(x, block.ln_2, block.mlp)
     real = labels != IGNORED_LABEL  # (B, T)
-    log_probs = next_token_logits(model, x[real]).log_softmax(-1)  # (labels, vocab_size)
+    log_probs = model.gpt.logits(x[real]).float().log_softmax(-1)  # (labels, vocab_size); an unknown word is a label
     losses = torch.zeros(labels.shape, device=x.device)
     losses[real] = -log_probs.gather(1, labels[real][:, None])[:, 0]
     first = losses.gather(1, real.long().argmax(1, keepdim=True))[:, 0]
