@@ -46,6 +46,7 @@ HEADER = "image_name| comment_number| comment\n"
         ("captions.txt", 'image,caption\n0.jpg,b\n1.jpg,"c, ""d"""\n2.jpg,a , b\n', ["b", 'c, "d"', "a , b"], 4),
         ("captions.csv", 'image,caption\n"0.jpg",a "big" dog, "old"\n', ['a "big" dog, "old"'], 2),
         ("captions.csv", 'image,caption\n0.jpg,"two\nlines"\n1.jpg,a, b\n', ["two lines", "a, b"], 4),
+        ("captions.csv", 'x,image,caption\n"a ""b, c"" d",0.jpg,a, b\n', ["a, b"], 2),
         ("captions.tsv", "image\tcaption\n0.jpg\ta\tb\n", ["a b"], 2),
         ("captions.csv", "image;caption\n0.jpg;a; b\n", ["a; b"], 2),
         # A record with more fields is one line, so that a stray quotation mark does not swallow those behind it.
@@ -216,6 +217,8 @@ def test_lists_of_splits_name_photos_in_any_way_too(photos):
         (photos / f"{split}.txt").write_text(name + "\n")
     rows_of_table(photos, "image,caption", ["train\\0.jpg", "1.jpg", "2.jpg"])
     assert sources.load(photos)["split"].tolist() == ["train", "val", "test"]
+    (photos / "train.txt").write_text("0.png\n3")  # another ending is another photo
+    assert sources.load(photos)["split"].tolist() == ["test", "val", "test"]
 
 
 # --- what operating systems leave behind ------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ IMAGE_FOLDERS = (  # looked for in this order
     "Flicker8k_Dataset",
     "Flickr8k_Dataset",
 )
-
 COCO_NAME = re.compile(r"(?:COCO_\w+_)?(\d{12})")  # the name of a COCO photo holds its id
 
 
@@ -59,10 +58,10 @@ def _plain(text):
     return unicodedata.normalize("NFC", text).casefold()
 
 
-def plain_name(name):
+def plain_name(name, with_ending=False):
     """A name without folders and the ending of a photo, the same for all ways to write it."""
     last = (_parts(name) or [""])[-1]
-    return _plain(Path(last).stem if Path(last).suffix.lower() in IMAGE_SUFFIXES else last)
+    return _plain(Path(last).stem if Path(last).suffix.lower() in IMAGE_SUFFIXES and not with_ending else last)
 
 
 class PhotoFinder:

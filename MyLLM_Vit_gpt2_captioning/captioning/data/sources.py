@@ -161,7 +161,7 @@ def read_captions(path, shard_splits=SPLITS, unescape=True, say=print, is_photo=
 
 def _without_empty_rows(df, path, say):
     """The rows that have an image or a caption."""
-    empty = df[["image", "caption"]].map(lambda text: text is None or text != text or str(text).isspace()).all(axis=1)
+    empty = df[["image", "caption"]].map(lambda text: text is None or text != text or not str(text).strip()).all(axis=1)
     if empty.any():
         say(
             f"warning: {path}: left out {empty.sum():,} of {len(df):,} rows; the first, {df.index.name} "

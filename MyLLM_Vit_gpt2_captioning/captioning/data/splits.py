@@ -101,11 +101,12 @@ def _published(split_of, images, photos):
     used = {name for names in names_of.values() for name in names}
     loosely = {}
     for name in split_of.keys() - used:
-        loosely.setdefault(plain_name(name), set()).add(split_of[name])
+        loosely.setdefault(plain_name(name, with_ending=True), set()).add(split_of[name])
     loosely = {name: splits.pop() for name, splits in loosely.items() if len(splits) == 1}
     splits = {}
     for pair, names in names_of.items():
         known = [split_of[name] for name in names if name in split_of]
-        known += [loosely[plain] for plain in map(plain_name, names) if plain in loosely]
+        plain = [plain_name(name, with_ending) for with_ending in (True, False) for name in names]
+        known += [loosely[name] for name in plain if name in loosely]
         splits[pair] = known[0] if known else "test"
     return pd.Series([splits[pair] for pair in zip(images, map(str, photos), strict=True)], index=images.index)

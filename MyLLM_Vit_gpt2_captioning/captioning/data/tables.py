@@ -153,22 +153,23 @@ def _quoted_records(lines, separator, count, path):
             if "end of data" in str(error):
                 raise ValueError(f"{path}, line {first + 1}: a quotation mark that nothing closes; close it") from error
         fields = _fields_of_line(lines[first], separator, count)
-        yield first, fields, True
+        yield first, fields, separator in fields[-1]
         start = first + 1
 
 
 def _fields_of_line(line, separator, count):
     """The first count - 1 fields, without the quotes around them, and the rest of the line as it is."""
-    quoted, blank, found = False, True, 0
+    quoted, may_open, found = False, True, 0  # a mark opens at the start of a field, or is the second of two inside
     for i, character in enumerate(line):
-        if character == '"' and (quoted or blank):
-            quoted, blank = not quoted, False
+        if character == '"' and (quoted or may_open):
+            quoted, may_open = not quoted, quoted
         elif character == separator and not quoted:
-            blank, found = True, found + 1
+            may_open, found = True, found + 1
             if found == count - 1:
-                return [*_split(line[:i], separator), line[i + 1 :]]
+                fields = _split(line[:i], separator)
+                return [*fields, line[i + 1 :]] if len(fields) == found else line.split(separator, found)
         elif character != " ":
-            blank = False
+            may_open = False
     return line.split(separator, count - 1)
 
 
