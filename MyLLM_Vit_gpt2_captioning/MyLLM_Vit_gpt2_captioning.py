@@ -30,9 +30,9 @@ sys.path.append(str(REPO_ROOT))  # for MyLLM; this file's own folder is on the p
 from captioning.command_line import checks, overrides, recipes
 from captioning.common.config import Config, complete
 from captioning.common.distributed import ProcessGroup, gradient_sync, silence_other_ranks
-from captioning.common.files import WEIGHTS_FILE
 from captioning.common.precision import choose_algorithms, mixed_precision
 from captioning.common.progress import progress_bar
+from captioning.common.stopping import Stopped, listening, stop_if_asked
 from captioning.data import batching, shapes, sources
 from captioning.data.built_in import data_paths, default_recipe, load_data
 from captioning.data.shards import streaming
@@ -40,7 +40,7 @@ from captioning.data.token_cache import read_tokens_from_disk
 from captioning.data.unreadable_photos import UnreadablePhotos
 from captioning.decoding.cached_decoder import BlockCache
 from captioning.decoding.search import caption_images, generate_ids, trim
-from captioning.images.augmentation import TrainingTransforms, ValidationTransforms
+from captioning.images.augmentation import CaptionsOfPicture, TrainingTransforms, ValidationTransforms
 from captioning.images.preprocessing import normalize_pixels
 from captioning.model import checkpoint, hugging_face, loading
 from captioning.model.encoders import build_encoder, meta_device_for, preprocessing_of, run_block
@@ -50,11 +50,11 @@ from captioning.model.stages import keep_frozen_in_eval, pretrained_names, stage
 from captioning.model.tokenizer import CaptionTokenizer, check_eos, encode_caption, encode_prompt
 from captioning.pages import plots
 from captioning.sharing import upload
-from captioning.training import schedule
+from captioning.training import run_folder, schedule
 from captioning.training.cross_entropy import CrossEntropy
 from captioning.training.out_of_memory import explained
 from captioning.training.run_log import RunLog, perplexity
-from captioning.training.run_state import RunState, Stopped, dataset_digest
+from captioning.training.run_state import RunState, dataset_digest
 from captioning.training.self_critical import SelfCritical
 from captioning.training.trackers import Tracker
 from MyLLM.ch3 import KeyValueCache, merge_heads, split_heads
@@ -145,6 +145,7 @@ class TrainConfig(Config):
     image_dir: Path = IMAGE_DIR  # folder with the photos; found in data_dir when only that is given
     model_path: Path = OUTPUT_DIR  # folder for checkpoint, metrics and plots; an earlier run there is moved aside
     captions_file: str = CAPTIONS_FILE  # annotation file of any format; found in data_dir when empty
+    unescape_captions: bool = True  # captions: &amp; becomes &, tags like <b> and invisible characters are left out
     dataset: str = "flickr30k"  # what --download puts into data_dir: flickr8k, flickr30k or coco2017
     score_every: int = 1  # epochs between scores of captions of the same validation photos; 0: never
     score_images: int = 200  # validation photos that are captioned for these scores
@@ -214,7 +215,7 @@ def _load_flickr_dataframe(data_dir, image_dir, captions_file=None):
     """Read `data_dir`/results.csv (Flickr30k), or any other dataset that `sources.load` recognises there -> DataFrame
     with a row a caption: image (Path in `image_dir`), caption (lowercased, stripped, "" where missing), split
     (train/val/test, by image) and, for questions, prompt. Raises FileNotFoundError or ValueError for a bad file."""
-    return sources.load(data_dir, captions_file, image_dir)
+    return sources.load(data_dir, captions_file, image_dir, unescape=train_config.unescape_captions)
 
 
 def build_transforms(img_size=224, norm_mean=None, norm_std=None, crop_scale=0.8, resample="bicubic", normalized=True):
@@ -246,7 +247,7 @@ class Dataset(torch.utils.data.Dataset):
         self.prompts = list(df["prompt"]) if "prompt" in df else [""] * len(df)
         self.captions_of = {}  # all captions of an image decide how it may be augmented, questions too
         for image, *texts in zip(self.images, self.captions, self.prompts, strict=True):
-            self.captions_of.setdefault(image, []).extend(filter(None, texts))
+            self.captions_of.setdefault(image, CaptionsOfPicture()).extend(filter(None, texts))
         self.captions_per_image, self.max_length, self.seed = captions_per_image, max_length, seed
         self.repeats_count = True  # whether a caption that repeats, to fill the group of its image, adds loss again
         self.unreadable_photos = UnreadablePhotos(self.captions_of, max_bad_images)
@@ -699,8 +700,8 @@ class Trainer:
             values.append(value)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train_config.clip_norm)
-        *values, norm = torch.stack([*values, norm]).tolist()  # the one place where the step waits for the device
-        finite = math.isfinite(norm)
+        *values, self.norm = torch.stack([*values, norm]).tolist()  # the one place where the step waits for the device
+        finite = math.isfinite(self.norm)
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if self.bad_steps >= self.train_config.max_bad_steps:
             raise FloatingPointError(f"{self.bad_steps} steps in a row were not finite: try a lower --lr")
@@ -718,7 +719,7 @@ class Trainer:
     def start_schedule(self, lr, batches):
         """A new optimizer with peak learning rate `lr`, OneCycle over `batches` batches, and a new moving average."""
         config = self.train_config
-        self.peak_lr, self.bad_steps = lr, 0  # bad_steps: consecutive ones
+        self.peak_lr, self.bad_steps, self.norm = lr, 0, 0.0  # consecutive bad steps; norm of the last gradient
         self.optimizer = schedule.build_optimizer(self.model, lr, config)
         self.scheduler = schedule.one_cycle(self.optimizer, math.ceil(batches / config.accumulate), config.warmup_share)
         self.average = schedule.moving_average(self.model, config.ema_decay) if config.ema_decay else None
@@ -781,7 +782,7 @@ class Trainer:
                 position["total"], position["count"] = position["total"] + total, position["count"] + count
                 position["batches"] += len(batches)
                 place = epoch + position["batches"] / len(objective.loader)
-                self.log.step(place, self.lr, objective.name, total, count, captions)
+                self.log.step(place, self.lr, objective.name, total, count, captions, batches[0], self.norm)
             if count:
                 mean = f"{position['total'] / position['count']:.3f}"
                 bar.set_postfix({objective.name: mean, "lr": f"{self.lr:.1e}"}, refresh=False)
@@ -801,6 +802,7 @@ class Trainer:
             with self.autocast():
                 losses.append(validation.loss(validation.to_device(batch, self.device))[1])
             bar.update(validation.captions_in(batch) // validation.captions_per_image * self.processes.world_size)
+            stop_if_asked()
         bar.close()
         total_loss = float(np.dot(torch.stack(losses).tolist(), counts))  # read only now: no batch waits for another
         total_loss, total_count = self.processes.all_reduce_sum(total_loss, sum(counts))
@@ -819,12 +821,14 @@ class Trainer:
         non-finite end the run early, and the best epoch is kept. Raises Stopped on Ctrl-C, SIGTERM and SIGUSR1, with
         the state of the run saved.
         """
-        dataset, configs = self.valid_dl.dataset, self.identity()["config"]
-        self.log.config = self.train_config  # `rebuild_schedule` may have replaced it
-        self.log.begin(self.model, self.tokenizer, dataset, configs, self.autocast, self.state.resumed)
         epochs = range(self.state.position["epoch"], self.train_config.epochs + self.train_config.scst_epochs)
         try:
-            with self.state.signals(), explained(self.train_config), self.state.saved_on_failure(self.state_dict):
+            has_best = self.best["best_epoch"] is not None
+            with self.state.run(self.state_dict, has_best), explained(self.train_config):
+                datasets = [loader.dataset for loader in (self.train_dl, self.valid_dl)]
+                self.log.config = self.train_config  # `rebuild_schedule` may have replaced it
+                configs, resumed = self.identity()["config"], self.state.resumed
+                self.log.begin(self.model, self.tokenizer, *datasets, configs, self.autocast, resumed)
                 for epoch in epochs:
                     self._run_epoch(epoch)
         except (FloatingPointError, KeyboardInterrupt) as reason:
@@ -904,10 +908,8 @@ class Trainer:
 
     def load_best_model(self, path=None):
         """Load the best weights of this run, or those in `path` (a .safetensors or .pt file, or a folder)."""
-        path = Path(path or self.model_path)
-        path = path / WEIGHTS_FILE if path.is_dir() else path
         for model in {self.model, self.eval_model}:
-            checkpoint.load_strictly(model, path)
+            checkpoint.load_strictly(model, path or self.model_path)
 
     def generate_caption(self, image, max_tokens=50, temperature=1.0, deterministic=False, **options):
         """A path or an opened image -> its caption; a list of them -> a list of captions.
@@ -949,7 +951,7 @@ def build_trainer(model_cfg, train_cfg, df):
     """Tokenizer, loaders, model and Trainer for the captions in `df`. Where files cannot be downloaded, raises
     FileNotFoundError that says which the run needs, and how to give local copies."""
     try:
-        tok = build_tokenizer(model_cfg, streaming.training_texts(df))
+        tok = build_tokenizer(model_cfg, streaming.training_texts(df, train_cfg.unescape_captions))
         trained = model_cfg.tokenizer in ("bpe", "word") and not model_cfg.start_from
         if trained or len(tok) > model_cfg.vocab_size:  # a vocab_size above GPT-2's stays: padded for speed
             model_cfg = replace(model_cfg, vocab_size=len(tok))
@@ -962,28 +964,26 @@ def main(argv=None):
     """Train, plot, demonstrate -> {"best_perplexity", "best_epoch"}, for Shapes also {"scores"}."""
     silence_other_ranks()
     model_cfg, train_cfg, download = read_configs(sys.argv[1:] if argv is None else argv)
-    torch.manual_seed(train_cfg.seed)
-    df = load_data(train_cfg, DATA_DIR, download)
-    trainer = build_trainer(model_cfg, train_cfg, df)
-    if trainer.processes.is_main:
-        if not trainer.state.resumed and (earlier := checkpoint.set_aside(train_cfg.model_path)):
-            print(f"an earlier run was moved to {earlier}")
-        recipes.write_recipe(train_cfg.model_path, model_config=trainer.model.config, train_config=trainer.train_config)
-    result = trainer.run_training()
-
-    trainer.load_best_model()
-    trainer.processes.destroy()
-    if not trainer.processes.is_main:
-        return result
-    trainer.log.finish(trainer.model)
-    caption = partial(caption_images, trainer.model, trainer.tokenizer)
-    plots.draw_demo(caption, df[df["split"] == "val"], train_cfg.demo_images, train_cfg.model_path / "demo.png")
-    if (train_cfg.data_dir / shapes.SPLIT_FILE).is_file():
-        result["scores"] = (shapes.score_answers if "prompt" in df else shapes.score)(caption, train_cfg.data_dir)
-    print(
-        f"best {trainer.log.best_by}: epoch {result['best_epoch'] + 1}, perplexity {result['best_perplexity']:.3f}; "
-        f"checkpoint and plots are in {train_cfg.model_path}"
-    )
+    with run_folder.writing(train_cfg.model_path):
+        with listening("the same command starts again"):
+            torch.manual_seed(train_cfg.seed)
+            df = load_data(train_cfg, DATA_DIR, download)
+            trainer = build_trainer(model_cfg, train_cfg, df)
+            if trainer.processes.is_main:
+                run_folder.set_aside(train_cfg.model_path, trainer.state.resumed)
+                configs = dict(model_config=trainer.model.config, train_config=trainer.train_config)
+                recipes.write_recipe(train_cfg.model_path, **configs)
+            result = trainer.run_training()
+        trainer.load_best_model()
+        trainer.processes.destroy()
+        if not trainer.processes.is_main:
+            return result
+        trainer.log.finish(trainer.model)
+        caption = partial(caption_images, trainer.model, trainer.tokenizer)
+        plots.draw_demo(caption, df[df["split"] == "val"], train_cfg.demo_images, train_cfg.model_path / "demo.png")
+        if (train_cfg.data_dir / shapes.SPLIT_FILE).is_file():
+            result["scores"] = (shapes.score_answers if "prompt" in df else shapes.score)(caption, train_cfg.data_dir)
+        trainer.log.print_best(result)
     upload.offer_upload(HF_REPO_ID, train_cfg.model_path, train_cfg.push_every_epoch)
     plots.show_windows()
     return result
@@ -995,6 +995,6 @@ if __name__ == "__main__":
     except (OSError, ValueError, FloatingPointError, torch.OutOfMemoryError) as error:
         sys.exit(f"error: {error}")
     except Stopped as reason:
-        print(f"{reason}; the same command with --resume auto resumes the run")
+        print(reason)
     except KeyboardInterrupt:
         sys.exit("interrupted")

@@ -17,6 +17,7 @@ left out, and the exit status is then 1.
 import itertools
 import json
 import sys
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,8 +29,11 @@ from captioning.command_line.caption_table import FILE, CaptionTable
 from captioning.command_line.decoding_options import add_decoding_arguments, decoding_options
 from captioning.command_line.overrides import with_underscores
 from captioning.command_line.photo_arguments import find_photos
+from captioning.common.locks import LOCK_FILE, only_writer
 from captioning.common.precision import mixed_precision
+from captioning.common.printable import printable
 from captioning.common.progress import progress_bar
+from captioning.common.stopping import Stopped, listening, stop_if_asked
 from captioning.decoding import attention_maps
 from captioning.decoding.search import Options, generate_ids, log_probabilities, trim
 from captioning.images.preprocessing import preprocess
@@ -38,6 +42,7 @@ from captioning.pages import plots
 from MyLLM_Vit_gpt2_captioning import OUTPUT_DIR, load_captioner, train_config
 
 THUMBNAIL_SIDE = 640  # pixels of the longer side of a photo that is drawn
+HOW_TO_GO_ON = "captions already in a table stay there, and the same command resumes"
 
 
 def main(argv=None):
@@ -76,17 +81,21 @@ def main(argv=None):
     parser.add_argument("--allow_urls", action="store_true", help="fetch images that are URLs")
     args = parser.parse_args(with_underscores(sys.argv[1:] if argv is None else argv))
     try:
-        caption_all(args)
+        with ExitStack() as locks:
+            caption_all(args, locks)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except Stopped as reason:
+        sys.exit(str(reason))
     except KeyboardInterrupt:
-        sys.exit("interrupted; captions already in a table stay there, and the same command resumes")
+        sys.exit(f"interrupted; {HOW_TO_GO_ON}")
 
 
-def caption_all(args):
-    """Caption images as the parsed command line says.
+def caption_all(args, locks):
+    """Caption images as the parsed command line says; `locks`, an ExitStack, gets the locks of the tables.
 
-    Raises OSError or ValueError when it cannot go on, and in the end when photos were left out.
+    Raises OSError or ValueError when it cannot go on, and in the end when photos were left out; Stopped behind a batch,
+    as in `stop_if_asked`.
     """
     decoding = decoding_options(args)
     if decoding["deterministic"] and args.num > decoding["num_beams"]:
@@ -98,7 +107,7 @@ def caption_all(args):
         raise ValueError("--block and --head choose what --attention draws: give it a file")
     all_photos = find_photos(args.images, args.allow_urls)
     check_picture_paths(args, all_photos)
-    tables = read_tables(args, all_photos)
+    tables = read_tables(args, all_photos, locks)
     report = print_to_stderr if args.json else print
     photos = [photo for photo in all_photos if _name_in_table(args, photo) not in tables.get(_table(args, photo), ())]
     if len(photos) < len(all_photos):
@@ -117,17 +126,19 @@ def caption_all(args):
     captioner = Captioner(model.to(train_config.device), tokenizer, options, args)
     bar = progress_bar(len(photos), "captions") if any(photo.folder for photo in photos) else None
     errors = []
-    for start in range(0, len(photos), args.batch_size):
-        batch = photos[start : start + args.batch_size]
-        loaded, batch_errors = captioner.load(batch)
-        errors += batch_errors
-        for message in batch_errors:
-            if len(photos) > 1:
-                print_to_stderr(f"error: {message}")
-        if loaded:
-            outputs.write(captioner, loaded, list(captioner.caption(loaded)))
-        if bar:
-            bar.update(len(batch))
+    with listening(HOW_TO_GO_ON):
+        for start in range(0, len(photos), args.batch_size):
+            stop_if_asked()
+            batch = photos[start : start + args.batch_size]
+            loaded, batch_errors = captioner.load(batch)
+            errors += batch_errors
+            for message in batch_errors:
+                if len(photos) > 1:
+                    print_to_stderr(f"error: {message}")
+            if loaded:
+                outputs.write(captioner, loaded, list(captioner.caption(loaded)))
+            if bar:
+                bar.update(len(batch))
     if bar:
         bar.close()
     outputs.finish(report)
@@ -164,7 +175,7 @@ class Outputs:
                 print(json.dumps(line), flush=True)
             elif not photo.folder:
                 for caption in captions:
-                    print(f"{photo.name}: {caption}")
+                    print(f"{printable(photo.name)}: {printable(caption)}")
             if args.grid:
                 self.grid.append((loaded[photo][1], captions[0]))
 
@@ -204,11 +215,18 @@ def check_picture_paths(args, photos):
                 raise ValueError(f"{path} lies in {folder}, where it would be captioned next time: name another place")
 
 
-def read_tables(args, photos):
-    """-> {path: `CaptionTable`} of all tables for the captions of these photos, with the lines they have already."""
+def read_tables(args, photos, locks):
+    """-> {path: `CaptionTable`} of all tables for the captions of these photos, with the lines they have already; their
+    locks are held by `locks`, so that no image is captioned twice. Raises BlockingIOError for one that another command
+    is writing."""
     local = Path(args.checkpoint).is_dir()
     model = Path(args.checkpoint).resolve() if local else args.checkpoint
     paths = dict.fromkeys(path for path in (_table(args, photo) for photo in photos) if path)
+    for path in paths:
+        with suppress(OSError):  # said when the table is written
+            path.parent.mkdir(parents=True, exist_ok=True)
+        remedy = "wait for it, or name another file with --out"
+        locks.enter_context(only_writer(path.with_name(f".{path.name}{LOCK_FILE}"), remedy))
     return {path: CaptionTable(path, args.num, model) for path in paths}
 
 

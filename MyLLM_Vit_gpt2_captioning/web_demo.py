@@ -25,8 +25,9 @@ import MyLLM_Vit_gpt2_captioning as script  # before attention_maps: it puts MyL
 from captioning.command_line.arguments import ToolParser, integer
 from captioning.command_line.decoding_options import decoding_options
 from captioning.command_line.overrides import with_underscores
-from captioning.common.files import CONFIG_FILE, WEIGHTS_FILE
+from captioning.common.files import CONFIG_FILE, TORCH_FILE, is_litter
 from captioning.common.precision import mixed_precision
+from captioning.common.printable import printable
 from captioning.decoding.attention_maps import group_words, overlay, word_maps
 from captioning.decoding.search import generate_ids, log_probabilities, trim
 from captioning.images.preprocessing import load_image, preprocess
@@ -41,11 +42,13 @@ MAX_QUEUE = 100  # waiting requests; further ones are refused
 KEPT_SECONDS = 3600  # how long uploads and attention maps are kept
 METHODS = ("greedy", "beam search", "sampling")
 
+# Gradio makes JavaScript of what comes out of this template (a template literal), so `${...}` in a caption would run:
+# words are written as HTML entities, see `as_entities`.
 CAPTIONS_TEMPLATE = """
 {{#if value}}
 <ol>{{#each value}}<li>
-  <span class="words">{{#each words}}<button type="button" data-caption="{{@../index}}" data-word="{{@index}}"
-    >{{this}}</button> {{else}}(empty){{/each}}</span>
+  <span class="words">{{#each html}}<button type="button" data-caption="{{@../index}}" data-word="{{@index}}"
+    >{{{this}}}</button> {{else}}(empty){{/each}}</span>
   <span class="score" title="log-probability of the caption under the model, in nats">log p = {{shown}}</span>
 </li>{{/each}}</ol>
 {{else}}<p class="score">Captions appear here.</p>{{/if}}
@@ -87,8 +90,10 @@ def find_captioners(root):
     for pattern in ("captioner*/**/", "examples/**/"):
         for config in sorted(root.glob(pattern + CONFIG_FILE)):
             folder = config.parent
+            if is_litter(config.relative_to(root)):
+                continue
             try:
-                if "model_config" in checkpoint.load_config(folder) and (folder / WEIGHTS_FILE).is_file():
+                if "model_config" in checkpoint.load_config(folder) and checkpoint.weights_file(folder).is_file():
                     captioners[folder.relative_to(root).as_posix()] = folder
             except ValueError as error:
                 print(f"warning: left out {error}", file=sys.stderr)
@@ -125,7 +130,14 @@ class Captioners:
         """-> (model, tokenizer). Weights that a training run has replaced since are loaded again. Raises the errors of
         `load_captioner`."""
         folder = self.sources[name]
-        key = name, [path.stat().st_mtime_ns for path in sorted(folder.glob("*.safetensors"))]
+        key = (
+            name,
+            [
+                path.stat().st_mtime_ns
+                for pattern in ("*.safetensors", TORCH_FILE)
+                for path in sorted(folder.glob(pattern))
+            ],
+        )
         if self.last is None or self.last[0] != key:
             self.last = None  # frees its memory for the next one
             model, tokenizer = script.load_captioner(folder)
@@ -151,9 +163,14 @@ def caption_photo(model, tokenizer, photo, options, prompt=""):
     captions = []
     for row, log_prob in zip(rows, log_probs.tolist(), strict=True):
         ids = trim(row, len(prompt), model.config.eos_token_id).tolist()
-        words = [word for word, _ in group_words(tokenizer, ids)]
+        words = [printable(word) for word, _ in group_words(tokenizer, ids)]
         captions.append(dict(ids=ids, words=words, caption=tokenizer.decode(ids[1:]).strip(), log_probability=log_prob))
     return captions
+
+
+def as_entities(text):
+    """A text -> HTML that shows it, without any character that means something in HTML or JavaScript."""
+    return "".join(char if char.isalnum() or char == " " else f"&#{ord(char)};" for char in text)
 
 
 @contextmanager
@@ -261,7 +278,10 @@ def build(sources):
             options = decoding_options(args) | dict(num_return_sequences=1 if method == "greedy" else number)
             captions = caption_photo(*captioners.load(model), photo, options, prompt or "")
         rows = [caption.pop("ids") for caption in captions]
-        return [caption | dict(shown=f"{caption['log_probability']:.2f}") for caption in captions], (model, photo, rows)
+        for caption in captions:
+            caption["shown"] = f"{caption['log_probability']:.2f}"
+            caption["html"] = [as_entities(word) for word in caption["words"]]
+        return captions, (model, photo, rows)
 
     def clear_unreadable(photo):
         try:

@@ -18,13 +18,13 @@ import torch
 from PIL import Image
 
 import prepare_data
+from captioning.common.stopping import Stopped
 from captioning.data import photo_store, sources
 from captioning.data.conventions import SPLITS
 from captioning.data.shards import reading, streaming, writing
 from captioning.images import tar_members
 from captioning.images.preprocessing import load_image
 from captioning.model.tokenizer import CaptionTokenizer
-from captioning.training.run_state import Stopped
 from conftest import CAPTIONS, make_flickr
 from helpers.folders import for_everybody, read_only
 from helpers.image_files import jpeg

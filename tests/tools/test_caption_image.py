@@ -1,9 +1,11 @@
 """caption_image.py: folders that go on, what cannot be read, URLs, attention, JSON. Plain use is in test_script.py."""
 
+import contextlib
 import csv
 import http.server
 import json
 import shutil
+import signal
 import threading
 
 import numpy as np
@@ -16,6 +18,7 @@ from captioning.command_line import photo_arguments
 from captioning.command_line.caption_table import CaptionTable
 from captioning.decoding.search import generate_ids, log_probabilities
 from conftest import REPO_ROOT
+from helpers.other_process import holding
 
 SHAPES = REPO_ROOT / "examples" / "shapes"
 CHECKPOINT = ["--checkpoint", str(SHAPES)]
@@ -98,6 +101,29 @@ def test_captions_are_written_as_they_are_made(folder, monkeypatch):
 
     monkeypatch.setattr(caption_image.Captioner, "caption", stop)
     with pytest.raises(SystemExit, match=r"interrupted; .* the same command resumes"):
+        caption_image.main([str(folder), *CHECKPOINT, "--batch_size", "1"])
+    assert [row[0] for row in read(folder / "captions.csv")] == ["image", "scene_0.png"]
+
+
+def test_two_commands_on_one_folder(folder):
+    """Each would caption every photo."""
+    with (
+        holding(folder / ".captions.csv.lock") as first,
+        pytest.raises(SystemExit, match=rf"^error: .*: process {first.pid} on .* is writing there; wait for it"),
+    ):
+        caption_image.main([str(folder), *CHECKPOINT])
+    assert not (folder / "captions.csv").exists()
+
+
+def test_a_signal_between_two_batches(folder, monkeypatch):
+    caption = caption_image.Captioner.caption
+
+    def signalled(self, read):
+        signal.raise_signal(signal.SIGTERM)
+        return caption(self, read)
+
+    monkeypatch.setattr(caption_image.Captioner, "caption", signalled)
+    with pytest.raises(SystemExit, match=r"^stopped by SIGTERM; captions already in a table stay there"):
         caption_image.main([str(folder), *CHECKPOINT, "--batch_size", "1"])
     assert [row[0] for row in read(folder / "captions.csv")] == ["image", "scene_0.png"]
 
@@ -188,20 +214,36 @@ def test_what_cannot_be_captioned(folder, tmp_path):
 
 @pytest.fixture
 def server():
-    """A web server on this machine: a photo, a page that is none, more bytes than are wanted."""
+    """A web server on this machine: a photo, a page that is none, more bytes than are wanted, bytes that never end, and
+    where it leads on to."""
     answers = {
         "/photo.png": (SHAPES / "scene_2.png").read_bytes(),
         "/page.png": b"<html>sorry</html>",
         "/large.png": bytes(200_000),
+        "/slow.png": b"",
+        "/moved.png": "/photo.png",
+        "/local": "http://localhost:1/photo.png",
+        "/private": "http://10.0.0.1/photo.png",
+        "/metadata": "http://169.254.169.254/latest",
+        "/file": "file:///etc/passwd",
+        "/circle": "/circle",
     }
-    asked = []
+    asked, closing = [], threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append(self.path)
-            self.send_response(200 if self.path in answers else 404)
+            redirect = isinstance(answers.get(self.path), str)
+            self.send_response(302 if redirect else 200 if self.path in answers else 404)
+            if redirect:
+                self.send_header("Location", answers[self.path])
             self.end_headers()
-            self.wfile.write(answers.get(self.path, b""))
+            if self.path == "/slow.png":
+                with contextlib.suppress(OSError):  # the other side has given up
+                    while not closing.wait(0.05):
+                        self.wfile.write(b"x")
+            elif not redirect:
+                self.wfile.write(answers.get(self.path, b""))
 
         def log_message(self, *args):
             pass
@@ -211,13 +253,14 @@ def server():
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield server
+        closing.set()
         server.shutdown()
         thread.join()
 
 
 def test_urls_are_fetched_only_where_that_is_allowed(server, capsys, monkeypatch):
     monkeypatch.setattr(photo_arguments, "MAX_BYTES", 100_000)
-    monkeypatch.setattr(photo_arguments.fetch_image, "__defaults__", (100_000, 5))
+    monkeypatch.setattr(photo_arguments.fetch_image, "__defaults__", (100_000, 5, 30))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     root = f"http://127.0.0.1:{server.server_port}"
     with pytest.raises(SystemExit, match=r"^error: http://127.*photo\.png: a URL; .*--allow_urls$"):
@@ -238,6 +281,30 @@ def test_urls_are_fetched_only_where_that_is_allowed(server, capsys, monkeypatch
         caption_image.main(["http://127.0.0.1:1/x.png", *CHECKPOINT, "--allow_urls"])
     with pytest.raises(SystemExit, match="only http:// and https:// can be fetched"):
         caption_image.main(["file:///etc/hosts.png", *CHECKPOINT, "--allow_urls"])
+
+
+def test_a_server_that_never_ends(server, monkeypatch):
+    """A byte now and then: no single read waits long."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with pytest.raises(ValueError, match=r"slow\.png: could not be fetched within 0\.5 s"):
+        photo_arguments.fetch_image(f"http://127.0.0.1:{server.server_port}/slow.png", deadline=0.5)
+
+
+def test_redirects(server, monkeypatch):
+    """Within the server, and to a public address, but not into this machine's network."""
+    monkeypatch.setenv("NO_PROXY", "*")
+    root = f"http://127.0.0.1:{server.server_port}"
+    assert photo_arguments.fetch_image(f"{root}/moved.png").size == (48, 48)
+    for name, said in (
+        ("local", "leads on to localhost, which is no public address"),
+        ("private", "leads on to 10.0.0.1, which is no public address"),
+        ("metadata", "leads on to 169.254.169.254, which is no public"),
+        ("file", "leads on to 'file:///etc/passwd'"),
+        ("circle", "more than 5 redirects"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}: .*{said}"):
+            photo_arguments.fetch_image(f"{root}/{name}")
+    photo_arguments._check_redirect(root, "https://8.8.8.8/photo.jpg")
 
 
 # --- JSON and log-probabilities ---------------------------------------------------------------------------------------

@@ -192,6 +192,11 @@ def test_addresses_where_nothing_can_listen(host, port, message):
         web_demo.check_address(host, port)
 
 
+def test_words_become_entities():
+    assert web_demo.as_entities("Käfer 猫 7") == "Käfer 猫 7"
+    assert web_demo.as_entities("`\\${<") == "&#96;&#92;&#36;&#123;&#60;"
+
+
 # --- the API ----------------------------------------------------------------------------------------------------------
 
 
@@ -412,6 +417,39 @@ def test_it_fits_on_a_phone(page):
     captions_on(page, 3)
     assert page.evaluate("document.scrollingElement.scrollWidth") <= 390
     assert page.locator("footer").count() == 0 or not page.locator("footer").is_visible()
+
+
+def test_a_caption_is_no_program(browser, tmp_path):
+    """A stranger's tokenizer, with tokens that are HTML, a template of Handlebars and JavaScript: they are shown."""
+    tokens = {
+        "a": "${alert(1)}",  # Handlebars leaves this as it is
+        "above": "{{this}}&#36;{alert(2)}",
+        "triangle": "<img/src=x/onerror=alert(3)>",
+    }
+    evil = shutil.copytree(SHAPES, tmp_path / "evil")
+    stored = json.loads((evil / "tokenizer.json").read_text())
+    vocabulary = stored["model"]["vocab"]
+    for word, token in tokens.items():
+        vocabulary[f"\u0120{token}"] = vocabulary.pop(f"\u0120{word}")
+    stored["model"]["merges"] = []
+    (evil / "tokenizer.json").write_text(json.dumps(stored))
+    built = web_demo.build({"evil": evil})
+    _, url, _ = web_demo.launch(built, quiet=True, prevent_thread_lock=True)
+    page, dialogs = browser.new_page(), []
+    page.on("dialog", lambda dialog: dialogs.append(dialog.message) or dialog.dismiss())
+    try:
+        page.goto(url)
+        page.wait_for_selector("#photo input[type=file]", state="attached")
+        upload(page, SCENES[0])
+        [caption] = captions_on(page, 1)
+        assert all(token in caption for token in tokens.values())
+        assert not dialogs
+        page.locator("#captions li button").filter(has_text="alert").first.click()
+        page.get_by_text("Where it looked for").wait_for()
+        assert not dialogs
+    finally:
+        page.close()
+        built.close(verbose=False)
 
 
 # --- its end ----------------------------------------------------------------------------------------------------------

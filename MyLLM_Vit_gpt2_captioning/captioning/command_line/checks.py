@@ -8,6 +8,8 @@ import math
 
 import torch
 
+from captioning.model import encoders
+
 
 class Range:
     """`low` <= value <= `high`, but for the values in `exclude`. NaN is in no range."""
@@ -134,6 +136,7 @@ def check(config, table):
 def check_model_config(config):
     """Raise ValueError where a complete model_config has a value that is not allowed."""
     check(config, MODEL)
+    encoders.check_options(config.encoder_options)
     if config.embed_dim % config.num_heads:
         raise ValueError(
             f"embed_dim is {config.embed_dim}, but must be a multiple of num_heads {config.num_heads}: each head gets "

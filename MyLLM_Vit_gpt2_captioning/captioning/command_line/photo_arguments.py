@@ -1,14 +1,22 @@
 """The argument IMAGE of a tool: a file, a folder (all images in it) or, where that is allowed, a URL."""
 
 import io
+import ipaddress
+import queue
+import socket
+import threading
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urljoin, urlsplit
 
-from captioning.data.conventions import IMAGE_SUFFIXES
+from captioning.common.files import is_litter
+from captioning.data.conventions import IMAGE_SUFFIXES, is_photo_file
 from captioning.images.preprocessing import load_image
 
 MAX_BYTES = 50_000_000  # of a fetched photo
 TIMEOUT = 20  # seconds without a byte
+DEADLINE = 120  # seconds for the whole photo
+MAX_REDIRECTS = 5
 
 
 @dataclass(frozen=True)
@@ -59,28 +67,64 @@ def _is_url(text):
 
 def _is_photo(path):
     """Whether the path ends like an image's and is not hidden: hidden folders hold other programs' thumbnails."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in path.parts)
+    return is_photo_file(path) and not any(part.startswith(".") or is_litter(part) for part in path.parts)
 
 
-def fetch_image(url, max_bytes=MAX_BYTES, timeout=TIMEOUT):
+def fetch_image(url, max_bytes=MAX_BYTES, timeout=TIMEOUT, deadline=DEADLINE):
     """Download a photo -> `PIL.Image.Image`, upright RGB.
 
-    Raises ValueError that names the URL when it cannot be downloaded, has more than `max_bytes`, or is not an image.
+    Raises ValueError that names the URL when it cannot be downloaded, has more than `max_bytes`, takes more than
+    `deadline` seconds, leads on to an address of this machine or its network, or is not an image.
     """
-    import requests
-
-    content = bytearray()
+    result = queue.Queue()
+    # In a thread of its own: a server that sends a byte now and then keeps every read, and so this process, waiting.
+    threading.Thread(target=_fetch, args=(url, max_bytes, timeout, result), daemon=True).start()
     try:
-        with requests.get(url, stream=True, timeout=timeout) as response:
-            response.raise_for_status()
-            for chunk in response.iter_content(1 << 16):
-                content += chunk
-                if len(content) > max_bytes:
-                    raise ValueError(f"{url}: more than {max_bytes:,} bytes; download it yourself and give the file")
-    except requests.RequestException as error:
-        reason = str(error) if error.response is not None else type(error).__name__  # an HTTP status, or no response
-        raise ValueError(f"{url}: could not be fetched ({reason})") from error
+        content = result.get(timeout=deadline)
+    except queue.Empty:
+        raise ValueError(f"{url}: could not be fetched within {deadline:g} s") from None
+    if isinstance(content, Exception):
+        raise ValueError(f"{url}: {content}") from content
     try:
         return load_image(io.BytesIO(content))
     except ValueError as error:
         raise ValueError(f"{url}: not a readable image") from error
+
+
+def _fetch(url, max_bytes, timeout, result):
+    """Put the content (bytes) that is at the URL, or the reason why there is none (ValueError), into the queue."""
+    import requests
+
+    try:
+        first, content = url, bytearray()
+        for _ in range(MAX_REDIRECTS):
+            with requests.get(url, stream=True, timeout=timeout, allow_redirects=False) as response:
+                if response.is_redirect:
+                    url = urljoin(url, response.headers["location"])
+                    _check_redirect(first, url)
+                    continue
+                response.raise_for_status()
+                for chunk in response.iter_content(1 << 16):
+                    content += chunk
+                    if len(content) > max_bytes:
+                        raise ValueError(f"more than {max_bytes:,} bytes; download it yourself and give the file")
+                return result.put(bytes(content))
+        raise ValueError(f"more than {MAX_REDIRECTS} redirects")
+    except requests.RequestException as error:
+        reason = str(error) if error.response is not None else type(error).__name__  # an HTTP status, or no response
+        result.put(ValueError(f"could not be fetched ({reason})"))
+    except Exception as error:  # whatever it is, somebody waits for it
+        result.put(error if isinstance(error, ValueError) else ValueError(f"could not be fetched ({error})"))
+
+
+def _check_redirect(first, url):
+    """Raise ValueError unless `url`, to which a stranger's server leads on from `first`, is a public address: else it
+    could have this machine ask others in its network, which strangers cannot reach."""
+    here, there = urlsplit(first), urlsplit(url)
+    if there.scheme not in ("http", "https") or not there.hostname:
+        raise ValueError(f"could not be fetched (it leads on to {url[:100]!r})")
+    if (there.hostname, there.port) == (here.hostname, here.port):
+        return
+    for *_, (address, *_) in socket.getaddrinfo(there.hostname, there.port or 80, type=socket.SOCK_STREAM):
+        if not ipaddress.ip_address(address.partition("%")[0]).is_global:
+            raise ValueError(f"could not be fetched (it leads on to {there.hostname}, which is no public address)")

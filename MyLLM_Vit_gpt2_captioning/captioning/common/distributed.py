@@ -28,7 +28,7 @@ def silence_other_ranks():
 
 class ProcessGroup:
     """`rank` of this process and `world_size`; `is_main`: this is rank 0, which writes files; `device` of this process;
-    `restarted`: torchrun has started the processes again because one of them failed."""
+    `distributed`: torchrun has started it; `restarted`: it has started the processes again because one failed."""
 
     def __init__(self, device, backend=None):
         """Initialise torch.distributed where torchrun has started this process, be it the only one. With processes on

@@ -2,7 +2,7 @@
 
 import os
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 
 WEIGHTS_FILE = "captioner.safetensors"
 TORCH_FILE = "captioner.pt"
@@ -28,6 +28,21 @@ RUN_FILES = (
     "wandb",
     *(f"{name.lower()}.png" for name in CURVES),
 )
+# What macOS and Windows put beside the files of people, besides ._a.jpg for a.jpg.
+LITTER = {".ds_store", "__macosx", "thumbs.db", "desktop.ini"}
+
+
+def is_litter(name):
+    """Whether a name, with or without folders, is that of a file which macOS or Windows has left behind."""
+    return any(part.startswith("._") or part.lower() in LITTER for part in PurePath(name).parts)
+
+
+def make_folder(folder, option):
+    """Make a folder, and those it lies in. Raises OSError that names it and the `option` that would choose another."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{folder}: cannot be made ({error.strerror}); choose another with {option} FOLDER") from error
 
 
 def write_atomically(path, write):

@@ -124,7 +124,6 @@ def build_loader(dataset, batch_sampler, collate_fn, config):
         num_workers=config.num_workers,
         persistent_workers=config.num_workers > 0,
         pin_memory=config.device.startswith("cuda"),
-        generator=torch.Generator(),  # its own: how often workers start must not shift the model's random numbers
     )
 
 

@@ -1,7 +1,6 @@
 """The dataset of a run: a built-in one, which is rendered on first use, a download, or a user's own folder."""
 
-from filelock import FileLock
-
+from captioning.common.locks import after_other_writers
 from captioning.data import shapes, sources
 
 # Name of a built-in dataset -> the function that renders it into its folder.
@@ -19,7 +18,7 @@ def default_recipe(recipe, given, data_dir, data_folder, download):
         return recipe, ""
     if "data_dir" in given:
         return _built_in_name(given["data_dir"], data_folder), ""
-    if "captions_file" in given or download or sources.find_captions(data_dir) is not None:
+    if "captions_file" in given or download or sources.find_captions(data_dir, given.get("image_dir")) is not None:
         return None, ""
     notice = (
         f"no dataset in {data_dir}: training on the built-in Shapes instead. To train on Flickr30k, "
@@ -58,11 +57,13 @@ def load_data(train_cfg, data_folder, download=False):
     built_in = _built_in_name(data_dir, data_folder)
     if built_in or download:
         data_dir.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(data_dir.parent / f".{data_dir.name}.lock"):  # other processes wait, and then find the dataset
+        lock = data_dir.parent / f".{data_dir.name}.lock"
+        with after_other_writers(lock):  # the others wait, and then find the dataset
             if built_in:
                 BUILT_IN[built_in](data_dir, train_cfg.shapes_scenes)
             else:
                 from captioning.data import downloads  # here, so that nothing else waits for it
 
                 downloads.fetch_dataset(train_cfg.dataset, data_dir)
-    return sources.load_usable(data_dir, train_cfg.captions_file, train_cfg.image_dir, train_cfg.dataset)
+    paths = data_dir, train_cfg.captions_file, train_cfg.image_dir
+    return sources.load_usable(*paths, train_cfg.dataset, train_cfg.unescape_captions)

@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from tqdm import tqdm
 
 from captioning.common.files import write_atomically
+from captioning.common.stopping import stop_if_asked
 
 MANIFEST_FILE = "prepared.json"
 ATTEMPTS = 5  # in a row without a new byte, before a download is given up
@@ -57,6 +58,7 @@ def extract(archive, folder, targets):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with opened.open(member) as source, open(target, "wb") as file:
                     shutil.copyfileobj(source, file, 1 << 20)
+                stop_if_asked()
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise ValueError(
             f"{archive}: not a usable zip archive ({error}); remove it and run the command again"
@@ -414,6 +416,7 @@ class ResumingDownloader:
                 for chunk in response.iter_content(CHUNK_BYTES):
                     file.write(chunk)
                     bar.update(len(chunk))
+                    stop_if_asked()
         if self._arrived() != self.size:
             raise requests.ConnectionError(f"the connection ended after {self._arrived():,} of {self.size:,} bytes")
 

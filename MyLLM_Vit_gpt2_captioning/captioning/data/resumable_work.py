@@ -5,11 +5,12 @@ only the items without one. The line is written once the item itself is complete
 import json
 from functools import partial
 
-import torch
 import torch.utils.data
 
 from captioning.common.files import write_atomically
 from captioning.common.progress import progress_bar
+from captioning.common.stopping import stop_if_asked
+from captioning.data.workers import Loader
 
 
 def read_index(path):
@@ -59,17 +60,17 @@ class Jobs(torch.utils.data.Dataset):
 
 def run_jobs(function, jobs, num_workers, title, images_of=lambda job: 1, prefetch=2):
     """Yields (job, function(job)) in the order of `jobs`, computed by worker processes (0: by this one), beside a
-    progress bar. An OSError or ValueError of the function is raised here, without the traceback of the worker.
+    progress bar. An OSError or ValueError of the function is raised here, without the traceback of the worker; Stopped
+    behind a job, as in `stop_if_asked`.
 
     `images_of(job)`: what a job adds to the bar; `prefetch`: jobs that each worker is given in advance.
     """
     num_workers = min(num_workers, len(jobs))
-    loader = torch.utils.data.DataLoader(
+    loader = Loader(
         Jobs(partial(_result_or_error, function), jobs),
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=prefetch if num_workers else None,
-        generator=torch.Generator(),  # its own: how often workers start must not shift the model's random numbers
     )
     bar = progress_bar(sum(map(images_of, jobs)), title)
     try:
@@ -78,6 +79,7 @@ def run_jobs(function, jobs, num_workers, title, images_of=lambda job: 1, prefet
                 raise result
             yield job, result
             bar.update(images_of(job))
+            stop_if_asked()
     finally:
         bar.close()
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from captioning.common.stopping import stop_if_asked
+
 SIZES = {"small": 6, "large": 10}  # radius in pixels of a 48-pixel scene
 COLOURS = {
     "red": (220, 40, 40),
@@ -208,6 +210,7 @@ def _write(folder, settings, rows_of, captions_file, header=""):
             render_scene(rng, scene).save(draft / IMAGE_FOLDER / name)
             images.append({"filename": name, "split": split, "scene": scene, "held_out": held_out})
             rows += rows_of(rng, images[-1])
+            stop_if_asked()
     (draft / captions_file).write_text(header + "\n".join(rows) + "\n")
     (draft / SPLIT_FILE).write_text(json.dumps({"dataset": "shapes", "settings": settings, "images": images}))
     shutil.rmtree(folder, ignore_errors=True)

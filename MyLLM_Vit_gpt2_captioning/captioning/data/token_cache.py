@@ -20,14 +20,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.utils.data
-from filelock import FileLock
 
+from captioning.common import stopping
 from captioning.common.files import write_atomically
+from captioning.common.locks import LOCK_FILE, after_other_writers
 from captioning.common.precision import autocast_dtype
 from captioning.common.progress import progress_bar
 from captioning.data import resumable_work
 from captioning.data.batching import stack, to_device
+from captioning.data.workers import Loader
 from captioning.images import tar_members
 from captioning.images.augmentation import TrainingTransforms, may_mirror
 from captioning.images.preprocessing import load_image, preprocess
@@ -107,9 +108,10 @@ class TokenCache:
 
         Raises ValueError that names a photo that cannot be read or whose tokens float16 cannot hold; the tokens of the
         photos before it stay. OSError that names the folder when the disk is full; the tokens before that stay, too.
+        Stopped as in `stop_if_asked`, with all tokens computed so far on the disk.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / ".lock"):  # a second run that needs the same tokens waits for them
+        with after_other_writers(self.folder / LOCK_FILE):  # a second run that needs the same tokens waits for them
             entries = self._read_index()
             missing = self.missing(images, captions_of)
             if missing:
@@ -125,14 +127,9 @@ class TokenCache:
         load_input = partial(preprocess, **self.preprocessing)
         if self.view["view"]:
             load_input = _AugmentedView(self.preprocessing, self.view, captions_of)
-        # A generator of its own: whether tokens are computed must not shift the dropout's random numbers.
-        loader = torch.utils.data.DataLoader(
-            resumable_work.Jobs(load_input, paths),
-            batch_size,
-            num_workers=num_workers,
-            pin_memory=next(model.parameters()).device.type == "cuda",
-            generator=torch.Generator(),
-        )
+        on_gpu = next(model.parameters()).device.type == "cuda"
+        jobs = resumable_work.Jobs(load_input, paths)
+        loader = Loader(jobs, batch_size, num_workers=num_workers, pin_memory=on_gpu)
         model.eval()
         computed, unsynced = 0, []
         bar = progress_bar(len(paths), "tokens")
@@ -149,7 +146,7 @@ class TokenCache:
                     unsynced += batch
                     computed += len(batch)
                     bar.update(len(batch))
-                    if len(unsynced) >= SYNC_EVERY or computed == len(paths):
+                    if len(unsynced) >= SYNC_EVERY or computed == len(paths) or stopping.asked():
                         for file in levels:
                             file.flush()
                             os.fsync(file.fileno())
@@ -159,6 +156,7 @@ class TokenCache:
                             self.index[path] = [self.rows, *identities[path]]
                             self.rows += 1
                         unsynced = []
+                    stopping.stop_if_asked()
         except OSError as error:
             if isinstance(error, FileNotFoundError):  # a photo's
                 raise
@@ -230,8 +228,9 @@ def fill_caches(model, jobs, num_workers=0):
                 f"{folder}: the tokens take {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free, 1 GB to spare: "
                 "give another disk with --cache_dir FOLDER, fewer --cache_views, or train without --cache_tokens"
             )
-    for cache, images, captions_of in jobs:
-        cache.fill(model, images, captions_of, num_workers=num_workers)
+    with stopping.listening("the tokens computed so far are kept, and the same command goes on"):
+        for cache, images, captions_of in jobs:
+            cache.fill(model, images, captions_of, num_workers=num_workers)
 
 
 def read_tokens_from_disk(model, loaders, train_config):

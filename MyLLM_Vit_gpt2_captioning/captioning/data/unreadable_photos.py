@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.utils.data
 
+from captioning.data.workers import Loader
 from captioning.images.preprocessing import load_image
 
 GREY = np.full((8, 8, 3), 128, dtype=np.uint8)  # takes the place of an unreadable photo
@@ -88,8 +88,8 @@ class UnreadablePhotos(UnreadableFlags):
             )
 
 
-class CheckedLoader(torch.utils.data.DataLoader):
-    """A DataLoader that raises the error of its dataset's `unreadable_photos.check()`. The check runs in this process:
+class CheckedLoader(Loader):
+    """A `Loader` that raises the error of its dataset's `unreadable_photos.check()`. The check runs in this process:
     an error in a data worker would come with the worker's traceback in front of its message."""
 
     def __iter__(self):

@@ -7,6 +7,7 @@ mirrored only when none of its captions speaks of left, right or writing.
 
 import math
 import re
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -22,9 +23,17 @@ NOT_MIRRORABLE = re.compile(
 )
 
 
+class CaptionsOfPicture(list):
+    """All captions of a picture. A picture may have thousands, so whether it may be mirrored is looked up once."""
+
+    @cached_property
+    def may_mirror(self):
+        return not any(NOT_MIRRORABLE.search(caption) for caption in self)
+
+
 def may_mirror(captions):
     """True when no caption of the picture would become false in a mirror."""
-    return not any(NOT_MIRRORABLE.search(caption) for caption in captions)
+    return (captions if isinstance(captions, CaptionsOfPicture) else CaptionsOfPicture(captions)).may_mirror
 
 
 def random_crop_box(generator, width, height, crop_scale):

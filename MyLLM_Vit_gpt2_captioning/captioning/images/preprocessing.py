@@ -4,11 +4,20 @@ Only pillow, numpy and torch are needed here, so that captioning a photo does no
 library.
 """
 
+from functools import cache
+from pathlib import Path
+
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from captioning.common.printable import printable
 from captioning.images import tar_members
+
+# Pillow's names of the formats of photos. It would open others, too, by their content and whatever a file is called:
+# for EPS it starts Ghostscript, which runs the program in the file.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM")
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # of ISO/IEC 23008-12
 
 
 def load_image(source, least_side=None):
@@ -22,30 +31,68 @@ def load_image(source, least_side=None):
     if isinstance(source, np.ndarray):
         return Image.fromarray(source).convert("RGB")
     name = getattr(source, "filename", "") or "the image" if isinstance(source, Image.Image) else source
+    name = printable(name)
     try:
         if isinstance(source, Image.Image):
             return _as_rgb(ImageOps.exif_transpose(source))  # phones store the turn beside the pixels
-        image = Image.open(tar_members.opened(source))
+        image = open_image(tar_members.opened(source))
         if least_side:
             image.draft(None, (least_side, least_side))  # does nothing for other formats
         image.load()
         ImageOps.exif_transpose(image, in_place=True)  # the image was opened here, so no copy is needed
-        return image if image.mode == "RGB" else _as_rgb(image)
+        return image if image.mode == "RGB" and not image.has_transparency_data else _as_rgb(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such image") from None
     except Exception as error:  # a decoder may stumble over a damaged file in any way: TypeError, struct.error, ...
-        raise ValueError(f"{name}: not a readable image ({error}); replace the file or remove its rows") from error
+        raise ValueError(
+            f"{name}: not a readable image ({printable(error)}); replace the file or remove its rows"
+        ) from error
+
+
+@cache
+def _formats():
+    """Those of FORMATS that this Pillow reads; HEIF comes with pillow-heif."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def open_image(source):
+    """As `Image.open`, for the formats of photos only; also for HEIC where pillow-heif is installed, and where it is
+    not, ValueError names that library."""
+    try:
+        return Image.open(source, formats=_formats())
+    except UnidentifiedImageError:
+        if not _is_heic(source):
+            raise
+    try:
+        import pillow_heif
+    except ImportError:
+        raise ValueError("HEIC, which needs one more library: pip install pillow-heif") from None
+    pillow_heif.register_heif_opener()
+    _formats.cache_clear()
+    return Image.open(source, formats=_formats())
+
+
+def _is_heic(source):
+    """Whether a path or an opened file has the mark of HEIC."""
+    if isinstance(source, str | Path):
+        with open(source, "rb") as file:
+            return _is_heic(file)
+    source.seek(0)
+    head = source.read(12)
+    return head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS
 
 
 def _as_rgb(image):
-    """An image of any mode -> 8-bit RGB. Transparency is ignored: the stored colours are used."""
+    """An image of any mode -> 8-bit RGB, transparent parts on white, as pages show them."""
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255: nearly all of it white
         values = np.asarray(image).astype(np.int64).clip(0, 65535)
         image = Image.fromarray((values // 257).astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; save it with 8 bits a channel")
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # straight to RGB, Pillow warns
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 

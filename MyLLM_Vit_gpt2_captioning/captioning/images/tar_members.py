@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 SUFFIX = ".tar"
 BLOCK = 512  # bytes; a tar is a sequence of such blocks, and two blocks of zeros end it
 LARGEST = 2**27  # bytes of a member; a larger one is not a photo and would fill the memory
+LARGEST_HEADER = 2**20  # bytes of a header with long names; a larger one is an attack
 
 
 def members(file):
@@ -22,7 +23,7 @@ def members(file):
     ValueError is raised behind the last whole member.
     """
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=_HeadersOf(file), mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # else it would keep them all
                 if member.isreg() and not member.issparse() and _stays_inside(member.name):
@@ -32,6 +33,18 @@ def members(file):
                 raise ValueError("it ends too early, or is damaged in the middle")
     except Exception as error:  # damaged headers fail in any way: ReadError, UnicodeDecodeError, OverflowError, ...
         raise ValueError(f"not a whole tar file ({error})") from error
+
+
+class _HeadersOf:
+    """What tarfile reads of a file that is only listed: headers. The size of those with long names is in the file."""
+
+    def __init__(self, file):
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size):
+        if size > LARGEST_HEADER:
+            raise ValueError(f"a header in it has {size:,} bytes")
+        return self.file.read(size)
 
 
 def read(file, offset, size):
@@ -61,10 +74,15 @@ def exists(path):
 def opened(path):
     """A path into a tar -> its member as a file in memory; anything else stays what it is.
 
-    Raises FileNotFoundError when the tar has no such member, ValueError when it is cut off.
+    Raises FileNotFoundError when the tar has no such member, ValueError when it is cut off, and for a path to something
+    that never ends: a pipe, a device.
     """
-    tar = tar_of(path) if isinstance(path, str | Path) else None
+    if not isinstance(path, str | Path):
+        return path
+    tar = tar_of(path)
     if tar is None:
+        if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+            raise ValueError("it is a pipe or a device")
         return path
     offset_and_size = _index(tar).get(_name(path, tar))
     if offset_and_size is None:

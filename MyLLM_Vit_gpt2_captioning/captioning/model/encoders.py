@@ -27,6 +27,24 @@ from torch.utils.checkpoint import checkpoint
 from captioning.model import hugging_face, plain_vit
 
 COUPLINGS = ("stepped", "final")
+# What `encoder_options` may hold. They come from the config.json of strangers, too, and timm has arguments that read
+# files (checkpoint_path) or ask the Hub (pretrained_cfg).
+NUMBERS = (
+    "img_size", "patch_size", "embed_dim", "embed_dims", "dims", "width", "widths", "channels", "depth", "depths",
+    "layers", "num_blocks", "num_heads", "mlp_ratio", "mlp_ratios", "init_values", "ls_init_value", "norm_eps",
+    "drop_rate", "drop_path_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate",
+    "window_size", "window_ratio", "kernel_sizes", "output_stride", "stem_width", "stem_size", "base_width",
+    "cardinality", "reg_tokens", "num_reg_tokens", "strides", "groups",
+)  # fmt: skip
+SWITCHES = (
+    "qkv_bias", "qk_norm", "class_token", "no_embed_class", "pre_norm", "fc_norm", "final_norm", "dynamic_img_size",
+    "dynamic_img_pad", "zero_init_last", "conv_mlp", "avg_down", "use_abs_pos_emb", "use_rel_pos_bias",
+    "use_rot_pos_emb", "use_post_norm", "swiglu_mlp", "scale_mlp",
+)  # fmt: skip
+WORDS = (
+    "global_pool", "weight_init", "stem_type", "pos_embed", "norm_layer", "act_layer",
+)  # fmt: skip
+LARGEST_OPTION = 100_000  # of a number in them
 
 
 def timm_data_config(name, options=None):
@@ -117,6 +135,28 @@ def preprocessing_of(config):
     if min(chosen["std"]) <= 0:
         raise ValueError(f"preprocessing: std {chosen['std']!r} is not above 0")
     return chosen
+
+
+def check_options(options):
+    """Raise ValueError for `encoder_options` (a dict) that no timm model is given here: names outside of NUMBERS,
+    SWITCHES and WORDS, and values of other types."""
+    for name, value in options.items():
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if name in SWITCHES:
+            fits, kind = isinstance(value, bool), "true or false"
+        elif name in WORDS:
+            fits, kind = isinstance(value, str) and re.fullmatch(r"\w{0,40}", value), "a word"
+        elif name in NUMBERS:
+            fits = 0 < len(numbers) <= 100 and all(
+                isinstance(number, (int, float)) and not isinstance(number, bool) and 0 <= number <= LARGEST_OPTION
+                for number in numbers
+            )
+            kind = f"a number from 0 to {LARGEST_OPTION:,}, or a list of them"
+        else:
+            near = difflib.get_close_matches(name, [*NUMBERS, *SWITCHES, *WORDS], n=1)
+            raise ValueError(f"encoder_options has no {name[:60]!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        if not fits:
+            raise ValueError(f"encoder_options: {name} is {repr(value)[:60]}, but must be {kind}")
 
 
 def run_block(block, *inputs, recompute=False, **options):
@@ -448,6 +488,7 @@ def build_encoder(name, steps, coupling="stepped", options=None, weights="scratc
     """
     if coupling not in COUPLINGS:
         raise ValueError(f"coupling {coupling!r} is not one of {', '.join(COUPLINGS)}")
+    check_options(options or {})
     plain = plain_vit.options_of(name, options) if weights == "stored" else None
     if plain and not refiner and feature_levels == 1:
         return ViTEncoder(plain_vit.VisionTransformer(**plain), steps, coupling)

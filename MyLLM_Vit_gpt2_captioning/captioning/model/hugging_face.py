@@ -6,6 +6,7 @@ that transformers writes to disk; the names of its modules differ between versio
 """
 
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -207,26 +208,38 @@ def fetch(source):
     if Path(source).is_dir():
         return Path(source)
     folder = find_folder(source, (*SMALL_FILES, WEIGHTS_FILE, "model-*.safetensors"))
-    files = _weights_files(folder)
+    files = weights_files(folder)
     if not files or not all(file.is_file() for file in files):
         folder = find_folder(source, (*SMALL_FILES, TORCH_FILE, "pytorch_model-*.bin"))  # an older upload
     return folder
 
 
-def _weights_files(folder):
+def weights_files(folder):
     """The files that hold the weights: one, or those that the index of a sharded checkpoint names."""
     for name in (WEIGHTS_FILE, TORCH_FILE):
         if (folder / name).is_file():
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
-            return [folder / shard for shard in sorted(set(_read_json(index)["weight_map"].values()))]
+            return [folder / shard for shard in _shards_of(index)]
     return []
+
+
+def _shards_of(index):
+    """The names of the files that the `index` of a sharded checkpoint lists. Raises ValueError for one that is none,
+    and for names that lead out of its folder."""
+    content = _read_json(index)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    names = set(names.values()) if isinstance(names, dict) else {None}
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
+            raise ValueError(f"{index}: not the index of a checkpoint (its weight_map holds {repr(name)[:60]})")
+    return sorted(names)
 
 
 def read_weights(folder):
     """The state_dict in a Hugging Face checkpoint folder. Raises FileNotFoundError or ValueError naming the file."""
-    files = _weights_files(folder)
+    files = weights_files(folder)
     if not files:
         raise FileNotFoundError(f"{folder}: neither {WEIGHTS_FILE} nor {TORCH_FILE} is there")
     return {name: tensor for file in files for name, tensor in load_weights(file).items()}
@@ -243,8 +256,10 @@ def _transformers_config(folder):
     """config.json as a transformers config object, which adds defaults for the keys that the file lacks."""
     from transformers import AutoConfig
 
+    if "auto_map" in _read_json(folder / CONFIG_FILE):
+        raise ValueError(f"{folder / CONFIG_FILE}: the model needs Python code of its own (auto_map), which is not run")
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # huggingface_hub's validation errors have had several classes
         raise ValueError(f"{folder / CONFIG_FILE}: not a config that transformers reads ({error})") from error
 

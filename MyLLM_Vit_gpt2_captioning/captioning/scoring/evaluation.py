@@ -1,6 +1,7 @@
 """Evaluation of a model: caption a set of photos, then score all captions together."""
 
 from captioning.common.progress import progress_bar
+from captioning.common.stopping import stop_if_asked
 from captioning.decoding.search import Options, caption_batches
 from captioning.scoring import metrics
 from captioning.scoring.ptb_tokenization import tokenize
@@ -17,6 +18,7 @@ def predict(model, tokenizer, images, prompts="", batch_size=64, title="captions
     for i, texts, flags in caption_batches(model, tokenizer, images, options, batch_size, prompts, load_batch):
         captions[i], finished[i] = texts[0], flags[0]
         bar.update(1)
+        stop_if_asked()
     bar.close()
     return captions, finished
 

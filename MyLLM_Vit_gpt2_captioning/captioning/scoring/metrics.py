@@ -118,7 +118,8 @@ def bleu(candidates, references):
         reference_length += min((abs(len(caption.split()) - length), len(caption.split())) for caption in captions)[1]
         max_counts = Counter()
         for caption in captions:
-            max_counts |= ngrams(caption)  # the largest count in any reference
+            for ngram, count in ngrams(caption).items():
+                max_counts[ngram] = max(max_counts[ngram], count)  # the largest count in any reference
         for ngram, count in ngrams(candidate).items():
             guessed[len(ngram) - 1] += count
             correct[len(ngram) - 1] += min(count, max_counts[ngram])

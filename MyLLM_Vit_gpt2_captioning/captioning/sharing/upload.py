@@ -11,6 +11,7 @@ import tempfile
 import threading
 from pathlib import Path
 
+from captioning.common import stopping
 from captioning.common.hub_errors import LOG_IN, explain, is_final
 from captioning.sharing.hub_folder import OWN_FOLDERS, copy_checkpoint, source_files, write_folder
 from captioning.sharing.model_card import read_facts
@@ -172,12 +173,13 @@ class BackgroundUploads:
 
     def finish(self):
         """Wait until the last checkpoint is uploaded or its upload has failed. Ctrl-C ends the wait."""
-        try:
-            with self._changed:
-                if self._thread is not None:
-                    print(f"waiting for the upload to {self.repo_id} (Ctrl-C: without it)")
-                self._changed.wait_for(lambda: self._thread is None)
-        except KeyboardInterrupt:
+        with stopping.listening("without the last upload"), self._changed:
+            if self._thread is not None:
+                print(f"waiting for the upload to {self.repo_id} (Ctrl-C: without it)")
+            while self._thread is not None and not stopping.asked():
+                self._changed.wait(0.2)
+            finished = self._thread is None
+        if not finished:
             print(f"the last upload was not finished; {LATER.format(self.folder)}")
 
     def _work(self):

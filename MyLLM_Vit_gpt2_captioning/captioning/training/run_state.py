@@ -9,8 +9,6 @@ import hashlib
 import os
 import pickle
 import random
-import signal
-import threading
 import time
 import zipfile
 from contextlib import contextmanager
@@ -19,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from captioning.common import stopping
 from captioning.common.files import write_atomically
+from captioning.training import run_folder
 
-FOLDER = "last"
 NEWEST, BEFORE = "state.pt", "state_before.pt"
 FORMAT = 1  # of a state; another one is refused by name
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 # Train constants that may differ when a run is resumed. The others decide what is in a batch, how the batch is trained
 # on, or which epoch is kept.
 MAY_CHANGE = {
@@ -43,6 +41,7 @@ MAY_CHANGE = {
     "data_dir",
     "image_dir",
     "captions_file",
+    "unescape_captions",  # the captions themselves are compared
     "dataset",
     "model_path",
     "cache_dir",
@@ -57,27 +56,24 @@ MAY_CHANGE = {
 ANNOUNCED = ("epochs", "lr", "scst_epochs", "scst_lr", "device", "precision")  # of those that may change
 
 
-class Stopped(KeyboardInterrupt):
-    """The run was asked to stop; its state is saved."""
-
-
 class RunState:
     """Where a run is, and the files that hold its state.
 
-    `position`: {"epoch", "batches" done of it, "total" and "count" of what the epoch reports}; `resumed`: whether the
-    run was read from a state; `batch_world_size`: how many batches of `batch_size` captions all processes train on
-    together, which stays what it was when a run is resumed with another number of processes.
+    `position`: {"epoch", "batches" done of it, "total" and "count" of what the epoch reports}; `resumed`: the folder of
+    the run that goes on, None for a new run; `batch_world_size`: how many batches of `batch_size` captions all
+    processes train on together, which stays what it was when a run is resumed with another number of processes.
     """
 
     def __init__(self, folder, processes, train_config, first_epoch):
         """`folder`: of the run; `processes`: its `ProcessGroup`."""
-        self.folder, self.processes, self.config = Path(folder) / FOLDER, processes, train_config
+        self.run_folder, self.processes, self.config = Path(folder), processes, train_config
+        self.folder = self.run_folder / run_folder.STATES
         self.position = dict(epoch=first_epoch, batches=0, total=0.0, count=0)
-        self.resumed = False
+        self.resumed = None
         self.batch_world_size = processes.world_size
         self.rng = None  # random number generators after the last complete step
         self._rng_to_restore = None
-        self._saved_at, self._in_step, self._signal = time.monotonic(), False, None
+        self._saved_at = time.monotonic()
         self._seed_rank()
 
     # --- while the run goes on ----------------------------------------------------------------------------------------
@@ -90,18 +86,14 @@ class RunState:
 
     @contextmanager
     def step(self):
-        """Around a training step: a signal is handled only after the step is complete. Before the first step of a
-        resumed run the random number generators are restored."""
+        """Around a training step: behind it `rng` is that of a complete step. Before the first step of a resumed run
+        the random number generators are restored."""
         if self._rng_to_restore is not None:
             restore_rng(self._rng_to_restore)
             self._seed_rank()
             self._rng_to_restore = None
-        self._in_step = True
-        try:
-            yield
-            self.rng = rng_state()
-        finally:
-            self._in_step = False
+        yield
+        self.rng = rng_state()
 
     def _seed_rank(self):
         """Let each rank but 0 draw random numbers of its own, which depend on the position only."""
@@ -123,44 +115,24 @@ class RunState:
         self.stop_if_asked()
 
     @contextmanager
-    def saved_on_failure(self, state_dict):
-        """Around the run: whatever ends it, its state is saved."""
-        try:
-            yield
-        except BaseException:
-            self.save(state_dict)
-            raise
-
-    # --- signals ------------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def signals(self):
-        """Inside, SIGTERM, SIGINT and SIGUSR1 raise `Stopped` between two steps; a second one ends the process."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # Python lets only the main thread set handlers
-            return
-        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _on_signal(self, number, frame):
-        self._signal = signal.Signals(number).name
-        if self.processes.world_size > 1:
-            return  # all stop behind the same step; torchrun itself ends those that take too long
-        for known in SIGNALS:
-            signal.signal(known, signal.SIG_DFL)
-        if not self._in_step:
-            self.stop_if_asked()
+    def run(self, state_dict, has_best):
+        """Around the run: its folder is its own, and whatever ends it, its state is saved. A signal ends it as
+        `stopping.listening` says. `has_best`: some epoch was the best so far, so a checkpoint goes with the state."""
+        how_to_go_on = "the same command with --resume auto resumes the run"
+        with run_folder.writing(self.run_folder), stopping.listening(how_to_go_on):
+            if self.resumed and has_best and self.processes.is_main:
+                run_folder.bring_best(self.run_folder, self.resumed)
+            try:
+                yield
+            except BaseException:
+                self.save(state_dict)
+                raise
 
     def stop_if_asked(self):
         """Raise Stopped when a signal has come to this or another process."""
-        [asked] = self.processes.all_reduce_sum(self._signal is not None)
+        [asked] = self.processes.all_reduce_sum(stopping.asked() is not None)
         if asked:
-            name, self._signal = self._signal or "a signal to another process", None
-            raise Stopped(f"stopped by {name}")
+            stopping.stop(stopping.asked() or "a signal to another process")
 
     # --- files --------------------------------------------------------------------------------------------------------
 
@@ -184,7 +156,7 @@ class RunState:
         ValueError for damaged files, for a state of an unknown format, and where only some hosts see it.
         """
         path = self.folder if source == "auto" else Path(source)
-        path = path / FOLDER if (path / FOLDER).is_dir() else path
+        path = path / run_folder.STATES if (path / run_folder.STATES).is_dir() else path
         path, state = read_state(path)
         if self.processes.all_reduce_sum(state is not None)[0] not in (0, self.processes.world_size):
             raise ValueError(f"{path}: not every host sees the state of the run: give a --model_path that all share")
@@ -212,7 +184,8 @@ class RunState:
             return None
         check_same_run(path, state, current)
         self.position, self.rng = state["position"], state["rng"]
-        self._rng_to_restore, self.resumed = self.rng, True
+        self._rng_to_restore = self.rng
+        self.resumed = path.parent.parent if path.parent.name == run_folder.STATES else path.parent
         if state["shares"] != self.batch_world_size:
             self.batch_world_size, world_size = state["shares"], self.processes.world_size
             for loader in loaders:

@@ -1,0 +1,46 @@
+"""The DataLoader of everything here that loads photos: in training, for the token cache, for photo store and shards."""
+
+import signal
+import threading
+
+import torch
+import torch.utils.data
+
+from captioning.common.stopping import leave_signals_to_the_main_process
+
+
+class Loader(torch.utils.data.DataLoader):
+    """A DataLoader whose workers leave signals to the main process, and whose random numbers are its own: how often
+    workers start must not shift those of the model. Raises ChildProcessError when a worker was killed."""
+
+    def __init__(self, dataset, *args, **options):
+        options |= dict(generator=torch.Generator(), worker_init_fn=leave_signals_to_the_main_process)
+        super().__init__(dataset, *args, **options)
+
+    def __iter__(self):
+        batches = _without_sigchld_handler(super().__iter__)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker (pid"):
+                    raise
+                raise ChildProcessError(
+                    f"a process that loads photos was killed, most likely because memory was full ({error}): give "
+                    "fewer of them with --num_workers N"
+                ) from None
+            yield batch
+
+
+def _without_sigchld_handler(make_iterator):
+    """`make_iterator()`, without the handler that torch then sets: it raises the end of a worker wherever this process
+    is, which may be the middle of an optimizer step. Whoever waits for the worker's batch is told as well."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        return make_iterator()
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        return make_iterator()
+    finally:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
