@@ -2,12 +2,17 @@
 
     python MyLLM_Vit_gpt2_captioning/evaluate_captions.py captioner --data data/flickr8k --split test --beam 4
     python MyLLM_Vit_gpt2_captioning/evaluate_captions.py --predictions results.json --data data/coco2017 --split val
+    python MyLLM_Vit_gpt2_captioning/evaluate_captions.py --compare captioner other.json --data data/flickr8k
 
 Prints a table and writes to --output:
     scores.json        the table
     predictions.json   [{"image_id": ..., "caption": ...}], COCO's results format, which other tools score too
     page.html          photos with their captions, best and worst first
 --predictions scores the captions of another model, in a file of that format. SPICE needs Java.
+
+--compare scores two or more checkpoints or files of that format on the same images, the others against the first:
+differences with 95% intervals and p-values by a paired bootstrap. It writes comparison.json and comparison.html, with
+the photos whose captions changed most.
 """
 
 import json
@@ -25,6 +30,7 @@ from captioning.data import sources
 from captioning.data.conventions import SPLITS
 from captioning.data.token_cache import TokenCache, fill_caches
 from captioning.pages import html_pages
+from captioning.scoring.comparison import compare_systems, comparison_rows, most_changed
 from captioning.scoring.evaluation import as_table, cider_of_each, exact_answers, predict, score, table_rows
 from MyLLM_Vit_gpt2_captioning import DATA_DIR, OUTPUT_DIR, load_captioner, train_config
 
@@ -41,13 +47,16 @@ def main(argv=None):
     parser.add_argument("--max_images", type=integer(1), metavar="N", help="only the first N images of the split")
     parser.add_argument("--batch_size", type=integer(1), default=64, metavar="N", help="images at a time (default: 64)")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="score these captions instead of a model's")
+    parser.add_argument(
+        "--compare", nargs="+", metavar="SYSTEM", help="compare checkpoints or prediction files (.json), two or more"
+    )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="(default: CHECKPOINT/evaluation_SPLIT)")
     parser.add_argument("--cache_dir", type=Path, metavar="FOLDER", help="use the token cache in this folder")
     parser.add_argument("--java_meteor", action="store_true", help="METEOR from its Java program, to compare")
     add_decoding_arguments(parser)
     args = parser.parse_args(argv)
     try:
-        return evaluate_split(args)
+        return compare(args) if args.compare else evaluate_split(args)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
@@ -68,7 +77,7 @@ def evaluate_split(args):
     if args.predictions:
         candidates = read_predictions(args.predictions, images)
     else:
-        caption = load_predictor(args, images, options)
+        caption = load_predictor(args, images, options, args.checkpoint)
         if "prompt" in rows:
             return score_answers(rows, caption, output)
         captions, finished = caption(images)
@@ -81,12 +90,47 @@ def evaluate_split(args):
     return scores
 
 
-def load_predictor(args, images, options):
-    """Load the captioner -> a function (images, prompts="") -> (captions, for each whether it ended with EOS).
+def compare(args):
+    """Score and compare the systems of --compare, print tables, write comparison.json and comparison.html
+    -> [{"first", "other", "scores"}, ...]. Raises OSError or ValueError that names what cannot be compared."""
+    if len(args.compare) < 2 or len(set(args.compare)) < len(args.compare) or args.predictions:
+        raise ValueError("--compare needs two or more different systems, and no --predictions")
+    options, rows = decoding_options(args), read_split(args)
+    if "prompt" in rows:
+        raise ValueError(f"{args.data} asks questions; --compare compares captions")
+    references = rows.groupby("image", sort=False)["caption"].agg(list).to_dict()
+    images, systems = list(references), {}
+    for name in args.compare:
+        if name.endswith(".json"):
+            systems[name] = read_predictions(Path(name), images)
+        else:
+            captions, _ = load_predictor(args, images, options, name)(images)
+            systems[name] = dict(zip(images, captions, strict=True))
+    results = compare_systems(systems, references)
+    changed = [
+        (image, [(name, caption, f"{cider:.2f}") for name, caption, cider in captions], references[image])
+        for image, captions in most_changed(systems, references, SHOWN)
+    ]
+    tables = [comparison_rows(*result) for result in results]
+    print("\n\n".join(map(html_pages.text_table, tables)))
+    count = len(next(iter(systems.values())))
+    parts = [f"<h1>Comparison: {args.split}, {count:,} images</h1>", *map(html_pages.table, tables)]
+    parts += ["<h2>Changed most by CIDEr</h2>", html_pages.side_by_side(changed)]
+    output = args.output or Path(f"comparison_{args.split}")
+    output.mkdir(parents=True, exist_ok=True)
+    written = [dict(first=first, other=other, scores=scores) for first, other, scores in results]
+    _write_json(output / "comparison.json", written)
+    html_pages.write_page(output / "comparison.html", "Comparison", parts)
+    print(f"comparison.json and comparison.html: {output}")
+    return written
+
+
+def load_predictor(args, images, options, checkpoint):
+    """Load a captioner -> a function (images, prompts="") -> (captions, for each whether it ended with EOS).
 
     With --cache_dir the encoder's tokens of `images` are computed once and then read from the token cache.
     """
-    model, tokenizer = load_captioner(args.checkpoint)
+    model, tokenizer = load_captioner(checkpoint)
     model.to(train_config.device)
     autocast, _ = mixed_precision(torch.device(train_config.device), args.precision)
     load_batch = None
@@ -163,10 +207,14 @@ def _write(folder, scores, predictions):
     """Print the scores, write scores and predictions to `folder` -> scores."""
     print(as_table(scores))
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (("scores.json", scores), ("predictions.json", predictions)):
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        write_atomically(folder / name, lambda draft, text=text: draft.write_text(text, encoding="utf-8"))
+    _write_json(folder / "scores.json", scores)
+    _write_json(folder / "predictions.json", predictions)
     return scores
+
+
+def _write_json(path, content):
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
 def write_page(path, title, scores, candidates, references):

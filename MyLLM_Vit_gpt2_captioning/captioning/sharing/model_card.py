@@ -301,7 +301,10 @@ def _measured(facts):
 
         (_, *head), *rest = table_rows(scores)
         lines = [f"| | {' | '.join(head)} |", f"| --- |{' ---: |' * len(head)}"]
-        lines += [f"| {name} | {_cell(value)} | {' | '.join(others)} |".replace("|  |", "| |") for name, value, *others in rest]
+        lines += [
+            f"| {name} | {_cell(value)} | {' | '.join(others)} |".replace("|  |", "| |")
+            for name, value, *others in rest
+        ]
         shuffled = "; `shuffled` is the same with the captions dealt to other images" if "shuffled" in scores else ""
         parts.append(f"`evaluate_captions.py`, {what}{shuffled}:\n\n" + "\n".join(lines))
     if not facts.scores:
