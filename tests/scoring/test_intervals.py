@@ -27,9 +27,9 @@ def test_coverage(kind):
     rng, inside = np.random.default_rng(3), 0
     for _ in range(500):
         if kind == "ratio":
-            part, truth = part_of(rng, 200), 0.4
+            part, truth = part_of(rng, 100), 0.4
         else:
-            part, truth = intervals.mean_part("mean", rng.gamma(2.0, 0.3, size=200)), 0.6
+            part, truth = intervals.mean_part("mean", rng.gamma(2.0, 0.3, size=100)), 0.6
         [(low, high)] = intervals.intervals([part]).values()
         inside += low <= truth <= high
     assert 465 <= inside <= 485

@@ -31,8 +31,7 @@ def compare_systems(systems, references):
 
 
 def most_changed(systems, references, count):
-    """Of the images with different captions those whose CIDEr differs most -> [(image, [(name, caption, its CIDEr), ...]),
-    ...]."""
+    """The images with different captions whose CIDEr differs most -> [(image, [(name, caption, CIDEr), ...]), ...]."""
     images = list(next(iter(systems.values())))
     references = {image: references[image] for image in images}
     ciders = {name: cider_of_each(captions, references) for name, captions in systems.items()}
