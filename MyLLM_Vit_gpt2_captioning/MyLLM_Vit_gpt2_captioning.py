@@ -809,7 +809,7 @@ class Trainer:
         return perplexity(total_loss / total_count)
 
     def score_one_epoch(self, epoch):
-        """Caption some validation photos -> {"CIDEr", "BLEU-4"} or {"exact_answers"}; see `RunLog.score`."""
+        """Caption some validation photos -> {"CIDEr", "BLEU-4", "METEOR"} or {"exact_answers"}; see `RunLog.score`."""
         return self.log.score(epoch, self.eval_model, self.tokenizer, self.valid_dl.dataset)
 
     # --- the whole run ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
     python MyLLM_Vit_gpt2_captioning/evaluate_captions.py captioner --data data/flickr8k --split test --beam 4
     python MyLLM_Vit_gpt2_captioning/evaluate_captions.py --predictions results.json --data data/coco2017 --split val
+    python MyLLM_Vit_gpt2_captioning/evaluate_captions.py --compare captioner other.json --data data/flickr8k
 
 Prints a table and writes to --output:
     scores.json        the table
@@ -9,6 +10,10 @@ Prints a table and writes to --output:
     page.html          photos with their captions, best and worst first
 --predictions scores the captions of another model, in a file of that format. SPICE needs Java.
 --diagnose looks for what is wrong with the captioner and the dataset instead, and prints what it measured.
+
+--compare scores two or more checkpoints or files of that format on the same images, the others against the first:
+differences with 95% intervals and p-values by a paired bootstrap. It writes comparison.json and comparison.html, with
+the photos whose captions changed most.
 """
 
 import json
@@ -26,6 +31,7 @@ from captioning.data import batching, sources
 from captioning.data.conventions import SPLITS
 from captioning.data.token_cache import TokenCache, fill_caches
 from captioning.pages import html_pages
+from captioning.scoring.comparison import compare_systems, comparison_rows, most_changed
 from captioning.scoring.evaluation import as_table, cider_of_each, exact_answers, predict, score, table_rows
 from captioning.training import diagnosis, measurements
 from MyLLM_Vit_gpt2_captioning import (
@@ -51,6 +57,9 @@ def main(argv=None):
     parser.add_argument("--max_images", type=integer(1), metavar="N", help="only the first N images of the split")
     parser.add_argument("--batch_size", type=integer(1), default=64, metavar="N", help="images at a time (default: 64)")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="score these captions instead of a model's")
+    parser.add_argument(
+        "--compare", nargs="+", metavar="SYSTEM", help="compare checkpoints or prediction files (.json), two or more"
+    )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="(default: CHECKPOINT/evaluation_SPLIT)")
     parser.add_argument("--cache_dir", type=Path, metavar="FOLDER", help="use the token cache in this folder")
     parser.add_argument("--diagnose", action="store_true", help="look for faults of captioner and dataset instead")
@@ -58,7 +67,9 @@ def main(argv=None):
     add_decoding_arguments(parser)
     args = parser.parse_args(argv)
     try:
-        return diagnose(args) if args.diagnose else evaluate_split(args)
+        if args.diagnose:
+            return diagnose(args)
+        return compare(args) if args.compare else evaluate_split(args)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
@@ -79,7 +90,7 @@ def evaluate_split(args):
     if args.predictions:
         candidates = read_predictions(args.predictions, images)
     else:
-        caption = load_predictor(args, images, options)
+        caption = load_predictor(args, images, options, args.checkpoint)
         if "prompt" in rows:
             return score_answers(rows, caption, output)
         captions, finished = caption(images)
@@ -104,7 +115,7 @@ def diagnose(args):
     first = list({image: row for row, image in reversed(list(enumerate(split.images)))}.values())[: measurements.PHOTOS]
     batch = collate_fn(split.__getitems__(first), tokenizer)
     images = list(split.captions_of)[:100]
-    captions, _ = load_predictor(args, images, decoding_options(args))(images)
+    captions, _ = load_predictor(args, images, decoding_options(args), args.checkpoint)(images)
     autocast, _ = mixed_precision(torch.device(train_config.device), args.precision)
     written = captions, [split.captions_of[image] for image in images]
     batch = batching.to_device(batch, train_config.device)
@@ -113,12 +124,47 @@ def diagnose(args):
     return found.findings
 
 
-def load_predictor(args, images, options):
-    """Load the captioner -> a function (images, prompts="") -> (captions, for each whether it ended with EOS).
+def compare(args):
+    """Score and compare the systems of --compare, print tables, write comparison.json and comparison.html
+    -> [{"first", "other", "scores"}, ...]. Raises OSError or ValueError that names what cannot be compared."""
+    if len(args.compare) < 2 or len(set(args.compare)) < len(args.compare) or args.predictions:
+        raise ValueError("--compare needs two or more different systems, and no --predictions")
+    options, rows = decoding_options(args), read_split(args)
+    if "prompt" in rows:
+        raise ValueError(f"{args.data} asks questions; --compare compares captions")
+    references = rows.groupby("image", sort=False)["caption"].agg(list).to_dict()
+    images, systems = list(references), {}
+    for name in args.compare:
+        if name.endswith(".json"):
+            systems[name] = read_predictions(Path(name), images)
+        else:
+            captions, _ = load_predictor(args, images, options, name)(images)
+            systems[name] = dict(zip(images, captions, strict=True))
+    results = compare_systems(systems, references)
+    changed = [
+        (image, [(name, caption, f"{cider:.2f}") for name, caption, cider in captions], references[image])
+        for image, captions in most_changed(systems, references, SHOWN)
+    ]
+    tables = [comparison_rows(*result) for result in results]
+    print("\n\n".join(map(html_pages.text_table, tables)))
+    count = len(next(iter(systems.values())))
+    parts = [f"<h1>Comparison: {args.split}, {count:,} images</h1>", *map(html_pages.table, tables)]
+    parts += ["<h2>Changed most by CIDEr</h2>", html_pages.side_by_side(changed)]
+    output = args.output or Path(f"comparison_{args.split}")
+    output.mkdir(parents=True, exist_ok=True)
+    written = [dict(first=first, other=other, scores=scores) for first, other, scores in results]
+    _write_json(output / "comparison.json", written)
+    html_pages.write_page(output / "comparison.html", "Comparison", parts)
+    print(f"comparison.json and comparison.html: {output}")
+    return written
+
+
+def load_predictor(args, images, options, checkpoint):
+    """Load a captioner -> a function (images, prompts="") -> (captions, for each whether it ended with EOS).
 
     With --cache_dir the encoder's tokens of `images` are computed once and then read from the token cache.
     """
-    model, tokenizer = load_captioner(args.checkpoint)
+    model, tokenizer = load_captioner(checkpoint)
     model.to(train_config.device)
     autocast, _ = mixed_precision(torch.device(train_config.device), args.precision)
     load_batch = None
@@ -197,10 +243,14 @@ def _write(folder, scores, predictions):
     """Print the scores, write scores and predictions to `folder` -> scores."""
     print(as_table(scores))
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (("scores.json", scores), ("predictions.json", predictions)):
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        write_atomically(folder / name, lambda draft, text=text: draft.write_text(text, encoding="utf-8"))
+    _write_json(folder / "scores.json", scores)
+    _write_json(folder / "predictions.json", predictions)
     return scores
+
+
+def _write_json(path, content):
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
 def write_page(path, title, scores, candidates, references):

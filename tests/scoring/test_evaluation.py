@@ -15,7 +15,7 @@ from helpers.runs import TINY
 
 @pytest.fixture(autouse=True)
 def no_java(monkeypatch):
-    """METEOR takes 5 seconds to start; tests/test_metrics.py compares it with the reference."""
+    """SPICE would start Java; test_metrics.py and test_meteor.py compare with its programs."""
     monkeypatch.setattr("captioning.scoring.metrics._reason_against", lambda java: "not available: not asked for")
 
 
@@ -218,3 +218,34 @@ def test_a_captioner_that_is_looked_at(captioner, flickr, capsys):
     assert "different ones among them" in said
     assert all(str(finding) in said for finding in findings)
     assert sorted(captioner.rglob("*")) == before
+
+
+# --- systems compared -------------------------------------------------------------------------------------------------
+
+
+def test_compare_a_checkpoint_with_predictions(captioner, flickr, tmp_path, capsys):
+    """A table, comparison.json, and a page with both captions of the photos that changed."""
+    file = tmp_path / "perfect.json"
+    file.write_text(json.dumps(predictions(flickr, caption=CAPTIONS[0])))
+    arguments = ["--compare", str(captioner), str(file), "--data", str(flickr), "--output", str(tmp_path / "out")]
+    [result] = evaluate_captions.main(arguments)
+    assert result["other"] == str(file)
+    assert result["scores"]["BLEU-4"]["scores"][1] == pytest.approx(1, abs=1e-6)
+    assert result["scores"]["BLEU-4"]["interval"][0] > 0.5
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == [result]
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 2 and CAPTIONS[0] in page
+    assert "95% interval" in capsys.readouterr().out
+
+
+def test_compare_refuses_what_cannot_be_compared(flickr, tmp_path):
+    whole, half = tmp_path / "whole.json", tmp_path / "half.json"
+    whole.write_text(json.dumps(predictions(flickr)))
+    half.write_text(json.dumps(predictions(flickr)[:1]))
+    arguments = ["--data", str(flickr), "--output", str(tmp_path / "out"), "--compare"]
+    with pytest.raises(SystemExit, match=r"half.json has no caption of 1 images that .*whole.json has \(1011.jpg\)"):
+        evaluate_captions.main([*arguments, str(whole), str(half)])
+    for systems in ([str(whole)], [str(whole), str(whole)]):
+        with pytest.raises(SystemExit, match="two or more different systems"):
+            evaluate_captions.main([*arguments, *systems])
+    assert not (tmp_path / "out").exists()

@@ -96,6 +96,46 @@ def write_evaluation_page(path, title, scores, sections):
     write_page(path, title, parts)
 
 
+def table(rows):
+    """Rows of text, the header first -> HTML; all columns but the first hold numbers."""
+
+    def line(cells, tag):
+        name, *numbers = map(html.escape, cells)
+        return (
+            f"<tr><{tag}>{name}</{tag}>" + "".join(f"<{tag} class=number>{cell}</{tag}>" for cell in numbers) + "</tr>"
+        )
+
+    head, *body = rows
+    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in body)}</table>"
+
+
+def side_by_side(photos):
+    """(image, [(name of a system, its caption, note), ...], reference captions) of each photo -> HTML."""
+    parts = ["<div class=photos>"]
+    for image, captions, references in photos:
+        rows = "".join(
+            f"<tr><td class=score>{in_html(name)}</td><td>{in_html(caption) or '(empty)'}"
+            f" <span class=score>{in_html(note)}</span></td></tr>"
+            for name, caption, note in captions
+        )
+        items = "".join(f"<li>{in_html(text)}</li>" for text in references)
+        parts.append(
+            f'<figure><img src="{photo_url(image)}" alt=""><figcaption><table>{rows}</table><ul>{items}</ul>'
+            "</figcaption></figure>"
+        )
+    return "\n".join([*parts, "</div>"])
+
+
+def text_table(rows):
+    """Rows of text, the header first -> the table as one text; all columns but the first are aligned on the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join([f"{name:{widths[0]}s}", *(f"{c:>{w}s}" for c, w in zip(cells, widths[1:], strict=True))])
+        for name, *cells in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
 def write_samples(path, names, references, by_epoch):
     """Write the captions of the same images after every epoch, as Markdown.
 

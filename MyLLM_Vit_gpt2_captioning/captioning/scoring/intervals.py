@@ -1,8 +1,8 @@
 """How certain a score is, and whether two systems differ: the bootstrap over images (Efron 1979; Koehn 2004).
 
-Every score is a function of sums over images. A resample draws as many images as there are, with replacement: each image
-gets a weight, how often it was drawn, and the score is computed from the weighted sums. So no caption is scored twice;
-CIDEr keeps the document frequencies of all references. Intervals are percentiles.
+Every score is a function of sums over images. A resample draws as many images as there are, with replacement: each
+image gets a weight, how often it was drawn, and the score is computed from the weighted sums. So no caption is scored
+twice; CIDEr keeps the document frequencies of all references. Intervals are percentiles.
 """
 
 from dataclasses import dataclass

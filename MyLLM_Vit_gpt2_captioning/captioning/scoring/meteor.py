@@ -3,16 +3,16 @@
 Where it comes from:
 
 - Banerjee and Lavie (2005): stages of matches, the alignment with the fewest chunks, the penalty on fragmentation.
-- Denkowski and Lavie (2011): content and function words are weighted, paraphrases match phrases, the normalization splits
-  words at hyphens and removes the periods of acronyms after tokenizing as the Moses toolkit does.
+- Denkowski and Lavie (2011): content and function words are weighted, paraphrases match phrases, the normalization
+  splits words at hyphens and removes the periods of acronyms after tokenizing as the Moses toolkit does.
 - Denkowski and Lavie (2014): the formulas below and the parameters for English; the usage text of the program gives the
   width of its beam, 40.
 - The tables (function words, WordNet's synonyms, paraphrases) are read from the installed package pycocoevalcap.
-- From comparing its results with the program's, not from the program's source: synonyms of inflected words are found with
-  WordNet's detachment rules; an entry of the paraphrase table counts in both directions; how its search weighs
+- From comparing its results with the program's, not from the program's source: synonyms of inflected words are found
+  with WordNet's detachment rules; an entry of the paraphrase table counts in both directions; how its search weighs
   matches, see `_align`.
 
-Among equally good alignments the program now and then takes another one; docs/evaluation.md has the measured differences.
+Among equally good alignments the program now and then takes another one; docs/evaluation.md has the differences.
 """
 
 import gzip
@@ -31,8 +31,8 @@ BEAM = 40  # partial alignments that are kept
 MAX_PHRASE = 7  # words in the longest entry of the paraphrase table
 NEEDS = "not available: needs pip install -r requirements-extra.txt"
 
-# Columns of the statistics of a caption: length and function words of both sides, for each stage the matched content and
-# function words of both sides, chunks, matched words of both sides.
+# Columns of the statistics of a caption: length and function words of both sides, for each stage the matched content
+# and function words of both sides, chunks, matched words of both sides.
 LENGTHS, MATCHES, CHUNKS, MATCHED = slice(0, 4), slice(4, 20), 20, slice(21, 23)
 
 
@@ -72,9 +72,7 @@ def score(statistics):
         mean = precision * recall / (ALPHA * precision + (1 - ALPHA) * recall)
         chunks, matched = statistics[..., CHUNKS], statistics[..., MATCHED]
         fragmentation = chunks / matched.mean(axis=-1)
-        whole = (chunks == 1) & (matched[..., 0] == candidate_length) & (matched[..., 1] == reference_length)
-        penalty = GAMMA * np.where(whole, 0.0, fragmentation) ** BETA  # identical captions have no penalty
-        return np.nan_to_num((1 - penalty) * mean)
+        return np.nan_to_num((1 - GAMMA * fragmentation**BETA) * mean)
 
 
 def normalize(caption):
@@ -161,7 +159,7 @@ def read_paraphrases(references, block=1 << 24):
         for i in range(len(words))
         for n in range(1, MAX_PHRASE + 1)
     }
-    found, rest, place = {}, b"", 0
+    found, rest, place, held = {}, b"", 0, None
     with gzip.open(_folder() / "data" / "paraphrase-en.gz") as file:
         while chunk := file.read(block):
             lines = (rest + chunk).split(b"\n")
@@ -196,6 +194,8 @@ def _pair_statistics(candidate, reference, paraphrases):
                 counts[stage][side + 2 * (word in functions)] += 1
     lengths = [len(candidate), len(reference)]
     lengths += [sum(word in functions for word in words) for words in (candidate, reference)]
+    if chunks == 1 and matched == lengths[:2]:
+        chunks = 0  # a caption that matches as a whole is not fragmented, and adds no chunk to those of its corpus
     return [*lengths, *(count for row in counts for count in row), chunks, *matched]
 
 
@@ -228,8 +228,8 @@ def _align(matches, reference_length):
 
     No word is in two matches. A match whose words are in no other match is always taken. The rest is a beam search over
     the reference's words for what the papers ask: as many words as possible, then as few chunks as possible. As in the
-    program, a match that is not exact counts as half as many words, rounded down on each side, so that a single word's one
-    is only taken where it costs no chunk; among equals, more matches are better.
+    program, a match that is not exact counts as half as many words, rounded down on each side, so that a single word's
+    one is only taken where it costs no chunk; among equals, more matches are better.
     """
     covered = {}  # (side, word): number of matches
     for _, i, length, j, words in matches:

@@ -1,9 +1,9 @@
 """Scores of captions against reference captions, as the COCO caption evaluation defines them (Chen et al. 2015).
 
 BLEU-1 to 4, ROUGE-L and CIDEr are computed here and equal those of the reference package pycocoevalcap to 1e-6. CIDEr
-is its `Cider`, which is CIDEr-D, the variant that papers report as CIDEr. METEOR is computed in meteor.py with the tables
-of pycocoevalcap; SPICE, and METEOR for comparison, are its Java programs. Where something is missing the result is the
-reason, never zero.
+is its `Cider`, which is CIDEr-D, the variant that papers report as CIDEr. METEOR is computed in meteor.py with the
+tables of pycocoevalcap; SPICE, and METEOR for comparison, are its Java programs. Where something is missing the result
+is the reason, never zero.
 """
 
 import math
@@ -146,8 +146,8 @@ def bleu(candidates, references):
 
 
 def bleu_counts(candidates, references):
-    """-> (len(candidates), 2 + 2 * MAX_N): lengths of the candidate and of the closest reference; for each n the n-grams
-    of the candidate that a reference has, then for each n all of them."""
+    """-> (len(candidates), 2 + 2 * MAX_N): lengths of the candidate and of the closest reference; for each n the
+    n-grams of the candidate that a reference has, then for each n all of them."""
     rows = np.zeros((len(candidates), 2 + 2 * MAX_N))
     for row, candidate, captions in zip(rows, candidates, references, strict=True):
         length = len(candidate.split())

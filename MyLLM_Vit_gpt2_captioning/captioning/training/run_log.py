@@ -150,7 +150,7 @@ class RunLog:
 
     def score(self, epoch, model, tokenizer, dataset):
         """Caption the same validation photos in every epoch, and write the first eight captions to samples.md
-        -> {"CIDEr", "BLEU-4"}, or {"exact_answers"} for questions; empty in epochs that `score_every` leaves out."""
+        -> {"CIDEr", "BLEU-4", "METEOR"}, or {"exact_answers"} for questions; empty in epochs without scores."""
         from captioning.scoring.evaluation import score_subset
 
         config = self.config
