@@ -100,7 +100,7 @@ def table(rows):
     """Rows of text, the header first -> HTML; all columns but the first hold numbers."""
 
     def line(cells, tag):
-        name, *numbers = map(html.escape, cells)
+        name, *numbers = map(in_html, cells)
         return (
             f"<tr><{tag}>{name}</{tag}>" + "".join(f"<{tag} class=number>{cell}</{tag}>" for cell in numbers) + "</tr>"
         )
