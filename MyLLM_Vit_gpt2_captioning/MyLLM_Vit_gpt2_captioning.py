@@ -49,6 +49,7 @@ from captioning.model.positions import SinusoidalPositions
 from captioning.model.stages import keep_frozen_in_eval, pretrained_names, stage_of, train_only, trainable_names
 from captioning.model.tokenizer import CaptionTokenizer, check_eos, encode_caption, encode_prompt
 from captioning.pages import plots
+from captioning.scoring.calibration import calibrate_run
 from captioning.sharing import upload
 from captioning.training import schedule
 from captioning.training.cross_entropy import CrossEntropy
@@ -977,8 +978,8 @@ def main(argv=None):
     trainer.log.finish(trainer.model)
     caption = partial(caption_images, trainer.model, trainer.tokenizer)
     plots.draw_demo(caption, df[df["split"] == "val"], train_cfg.demo_images, train_cfg.model_path / "demo.png")
-    if (train_cfg.data_dir / shapes.SPLIT_FILE).is_file():
-        result["scores"] = (shapes.score_answers if "prompt" in df else shapes.score)(caption, train_cfg.data_dir)
+    calibrate_run(trainer.model, trainer.tokenizer, trainer.valid_dl.dataset, train_cfg.data_dir, train_cfg.model_path)
+    result |= shapes.scores_of(caption, train_cfg.data_dir, questions="prompt" in df)
     print(
         f"best {trainer.log.best_by}: epoch {result['best_epoch'] + 1}, perplexity {result['best_perplexity']:.3f}; "
         f"checkpoint and plots are in {train_cfg.model_path}"
