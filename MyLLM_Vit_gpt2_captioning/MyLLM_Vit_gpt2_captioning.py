@@ -30,7 +30,6 @@ sys.path.append(str(REPO_ROOT))  # for MyLLM; this file's own folder is on the p
 from captioning.command_line import checks, overrides, recipes
 from captioning.common.config import Config, complete
 from captioning.common.distributed import ProcessGroup, gradient_sync, silence_other_ranks
-from captioning.common.files import WEIGHTS_FILE
 from captioning.common.precision import mixed_precision, use_deterministic_algorithms
 from captioning.common.progress import progress_bar
 from captioning.data import batching, shapes, sources
@@ -146,6 +145,7 @@ class TrainConfig(Config):
     image_dir: Path = IMAGE_DIR  # folder with the photos; found in data_dir when only that is given
     model_path: Path = OUTPUT_DIR  # folder for checkpoint, metrics and plots; an earlier run there is moved aside
     captions_file: str = CAPTIONS_FILE  # annotation file of any format; found in data_dir when empty
+    exclude: str = ""  # list of pairs of photo and caption to leave out, as prepare_data.py --check writes it
     dataset: str = "flickr30k"  # what --download puts into data_dir: flickr8k, flickr30k or coco2017
     score_every: int = 1  # epochs between scores of captions of the same validation photos; 0: never
     score_images: int = 200  # validation photos that are captioned for these scores
@@ -905,7 +905,7 @@ class Trainer:
     def load_best_model(self, path=None):
         """Load the best weights of this run, or those in `path` (a .safetensors or .pt file, or a folder)."""
         path = Path(path or self.model_path)
-        path = path / WEIGHTS_FILE if path.is_dir() else path
+        path = path / checkpoint.WEIGHTS_FILE if path.is_dir() else path
         for model in {self.model, self.eval_model}:
             checkpoint.load_strictly(model, path)
 

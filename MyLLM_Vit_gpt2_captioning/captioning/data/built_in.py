@@ -65,4 +65,6 @@ def load_data(train_cfg, data_folder, download=False):
                 from captioning.data import downloads  # here, so that nothing else waits for it
 
                 downloads.fetch_dataset(train_cfg.dataset, data_dir)
-    return sources.load_usable(data_dir, train_cfg.captions_file, train_cfg.image_dir, train_cfg.dataset)
+    return sources.load_usable(
+        data_dir, train_cfg.captions_file, train_cfg.image_dir, train_cfg.dataset, train_cfg.exclude
+    )

@@ -29,6 +29,7 @@ from captioning.data.annotation_folders import (
     read_folder,
 )
 from captioning.data.conventions import CAPTION_FAULTS, KARPATHY_FILES, SPLIT_NAMES, SPLITS, clean_text
+from captioning.data.exclusions import without_excluded
 from captioning.data.shards import reading
 from captioning.data.splits import assign_splits
 from captioning.images import tar_members
@@ -196,9 +197,10 @@ def _is_image_file(path):
 # --- rows that training can use ---------------------------------------------------------------------------------------
 
 
-def load_usable(data_dir, captions_file, image_dir, dataset):
-    """`load` without the rows that training cannot use; prints how many photos each split has. Of tar shards only the
-    validation split is read, since training streams the others: see `streaming.streamed_folder`.
+def load_usable(data_dir, captions_file, image_dir, dataset, exclude=""):
+    """`load` without the rows that training cannot use, or that the list `exclude` names; prints how many photos each
+    split has. Of tar shards only the validation split is read, since training streams the others: see
+    `streaming.streamed_folder`.
 
     Raises FileNotFoundError with the command that fetches the public `dataset` where there is none.
     """
@@ -210,6 +212,8 @@ def load_usable(data_dir, captions_file, image_dir, dataset):
             f"{error}\nTo fetch {dataset}, add --download, or run\n"
             f"    python MyLLM_Vit_gpt2_captioning/prepare_data.py {dataset} --to {data_dir}"
         ) from error
+    if exclude:
+        df = without_excluded(df, exclude, data_dir)
     print(", ".join(f"{split}: {n:,} photos" for split, n in df.groupby("split")["image"].nunique().items()))
     return df
 

@@ -156,6 +156,34 @@ def write_words_page(path, title, captions):
     write_page(path, title, parts, WORDS_STYLE)
 
 
+PAIRS_STYLE = """
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(30em, 1fr)); gap: 2em; }
+.pairs > div > div { display: grid; grid-template-columns: 1fr 1fr; gap: 0.8em; } .pairs b { display: block; }
+"""
+
+
+def write_pairs_page(path, title, pairs, misfits):
+    """Write the page of pairs of photo and caption that are probably wrong.
+
+    pairs: dicts with `own` and `best` (images: the caption's photo, and the one that fits it best), `caption`, `others`
+    (the photo's other captions) and `note`; misfits: photos as `photo_grid` takes them, whose captions fit no photo.
+    """
+    parts = [f"<h1>{html.escape(title)}</h1>", "<h2>Captions that fit other photos better</h2><div class=pairs>"]
+    for pair in pairs:
+        figures = "".join(
+            f'<figure><img src="{photo_url(pair[key])}" alt="{text}"><figcaption class=score>{text}: '
+            f"{html.escape(Path(pair[key]).name)}</figcaption></figure>"
+            for key, text in (("own", "its photo"), ("best", "fits best"))
+        )
+        items = "".join(f"<li>{html.escape(text)}</li>" for text in pair["others"])
+        parts.append(
+            f"<div><b>{html.escape(pair['caption']) or '(empty)'}</b><div>{figures}</div>"
+            f"<span class=score>{html.escape(pair['note'])}; other captions of its photo:</span><ul>{items}</ul></div>"
+        )
+    parts += ["</div>", "<h2>Captions that fit no photo well</h2>", photo_grid(misfits)]
+    write_page(path, title, parts, PAIRS_STYLE)
+
+
 def write_samples(path, names, references, by_epoch):
     """Write the captions of the same images after every epoch, as Markdown.
 
