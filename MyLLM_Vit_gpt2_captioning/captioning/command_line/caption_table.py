@@ -54,10 +54,13 @@ class CaptionTable:
         return name in self.done
 
     def add(self, rows):
-        """Append [(image, [captions], [confidences], which may be none), ...] to the file. Raises OSError that names
-        the file."""
-        lines = [(image, [" ".join(caption.split()) for caption in captions], sure) for image, captions, sure in rows]
-        text = _as_csv([[image, *captions, *(f"{c:.4f}" for c in sure), self.model] for image, captions, sure in lines])
+        """Append [(image, [captions]), ...] to the file; with confidence [(image, [captions], [confidences]), ...].
+        Raises OSError that names the file."""
+        lines = []
+        for image, captions, *sure in rows:
+            columns = [" ".join(caption.split()) for caption in captions]
+            lines.append([image, *columns, *(f"{value:.4f}" for value in (sure[0] if sure else [])), self.model])
+        text = _as_csv(lines)
         try:
             with open(self.path, "ab") as file:
                 file.write(text.encode("utf-8", "surrogateescape"))
