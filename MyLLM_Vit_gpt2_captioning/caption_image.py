@@ -136,7 +136,7 @@ def caption_all(args):
         for table in tables.values() if args.min_confidence else ():
             report_list_to_check(table, args.min_confidence, report)
         return
-    model, tokenizer = load_captioner(args.checkpoint)
+    model, tokenizer = load_captioner(folder)
     attention_maps.check_choice(model, args.block, args.head)
     for table in tables.values():
         table.start()

@@ -4,7 +4,9 @@ import csv
 import json
 import math
 import shutil
+import tarfile
 
+import pandas as pd
 import pytest
 
 import prepare_data
@@ -137,3 +139,14 @@ def test_a_run_leaves_them_out(script, damaged, tmp_path):
     df = script.load_data(train, tmp_path)
     assert (df["split"] == "train").sum() == 117
     assert json.loads((copy / shapes.SPLIT_FILE).read_text())["images"]
+
+
+def test_tar_shards_refuse_a_list(tmp_path):
+    """They are read as a stream; leaving the list out of account in silence would be worse."""
+    with tarfile.open(tmp_path / "val-000000.tar", "w"):
+        pass
+    rows = pd.DataFrame({"image": [tmp_path / "val-000000.tar" / "1.jpg"], "caption": ["a dog"], "split": ["val"]})
+    path = tmp_path / "exclude.csv"
+    path.write_text("image,caption\n1.jpg,a dog\n")
+    with pytest.raises(ValueError, match="holds tar shards, which are read as a stream"):
+        exclusions.without_excluded(rows, path, tmp_path)

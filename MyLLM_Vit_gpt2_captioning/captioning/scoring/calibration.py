@@ -171,7 +171,7 @@ def calibrate_run(model, tokenizer, dataset, data_dir, folder):
     scenes = shapes.true_scenes(data_dir)
     try:
         known = calibrate(model, tokenizer, images, list(references.values()), scenes, prompts, load_batch)
-    except ValueError as error:
+    except (OSError, ValueError) as error:  # the run is over, and its captioner is whole without
         print(f"the captioner is not calibrated and has no confidence: {error}")
         return
     known.save(folder)
