@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from captioning.decoding.confidence import Confidence
 from captioning.scoring import calibration
@@ -80,6 +82,16 @@ def test_how_often_a_word_is_right():
     assert shares["dog"] == pytest.approx(10 * mean / 11) and shares["cat"] == pytest.approx((1 + 10 * mean) / 11)
 
 
+def test_empty_captions_teach_nothing(tiny_model, bpe, tmp_path, monkeypatch):
+    """A model that has hardly learnt ends its captions at once: it stays uncalibrated, and says why."""
+    assert calibration.usual_log_odds([[]], [[]], [0]) == {"": 0}
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    ends = torch.tensor([[bpe.eos_token_id]])
+    monkeypatch.setattr("captioning.decoding.search._most_likely", lambda logits: ends.expand(len(logits), 1))
+    with pytest.raises(ValueError, match="0 words are right and 0 wrong, where at least 5"):
+        calibration.calibrate(tiny_model, bpe, [tmp_path / "a.png"], [["a dog"]], {})
+
+
 def test_a_captioner_is_calibrated(script, tmp_path):
     """Half of the truths are made wrong in one attribute of the upper object; the captions that are right are surer."""
     model, tokenizer = script.load_captioner(SHAPES)
@@ -101,8 +113,6 @@ def scenes_of_the_example():
 
 
 def calibration_batch(model):
-    import torch
-
     from captioning.images.preprocessing import preprocess
 
     return torch.stack([preprocess(path, **model.preprocessing) for path in PATHS])

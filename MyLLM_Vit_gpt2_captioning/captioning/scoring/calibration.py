@@ -130,7 +130,7 @@ def usual_log_odds(words, right, chosen):
     words: lists of the words of captions; right: for each list whether its words are right; chosen: the captions that
     count. The share of a rare word is drawn to that of all, as if it had come PRIOR_COUNT times more often.
     """
-    counts = {}  # {word: [times right, times]}
+    counts = {"": [0, 0]}  # {word: [times right, times]}
     for i in chosen:
         for word, is_right in zip(words[i], right[i], strict=True):
             for key in ("", word.lower()):
