@@ -49,6 +49,7 @@ from captioning.model.positions import SinusoidalPositions
 from captioning.model.stages import keep_frozen_in_eval, pretrained_names, stage_of, train_only, trainable_names
 from captioning.model.tokenizer import CaptionTokenizer, check_eos, encode_caption, encode_prompt
 from captioning.pages import plots
+from captioning.scoring.calibration import calibrate_run
 from captioning.sharing import upload
 from captioning.training import run_folder, schedule
 from captioning.training.cross_entropy import CrossEntropy
@@ -146,6 +147,7 @@ class TrainConfig(Config):
     model_path: Path = OUTPUT_DIR  # folder for checkpoint, metrics and plots; an earlier run there is moved aside
     captions_file: str = CAPTIONS_FILE  # annotation file of any format; found in data_dir when empty
     unescape_captions: bool = True  # captions: &amp; becomes &, tags like <b> and invisible characters are left out
+    exclude: str = ""  # list of pairs of photo and caption to leave out, as prepare_data.py --check writes it
     dataset: str = "flickr30k"  # what --download puts into data_dir: flickr8k, flickr30k or coco2017
     score_every: int = 1  # epochs between scores of captions of the same validation photos; 0: never
     score_images: int = 200  # validation photos that are captioned for these scores
@@ -281,9 +283,8 @@ class Dataset(torch.utils.data.Dataset):
         """Captions of one image -> their items; the image is loaded once."""
         image = self.load_input(self.images[rows[0]], rows[0])
         readable = self.images[rows[0]] not in self.unreadable_photos
-        counts = [readable and (self.repeats_count or row not in rows[:n]) for n, row in enumerate(rows)]
-        pairs = zip(rows, counts, strict=True)
-        return [(image, *self.tokens(self.captions[row], self.prompts[row], count)) for row, count in pairs]
+        pairs = [(row, readable and (self.repeats_count or row not in rows[:n])) for n, row in enumerate(rows)]
+        return [(image, *self.tokens(self.captions[row], self.prompts[row], counts)) for row, counts in pairs]
 
     def tokens(self, caption, prompt="", counts=True):
         """-> (token_ids, labels); labels of a caption that does not count, as of an unreadable image, are all -100."""
@@ -823,12 +824,11 @@ class Trainer:
         """
         epochs = range(self.state.position["epoch"], self.train_config.epochs + self.train_config.scst_epochs)
         try:
-            has_best = self.best["best_epoch"] is not None
-            with self.state.run(self.state_dict, has_best), explained(self.train_config):
+            with self.state.run(self.state_dict, self.best["best_epoch"] is not None), explained(self.train_config):
                 datasets = [loader.dataset for loader in (self.train_dl, self.valid_dl)]
                 self.log.config = self.train_config  # `rebuild_schedule` may have replaced it
-                configs, resumed = self.identity()["config"], self.state.resumed
-                self.log.begin(self.model, self.tokenizer, *datasets, configs, self.autocast, resumed)
+                told = *datasets, self.identity()["config"], self.autocast, self.state.resumed
+                self.log.begin(self.model, self.tokenizer, *told)
                 for epoch in epochs:
                     self._run_epoch(epoch)
         except (FloatingPointError, KeyboardInterrupt) as reason:
@@ -981,8 +981,8 @@ def main(argv=None):
         trainer.log.finish(trainer.model)
         caption = partial(caption_images, trainer.model, trainer.tokenizer)
         plots.draw_demo(caption, df[df["split"] == "val"], train_cfg.demo_images, train_cfg.model_path / "demo.png")
-        if (train_cfg.data_dir / shapes.SPLIT_FILE).is_file():
-            result["scores"] = (shapes.score_answers if "prompt" in df else shapes.score)(caption, train_cfg.data_dir)
+        calibrate_run(trainer.model, trainer.tokenizer, trainer.valid_dl.dataset, train_cfg)
+        result |= shapes.scores_of(caption, train_cfg.data_dir, questions="prompt" in df)
         trainer.log.print_best(result)
     upload.offer_upload(HF_REPO_ID, train_cfg.model_path, train_cfg.push_every_epoch)
     plots.show_windows()

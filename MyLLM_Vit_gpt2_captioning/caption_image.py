@@ -7,6 +7,8 @@
     python MyLLM_Vit_gpt2_captioning/caption_image.py *.jpg --grid captions.png            also draw them
     python MyLLM_Vit_gpt2_captioning/caption_image.py photo.jpg --attention attention.png  the words' attention maps
     python MyLLM_Vit_gpt2_captioning/caption_image.py holiday/                             to holiday/captions.csv
+    python MyLLM_Vit_gpt2_captioning/caption_image.py holiday/ --min_confidence 0.8        and what people must look at
+    python MyLLM_Vit_gpt2_captioning/caption_image.py photo.jpg --words words.html         each word explained
     python MyLLM_Vit_gpt2_captioning/caption_image.py photo.jpg --json                     for other programs
 
 Captions are greedy unless options of beam search or sampling are given. The captions of a folder are written to its
@@ -24,7 +26,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from captioning.command_line.arguments import ToolParser, integer
+from captioning.command_line.arguments import ToolParser, integer, real
 from captioning.command_line.caption_table import FILE, CaptionTable
 from captioning.command_line.decoding_options import add_decoding_arguments, decoding_options
 from captioning.command_line.overrides import with_underscores
@@ -34,12 +36,12 @@ from captioning.common.precision import mixed_precision
 from captioning.common.printable import printable
 from captioning.common.progress import progress_bar
 from captioning.common.stopping import Stopped, listening, stop_if_asked
-from captioning.decoding import attention_maps
+from captioning.decoding import attention_maps, confidence
 from captioning.decoding.search import Options, generate_ids, log_probabilities, trim
 from captioning.images.preprocessing import preprocess
 from captioning.model.tokenizer import encode_prompt
-from captioning.pages import plots
-from MyLLM_Vit_gpt2_captioning import OUTPUT_DIR, load_captioner, train_config
+from captioning.pages import html_pages, plots
+from MyLLM_Vit_gpt2_captioning import OUTPUT_DIR, load_captioner, stored_config, train_config
 
 THUMBNAIL_SIDE = 640  # pixels of the longer side of a photo that is drawn
 HOW_TO_GO_ON = "captions already in a table stay there, and the same command resumes"
@@ -77,7 +79,24 @@ def main(argv=None):
     parser.add_argument(
         "--out", type=Path, metavar="CSV", help="write all captions to this file (default: FOLDER/captions.csv)"
     )
-    parser.add_argument("--json", action="store_true", help="a JSON object a line: image, captions, log_probabilities")
+    parser.add_argument(
+        "--min_confidence",
+        type=real(above=0, at_most=1),
+        metavar="X",
+        help="mark captions with less confidence; those of a table also go to a list beside it, ..._to_check.csv",
+    )
+    parser.add_argument(
+        "--words",
+        type=Path,
+        metavar="HTML",
+        help="also write a page that explains the words of each image's first caption: seen or guessed, attention, "
+        "alternatives",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="a JSON object a line: image, captions, log_probabilities, confidences, words with theirs",
+    )
     parser.add_argument("--allow_urls", action="store_true", help="fetch images that are URLs")
     args = parser.parse_args(with_underscores(sys.argv[1:] if argv is None else argv))
     try:
@@ -103,12 +122,19 @@ def caption_all(args, locks):
         problem = "greedy search has one caption an image" if greedy else f"more captions than --beam {args.beam}"
         raise ValueError(f"--num {args.num}: {problem}; give --beam {args.num} or more, or --sample")
     options = Options(max_tokens=args.max_tokens, num_return_sequences=args.num, **decoding)
-    if not args.attention and (args.block is not None or args.head is not None):
+    if not (args.attention or args.words) and (args.block is not None or args.head is not None):
         raise ValueError("--block and --head choose what --attention draws: give it a file")
     all_photos = find_photos(args.images, args.allow_urls)
     check_picture_paths(args, all_photos)
-    tables = read_tables(args, all_photos, locks)
+    folder, _ = stored_config(args.checkpoint)
+    known = confidence.Confidence.load(folder)
+    if known is None and (args.min_confidence or args.words):
+        raise ValueError(f"{args.checkpoint}: the captioner is not calibrated and has no confidence; calibrate it: "
+                         f"{confidence.HOW_TO_CALIBRATE}")  # fmt: skip
+    tables = read_tables(args, all_photos, locks, with_confidence=known is not None)
     report = print_to_stderr if args.json else print
+    if known is None and (args.json or tables):
+        print_to_stderr(f"{args.checkpoint} is not calibrated: its captions come without confidence")
     photos = [photo for photo in all_photos if _name_in_table(args, photo) not in tables.get(_table(args, photo), ())]
     if len(photos) < len(all_photos):
         report(
@@ -116,14 +142,17 @@ def caption_all(args, locks):
             f"{', '.join(map(str, tables))}; move it away to caption them anew"
         )
     if not photos:
+        for table in tables.values() if args.min_confidence else ():
+            report_list_to_check(table, args.min_confidence, report)
         return
-    model, tokenizer = load_captioner(args.checkpoint)
+    model, tokenizer = load_captioner(folder)
     attention_maps.check_choice(model, args.block, args.head)
     for table in tables.values():
         table.start()
     outputs = Outputs(args, tables, photos)
 
-    captioner = Captioner(model.to(train_config.device), tokenizer, options, args)
+    asked = bool(args.json or tables or args.min_confidence or args.words)
+    captioner = Captioner(model.to(train_config.device), tokenizer, options, args, known if asked else None)
     bar = progress_bar(len(photos), "captions") if any(photo.folder for photo in photos) else None
     errors = []
     with listening(HOW_TO_GO_ON):
@@ -154,12 +183,13 @@ class Outputs:
         self.attention_paths = name_pictures(args.attention, photos) if args.attention else {}
         self.written_maps = []  # paths
         self.grid = []  # (photo, caption) of each image
+        self.explained = []  # what `html_pages.write_words_page` shows of each image
 
     def write(self, captioner, loaded, results):
         """Write the `results` of `Captioner.caption` for the photos of a batch, `loaded` by `Captioner.load`."""
         args = self.args
         if args.attention:  # before the tables, which say that a photo is done
-            for photo, _, _, ids in results:
+            for photo, _, _, ids, _ in results:
                 pixels, thumbnail = loaded[photo]
                 words, maps = attention_maps.word_maps(
                     captioner.model, captioner.tokenizer, pixels, ids, args.block, args.head
@@ -168,21 +198,51 @@ class Outputs:
                 self.written_maps.append(self.attention_paths[photo])
         for table, rows in itertools.groupby(results, key=lambda result: _table(args, result[0])):
             if table:
-                self.tables[table].add([(_name_in_table(args, photo), captions) for photo, captions, *_ in rows])
-        for photo, captions, log_probs, _ in results:
+                lines = [
+                    (_name_in_table(args, photo), captions, [one.caption for one in judged])
+                    for photo, captions, _, _, judged in rows
+                ]
+                self.tables[table].add(lines)
+        for photo, captions, log_probs, ids, judged in results:
             if args.json:
                 line = {"image": photo.name, "captions": captions, "log_probabilities": log_probs}
-                print(json.dumps(line), flush=True)
+                print(json.dumps(line | self._confidences(judged)), flush=True)
             elif not photo.folder:
-                for caption in captions:
-                    print(f"{printable(photo.name)}: {printable(caption)}")
+                for n, caption in enumerate(captions):
+                    print(f"{printable(photo.name)}: {printable(caption)}{self._mark(judged, n)}")
             if args.grid:
                 self.grid.append((loaded[photo][1], captions[0]))
+            if args.words:
+                self.explained.append(captioner.explain(*loaded[photo], captions[0], ids, judged[0]))
+
+    def _confidences(self, judged):
+        """The entries of a JSON line; null for a captioner that is not calibrated."""
+        if not judged:
+            return {"confidences": None, "words": None}
+        words = [
+            [[word, round(sure, 4)] for word, sure in zip(one.evidence.words, one.words, strict=True)] for one in judged
+        ]
+        entries = {"confidences": [round(one.caption, 4) for one in judged], "words": words}
+        if self.args.min_confidence:
+            entries["to_check"] = [one.caption < self.args.min_confidence for one in judged]
+        return entries
+
+    def _mark(self, judged, n):
+        """What is printed behind caption `n` of an image that people must look at."""
+        if not self.args.min_confidence or judged[n].caption >= self.args.min_confidence:
+            return ""
+        return f"  (to check: confidence {judged[n].caption:.2f})"
 
     def finish(self, report):
         """Draw the grid, and report which files were written."""
         for path, table in self.tables.items():
             report(f"{len(table.done)} images with captions are in {path}")
+            if self.args.min_confidence:
+                report_list_to_check(table, self.args.min_confidence, report)
+        if self.explained:
+            self.args.words.parent.mkdir(parents=True, exist_ok=True)
+            html_pages.write_words_page(self.args.words, "Captions, word by word", self.explained)
+            report(f"the words are explained in {self.args.words}")
         if self.written_maps:
             more = f" and {len(self.written_maps) - 1} more" if len(self.written_maps) > 1 else ""
             report(f"attention maps are drawn to {self.written_maps[0]}{more}")
@@ -191,6 +251,12 @@ class Outputs:
             thumbnails, captions = zip(*self.grid, strict=True)
             plots.plot_captions(thumbnails, captions, [""] * len(thumbnails), self.args.grid)
             report(f"drawn to {self.args.grid}")
+
+
+def report_list_to_check(table, min_confidence, report):
+    """Write the list of a table's captions that people must look at, and say where it is."""
+    path, count = table.write_list_to_check(min_confidence)
+    report(f"{count} of them, with a confidence below {min_confidence:g}, are to be checked: {path}")
 
 
 def print_to_stderr(text):
@@ -215,7 +281,7 @@ def check_picture_paths(args, photos):
                 raise ValueError(f"{path} lies in {folder}, where it would be captioned next time: name another place")
 
 
-def read_tables(args, photos, locks):
+def read_tables(args, photos, locks, with_confidence):
     """-> {path: `CaptionTable`} of all tables for the captions of these photos, with the lines they have already; their
     locks are held by `locks`, so that no image is captioned twice. Raises BlockingIOError for one that another command
     is writing."""
@@ -227,7 +293,7 @@ def read_tables(args, photos, locks):
             path.parent.mkdir(parents=True, exist_ok=True)
         remedy = "wait for it, or name another file with --out"
         locks.enter_context(only_writer(path.with_name(f".{path.name}{LOCK_FILE}"), remedy))
-    return {path: CaptionTable(path, args.num, model) for path in paths}
+    return {path: CaptionTable(path, args.num, model, with_confidence) for path in paths}
 
 
 def name_pictures(path, photos):
@@ -255,9 +321,10 @@ def name_pictures(path, photos):
 
 
 class Captioner:
-    """The model, tokenizer and options of a command."""
+    """The model, tokenizer and options of a command; `known`: the captioner's `Confidence` where it is asked for."""
 
-    def __init__(self, model, tokenizer, options, args):
+    def __init__(self, model, tokenizer, options, args, known=None):
+        self.known = known
         self.model, self.tokenizer, self.args = model, tokenizer, args
         self.device = next(model.parameters()).device
         generator = torch.Generator(self.device).manual_seed(args.seed)  # one generator for all batches
@@ -271,7 +338,7 @@ class Captioner:
         for photo in photos:
             try:
                 image, thumbnail = photo.load(), None
-                if self.args.grid or self.args.attention:
+                if self.args.grid or self.args.attention or self.args.words:
                     thumbnail = image.copy()
                     thumbnail.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
                 loaded[photo] = preprocess(image, **self.model.preprocessing), thumbnail
@@ -281,20 +348,46 @@ class Captioner:
 
     @torch.inference_mode()
     def caption(self, loaded):
-        """The photos of `load` -> yields (photo, captions, log-probabilities, ids of the first caption, 1-D) for each;
-        the log-probabilities are None without --json."""
+        """The photos of `load` -> yields (photo, captions, log-probabilities, ids of the first caption, 1-D, the
+        `Judged` of its captions) for each; the log-probabilities are None without --json, and there is no `Judged`
+        where the confidence is not asked for."""
         pixels = torch.stack([pixels for pixels, _ in loaded.values()]).to(self.device)  # (B, 3, H, W)
         sequences = torch.tensor([self.prompt] * len(loaded), device=self.device)  # (B, T)
-        prompt_length, log_probs = len(self.prompt), None
+        prompt_length, log_probs, judged = len(self.prompt), None, []
         with self.autocast():
             levels = self.model.levels(pixels)  # encoded once for captions and log-probabilities
             ids = generate_ids(self.model, levels, sequences, **vars(self.options))  # (B * num, T + new)
-            if self.args.json:
-                log_probs = log_probabilities(self.model, levels, ids, prompt_length).view(len(loaded), -1).tolist()
+            if self.known:
+                judged = self.known.judge(self.model, self.tokenizer, levels, ids, prompt_length)
+                log_probs = [one.evidence.log_probability for one in judged]
+            elif self.args.json:
+                log_probs = log_probabilities(self.model, levels, ids, prompt_length).tolist()
+        num = len(ids) // len(loaded)
         for i, (photo, rows) in enumerate(zip(loaded, ids.cpu().view(len(loaded), -1, ids.size(1)), strict=True)):
             captions = [self.tokenizer.decode(row[1:]).strip() for row in rows.tolist()]
             first = trim(rows[0], prompt_length, self.model.config.eos_token_id)
-            yield photo, captions, log_probs and [round(value, 4) for value in log_probs[i]], first
+            own = slice(i * num, (i + 1) * num)
+            yield photo, captions, log_probs and [round(value, 4) for value in log_probs[own]], first, judged[own]
+
+    @torch.inference_mode()
+    def explain(self, pixels, thumbnail, caption, ids, judged):
+        """A photo of `load` and its caption -> a dict as `html_pages.write_words_page` takes it."""
+        evidence, photo = judged.evidence, pixels[None].to(self.device)  # (1, 3, H, W)
+        with self.autocast():
+            states = self.model.encoder_states(photo)
+            both = states, confidence.no_photo_states(self.known.no_photo, states)
+            first_tokens, ids = [positions[0] for positions in evidence.positions], ids.to(self.device)
+            of_both = [confidence.alternatives(self.model, self.tokenizer, s, ids, first_tokens) for s in both]
+            words, maps = attention_maps.word_maps(
+                self.model, self.tokenizer, pixels, ids.tolist(), self.args.block, self.args.head
+            )
+        maps = maps[len(words) - len(evidence.words) :]  # without those of the prompt
+        parts = zip(evidence.words, judged.words, evidence.seen(), maps, *of_both, strict=True)
+        words = [
+            dict(word=w, confidence=c, seen=bool(s), map=attention_maps.overlay(thumbnail, m), with_photo=a, without=b)
+            for w, c, s, m, a, b in parts
+        ]
+        return dict(photo=thumbnail, caption=caption, confidence=judged.caption, words=words)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ Prints a table and writes to --output:
     scores.json        the table
     predictions.json   [{"image_id": ..., "caption": ...}], COCO's results format, which other tools score too
     page.html          photos with their captions, best and worst first
---predictions scores the captions of another model, in a file of that format. SPICE needs Java.
+    confidence.png     of a calibrated captioner: how good its confidence is; the table has measures of it
+--predictions scores the captions of another model, in a file of that format. SPICE needs Java. --calibrate
+scores nothing: it teaches a captioner its confidence on this split, as training does on val when it ends.
 --diagnose looks for what is wrong with the captioner and the dataset instead, and prints what it measured.
 
 --compare scores two or more checkpoints or files of that format on the same images, the others against the first:
@@ -25,12 +27,14 @@ import torch
 
 from captioning.command_line.arguments import ToolParser, integer
 from captioning.command_line.decoding_options import add_decoding_arguments, decoding_options
-from captioning.common.files import write_atomically
+from captioning.common.files import CONFIG_FILE, write_atomically
 from captioning.common.precision import mixed_precision
-from captioning.data import batching, sources
+from captioning.data import batching, shapes, sources
 from captioning.data.conventions import SPLITS
 from captioning.data.token_cache import TokenCache, fill_caches
+from captioning.decoding.confidence import Confidence, JudgedCaptions
 from captioning.pages import html_pages
+from captioning.scoring import calibration
 from captioning.scoring.comparison import compare_systems, comparison_rows, most_changed
 from captioning.scoring.evaluation import as_table, cider_of_each, exact_answers, predict, score, table_rows
 from captioning.training import diagnosis, measurements
@@ -41,9 +45,11 @@ from MyLLM_Vit_gpt2_captioning import (
     build_transforms,
     collate_fn,
     load_captioner,
+    stored_config,
     train_config,
 )
 
+DIAGRAM = "confidence.png"
 SHOWN = 40  # best and worst photos on the page
 
 
@@ -62,6 +68,7 @@ def main(argv=None):
     )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="(default: CHECKPOINT/evaluation_SPLIT)")
     parser.add_argument("--cache_dir", type=Path, metavar="FOLDER", help="use the token cache in this folder")
+    parser.add_argument("--calibrate", action="store_true", help="teach the captioner in this folder its confidence")
     parser.add_argument("--diagnose", action="store_true", help="look for faults of captioner and dataset instead")
     parser.add_argument("--java_meteor", action="store_true", help="METEOR from its Java program, to compare")
     add_decoding_arguments(parser)
@@ -69,6 +76,8 @@ def main(argv=None):
     try:
         if args.diagnose:
             return diagnose(args)
+        if args.calibrate:
+            return calibrate_captioner(args)
         return compare(args) if args.compare else evaluate_split(args)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
@@ -84,21 +93,24 @@ def evaluate_split(args):
     parent = args.predictions.parent if args.predictions else Path(args.checkpoint)
     output = args.output or (parent if parent.is_dir() else Path(parent.name)) / f"evaluation_{args.split}"
     references = rows.groupby("image", sort=False)["caption"].agg(list).to_dict()
-    images, finished = list(references), None
+    images, finished, judged = list(references), None, {}
     if args.predictions and "prompt" in rows:
         raise ValueError(f"{args.data} asks questions; --predictions scores captions")
     if args.predictions:
         candidates = read_predictions(args.predictions, images)
     else:
-        caption = load_predictor(args, images, options, args.checkpoint)
+        caption = load_predictor(args, images)
         if "prompt" in rows:
-            return score_answers(rows, caption, output)
-        captions, finished = caption(images)
+            return score_answers(rows, caption, options, args.data, output)
+        captions, finished, judged = caption(images, **options)
         candidates = dict(zip(images, captions, strict=True))
     scores = score(candidates, references, finished, java_meteor=args.java_meteor)
-    _write(output, scores, [dict(image_id=image_id(image), caption=caption) for image, caption in candidates.items()])
+    if judged:
+        scores |= score_confidence(images, captions, list(references.values()), judged, args.data, output)
+    predictions = [dict(image_id=image_id(image), caption=caption) for image, caption in candidates.items()]
+    _write(output, scores, predictions, judged)
     title = f"{args.predictions or args.checkpoint}: {args.split}"
-    write_page(output / "page.html", title, scores, candidates, references)
+    write_page(output / "page.html", title, scores, candidates, references, judged)
     print(f"scores, predictions and a page to look at: {output}")
     return scores
 
@@ -115,7 +127,7 @@ def diagnose(args):
     first = list({image: row for row, image in reversed(list(enumerate(split.images)))}.values())[: measurements.PHOTOS]
     batch = collate_fn(split.__getitems__(first), tokenizer)
     images = list(split.captions_of)[:100]
-    captions, _ = load_predictor(args, images, decoding_options(args), args.checkpoint)(images)
+    captions, *_ = load_predictor(args, images)(images, **decoding_options(args))
     autocast, _ = mixed_precision(torch.device(train_config.device), args.precision)
     written = captions, [split.captions_of[image] for image in images]
     batch = batching.to_device(batch, train_config.device)
@@ -138,7 +150,7 @@ def compare(args):
         if name.endswith(".json"):
             systems[name] = read_predictions(Path(name), images)
         else:
-            captions, _ = load_predictor(args, images, options, name)(images)
+            captions, *_ = load_predictor(args, images, name)(images, **options)
             systems[name] = dict(zip(images, captions, strict=True))
     results = compare_systems(systems, references)
     changed = [
@@ -159,37 +171,82 @@ def compare(args):
     return written
 
 
-def load_predictor(args, images, options, checkpoint):
-    """Load a captioner -> a function (images, prompts="") -> (captions, for each whether it ended with EOS).
+def load_predictor(args, images, checkpoint=None):
+    """Load the captioner -> a function (images, prompts="", **options) -> (captions, for each whether it ended with
+    EOS, {number of an image: [its `Judged`]}, empty for a captioner that is not calibrated).
 
     With --cache_dir the encoder's tokens of `images` are computed once and then read from the token cache.
     """
-    model, tokenizer = load_captioner(checkpoint)
-    model.to(train_config.device)
-    autocast, _ = mixed_precision(torch.device(train_config.device), args.precision)
-    load_batch = None
-    if args.cache_dir:
-        cache = TokenCache(args.cache_dir, model, precision=args.precision)
-        fill_caches(model, [(cache, images, None)])
-        load_batch = cache.batch
+    model, tokenizer, autocast, batches = load_model(args, images, checkpoint)
+    known = Confidence.load(stored_config(checkpoint or args.checkpoint)[0])
 
-    def caption(images, prompts=""):
+    def caption(images, prompts="", **options):
+        judged = JudgedCaptions(known, model, tokenizer) if known else None
         with autocast():
-            return predict(
-                model, tokenizer, images, prompts, batch_size=args.batch_size, load_batch=load_batch, **options
-            )
+            return *predict(model, tokenizer, images, prompts, observe=judged, **batches, **options), judged or {}
 
     return caption
 
 
-def score_answers(rows, caption, output):
-    """Answer the questions in `rows`, write scores and predictions to `output` -> `evaluation.exact_answers`."""
+def load_model(args, images, checkpoint=None):
+    """-> (model, tokenizer, the context to compute in, how batches of `images` are made: arguments of `predict`)."""
+    model, tokenizer = load_captioner(checkpoint or args.checkpoint)
+    model.to(train_config.device)
+    autocast, _ = mixed_precision(torch.device(train_config.device), args.precision)
+    batches = dict(batch_size=args.batch_size)
+    if args.cache_dir:
+        cache = TokenCache(args.cache_dir, model, precision=args.precision)
+        fill_caches(model, [(cache, images, None)])
+        batches["load_batch"] = cache.batch
+    return model, tokenizer, autocast, batches
+
+
+def calibrate_captioner(args):
+    """Calibrate the captioner in a folder on the photos of the split, in its config.json -> its `Confidence`.
+
+    Raises ValueError for a captioner that is no folder, and where too little can be learnt from the split.
+    """
+    if args.predictions or not Path(args.checkpoint).is_dir():
+        raise ValueError("--calibrate changes a captioner: give the folder of one, and no --predictions")
+    rows = read_split(args)
+    if "prompt" not in rows:
+        rows = rows.assign(prompt="")
+    references = rows.groupby(["image", "prompt"], sort=False)["caption"].agg(list).to_dict()
+    images, prompts = map(list, zip(*references, strict=True))
+    model, tokenizer, autocast, batches = load_model(args, images)
+    truth = list(references.values()), shapes.true_scenes(args.data), prompts
+    with autocast():
+        known = calibration.calibrate(model, tokenizer, images, *truth, **batches)
+    known.save(args.checkpoint)
+    print(f"{calibration.describe(known)}: stored in {Path(args.checkpoint) / CONFIG_FILE}")
+    return known
+
+
+def score_answers(rows, caption, options, data, output):
+    """Answer the questions in `rows`, write scores and predictions to `output` -> {"exact answers": share, ...}."""
     references = rows.groupby(["image", "prompt"], sort=False)["caption"].agg(list).to_dict()
     images, questions = map(list, zip(*references, strict=True))
-    answers, _ = caption(images, questions)
+    answers, _, judged = caption(images, questions, **options)
     entries = zip(images, questions, answers, strict=True)
     predictions = [dict(image_id=image_id(i), question=q, caption=a) for i, q, a in entries]
-    return _write(output, exact_answers(answers, references.values()), predictions)
+    scores = exact_answers(answers, references.values())
+    if judged:
+        scores |= score_confidence(images, answers, list(references.values()), judged, data, output, are_answers=True)
+    return _write(output, scores, predictions, judged)
+
+
+def score_confidence(images, captions, references, judged, data, output, are_answers=False):
+    """How good the confidence of captions is -> scores; draws the diagrams to `output`. `judged`: {number of an image:
+    [its `Judged`]}; other arguments as in `calibration.judge`, with the scenes in `data`."""
+    of_each = [judged[i][0] for i in range(len(images))]
+    words = [one.evidence.words for one in of_each]
+    truth = calibration.judge(images, captions, words, references, shapes.true_scenes(data), are_answers)
+    scores = calibration.measure_captions(of_each, truth, output / DIAGRAM)
+    if not are_answers:
+        cider = cider_of_each(dict(enumerate(captions)), dict(enumerate(references)))
+        surest = sorted(cider, key=lambda i: -of_each[i].caption)[: -(-len(cider) // 2)]
+        scores["CIDEr of the surer half"] = sum(cider[i] for i in surest) / len(surest)
+    return scores
 
 
 def read_split(args):
@@ -239,10 +296,13 @@ def read_predictions(path, images):
     return candidates
 
 
-def _write(folder, scores, predictions):
-    """Print the scores, write scores and predictions to `folder` -> scores."""
+def _write(folder, scores, predictions, judged):
+    """Print the scores, write scores and predictions to `folder` -> scores. `judged` as in `score_confidence`; where it
+    is not empty, each prediction gets its confidence."""
     print(as_table(scores))
     folder.mkdir(parents=True, exist_ok=True)
+    for i, of_image in judged.items():
+        predictions[i]["confidence"] = round(of_image[0].caption, 4)
     _write_json(folder / "scores.json", scores)
     _write_json(folder / "predictions.json", predictions)
     return scores
@@ -253,17 +313,23 @@ def _write_json(path, content):
     write_atomically(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
-def write_page(path, title, scores, candidates, references):
-    """Write a page with the scores and the photos whose captions are best and worst by CIDEr."""
+def write_page(path, title, scores, candidates, references, judged):
+    """Write a page with the scores and the photos whose captions are best and worst by CIDEr; for a calibrated
+    captioner with the diagrams of its confidence, and the captions of which it is least sure."""
     each = cider_of_each(candidates, references)
     order = sorted(candidates, key=lambda image: -each[image])
+    sure = {image: judged[i][0].caption for i, image in enumerate(candidates)} if judged else {}
 
     def photos(chosen):
-        return [(i, candidates[i], references[i], f"CIDEr {each[i]:.3f}, {i.name}") for i in chosen]
+        shown = {i: f"confidence {sure[i]:.2f}, " if sure else "" for i in chosen}
+        return [(i, candidates[i], references[i], f"{shown[i]}CIDEr {each[i]:.3f}, {i.name}") for i in chosen]
 
     best, worst = order[:SHOWN], order[SHOWN:][::-1][:SHOWN]
     sections = {"Best by CIDEr": photos(best), "Worst by CIDEr": photos(worst)}
-    html_pages.write_evaluation_page(path, title, table_rows(scores), {k: v for k, v in sections.items() if v})
+    sections["Least sure"] = photos(sorted(sure, key=sure.get)[:SHOWN])
+    diagram = (path.parent / DIAGRAM).read_bytes() if judged else None
+    sections = {heading: shown for heading, shown in sections.items() if shown}
+    html_pages.write_evaluation_page(path, title, table_rows(scores), sections, diagram)
 
 
 if __name__ == "__main__":

@@ -29,10 +29,12 @@ from captioning.common.files import CONFIG_FILE, TORCH_FILE, is_litter
 from captioning.common.precision import mixed_precision
 from captioning.common.printable import printable
 from captioning.decoding.attention_maps import group_words, overlay, word_maps
+from captioning.decoding.confidence import Confidence
 from captioning.decoding.search import generate_ids, log_probabilities, trim
 from captioning.images.preprocessing import load_image, preprocess
 from captioning.model import checkpoint
 from captioning.model.tokenizer import encode_prompt
+from captioning.pages.html_pages import shade
 
 SCENES = script.REPO_ROOT / "examples" / "shapes"
 MAX_UPLOAD = "20mb"  # size of a file; load_image limits the number of pixels
@@ -48,8 +50,9 @@ CAPTIONS_TEMPLATE = """
 {{#if value}}
 <ol>{{#each value}}<li>
   <span class="words">{{#each html}}<button type="button" data-caption="{{@../index}}" data-word="{{@index}}"
+    style="{{lookup ../shades @index}}" title="{{lookup ../titles @index}}"
     >{{{this}}}</button> {{else}}(empty){{/each}}</span>
-  <span class="score" title="log-probability of the caption under the model, in nats">log p = {{shown}}</span>
+  <span class="score" title="{{explained}}">{{shown}}</span>
 </li>{{/each}}</ol>
 {{else}}<p class="score">Captions appear here.</p>{{/if}}
 """
@@ -144,14 +147,35 @@ class Captioners:
             self.last = key, model.to(script.train_config.device), tokenizer
         return self.last[1:]
 
+    def confidence(self, name):
+        """-> the captioner's `Confidence`, None where it is not calibrated."""
+        return Confidence.load(self.sources[name])
+
+
+def shown_with(caption):
+    """What the page shows beside a caption of `caption_photo` -> dict for CAPTIONS_TEMPLATE. The less sure a word, the
+    redder its ground."""
+    text = f"log p = {caption['log_probability']:.2f}"
+    explained = "log-probability of the caption under the model, in nats"
+    if "confidence" not in caption:
+        return dict(shown=f"{text}, not calibrated", explained=f"{explained}; this captioner has no confidence")
+    of_words = caption["word_confidences"]
+    return dict(
+        shown=f"confidence {caption['confidence']:.0%}, {text}",
+        explained=f"how likely the caption is right, and the {explained}",
+        shades=["" if sure is None else shade(sure) for sure in of_words],
+        titles=["" if sure is None else f"confidence {sure:.0%}" for sure in of_words],
+    )
+
 
 @torch.inference_mode()
-def caption_photo(model, tokenizer, photo, options, prompt=""):
+def caption_photo(model, tokenizer, photo, options, prompt="", known=None):
     """Caption one photo as `caption_images` does.
 
     photo: any image that `load_image` takes; options: keyword arguments of `search.Options`. Returns a list with a
     dict for each caption: its `ids` (a list from BOS and prompt to EOS, if that was reached), its `words`, the whole
-    `caption` and its `log_probability` in nats, given photo and prompt.
+    `caption` and its `log_probability` in nats, given photo and prompt; of a calibrated captioner, whose `Confidence`
+    is `known`, also its `confidence` and that of its words, `word_confidences` (None for a word of the prompt).
     """
     device = script.train_config.device
     prompt = encode_prompt(tokenizer, prompt)[: model.config.seq_len - 2]
@@ -160,11 +184,15 @@ def caption_photo(model, tokenizer, photo, options, prompt=""):
         levels = model.levels(preprocess(photo, **model.preprocessing)[None].to(device))
         rows = generate_ids(model, levels, torch.tensor([prompt], device=device), **options)  # (captions, T)
         log_probs = log_probabilities(model, levels, rows, len(prompt))  # (captions,)
+        judged = known.judge(model, tokenizer, levels, rows, len(prompt)) if known else [None] * len(rows)
     captions = []
-    for row, log_prob in zip(rows, log_probs.tolist(), strict=True):
+    for row, log_prob, one in zip(rows, log_probs.tolist(), judged, strict=True):
         ids = trim(row, len(prompt), model.config.eos_token_id).tolist()
         words = [printable(word) for word, _ in group_words(tokenizer, ids)]
         captions.append(dict(ids=ids, words=words, caption=tokenizer.decode(ids[1:]).strip(), log_probability=log_prob))
+        if one:
+            of_prompt = [None] * (len(words) - len(one.words))
+            captions[-1] |= dict(confidence=one.caption, word_confidences=of_prompt + one.words)
     return captions
 
 
@@ -276,10 +304,11 @@ def build(sources):
             if len(prompt or "") > MAX_PROMPT:
                 raise ValueError(f"the prompt has more than {MAX_PROMPT} characters")
             options = decoding_options(args) | dict(num_return_sequences=1 if method == "greedy" else number)
-            captions = caption_photo(*captioners.load(model), photo, options, prompt or "")
+            known = captioners.confidence(model)
+            captions = caption_photo(*captioners.load(model), photo, options, prompt or "", known)
         rows = [caption.pop("ids") for caption in captions]
         for caption in captions:
-            caption["shown"] = f"{caption['log_probability']:.2f}"
+            caption |= shown_with(caption)
             caption["html"] = [as_entities(word) for word in caption["words"]]
         return captions, (model, photo, rows)
 

@@ -173,7 +173,8 @@ def test_every_constant_is_checked_or_free(script):
     free = {
         "post_norm", "normalize_tokens", "encoder_options", "refiner", "preprocessing", "start_from", "cache_tokens",
         "gradient_checkpointing", "compile", "device", "image_dir",
-        "captions_file", "unescape_captions", "keep_epoch_checkpoints", "push_every_epoch", "resume", "deterministic",
+        "captions_file", "exclude", "unescape_captions", "keep_epoch_checkpoints", "push_every_epoch", "resume",
+        "deterministic",
     }  # fmt: skip
     for config, table in ((script.model_config, checks.MODEL), (script.train_config, checks.TRAIN)):
         names = {field.name for field in dataclasses.fields(config)}

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import http.server
 import json
+import re
 import shutil
 import signal
 import threading
@@ -18,6 +19,7 @@ from captioning.command_line import photo_arguments
 from captioning.command_line.caption_table import CaptionTable
 from captioning.decoding.search import generate_ids, log_probabilities
 from conftest import REPO_ROOT
+from helpers.calibrated import calibrated_copy
 from helpers.other_process import holding
 
 SHAPES = REPO_ROOT / "examples" / "shapes"
@@ -317,7 +319,8 @@ def test_json_is_one_object_a_line(folder, capsys):
     assert [entry["image"] for entry in found[:2]] == [photo, str(folder / "scene_0.png")]
     assert len(found) == 4
     for entry in found:
-        assert set(entry) == {"image", "captions", "log_probabilities"}
+        assert set(entry) == {"image", "captions", "log_probabilities", "confidences", "words"}
+        assert entry["confidences"] is entry["words"] is None  # the example is not calibrated
         assert len(entry["captions"]) == len(entry["log_probabilities"]) == 2
         assert all(-5 < value < 0 for value in entry["log_probabilities"])
 
@@ -359,6 +362,59 @@ def test_draws_go_on_from_batch_to_batch(folder, capsys):
         draws.append([json.loads(line)["captions"] for line in capsys.readouterr().out.splitlines()])
     assert draws[0] == draws[1]
     assert draws[2][0] != draws[2][1]
+
+
+# --- confidence -------------------------------------------------------------------------------------------------------
+
+
+def test_confidence_of_captions_and_words(folder, tmp_path, capsys):
+    """In JSON, in the table, and as a list of what people must look at, also when nothing is left to caption."""
+    own = ["--checkpoint", str(calibrated_copy(SHAPES, tmp_path / "calibrated"))]
+    caption_image.main([str(folder / "scene_0.png"), *own, "--json"])
+    entry = json.loads(capsys.readouterr().out)
+    assert entry["captions"] == [CAPTIONS["scene_0.png"]]
+    assert [word for word, _ in entry["words"][0]] == CAPTIONS["scene_0.png"].split()
+    assert all(0 < sure < 1 for sure in [*entry["confidences"], *(sure for _, sure in entry["words"][0])])
+    caption_image.main([str(folder), *own])
+    header, *rows = read(folder / "captions.csv")
+    assert header == ["image", "caption", "confidence", "model"]
+    sure = {row[0]: float(row[2]) for row in rows}
+    assert sure["scene_0.png"] == entry["confidences"][0]
+    between = sum(sorted(set(sure.values()))) / len(set(sure.values()))
+    capsys.readouterr()
+    caption_image.main([str(folder), *own, "--min_confidence", f"{between}"])
+    low = [name for name in sorted(sure, key=sure.get) if sure[name] < between]
+    assert f"{len(low)} of them, with a confidence below" in capsys.readouterr().out
+    header, *rows = read(folder / "captions_to_check.csv")
+    assert header[2] == "confidence" and [row[0] for row in rows] == low and 0 < len(low) < 3
+    caption_image.main([str(folder / "scene_0.png"), *own, "--min_confidence", "1"])
+    assert capsys.readouterr().out.endswith(
+        f"{CAPTIONS['scene_0.png']}  (to check: confidence {sure['scene_0.png']:.2f})\n"
+    )
+
+
+def test_a_captioner_without_confidence_says_so(folder, tmp_path, capsys):
+    caption_image.main([str(folder), *CHECKPOINT])
+    assert "is not calibrated: its captions come without confidence" in capsys.readouterr().err
+    assert read(folder / "captions.csv")[0] == ["image", "caption", "model"]
+    for option in (["--min_confidence", "0.5"], ["--words", str(tmp_path / "words.html")]):
+        with pytest.raises(SystemExit, match=r"^error: .*shapes: the captioner is not calibrated .*--calibrate"):
+            caption_image.main([str(folder / "scene_0.png"), *CHECKPOINT, *option])
+
+
+def test_the_page_of_words(tmp_path, capsys):
+    """A card a word: seen or guessed, its map, five alternatives with the photo and five without; no prompt."""
+    own = ["--checkpoint", str(calibrated_copy(SHAPES, tmp_path / "calibrated"))]
+    caption_image.main(
+        [str(SHAPES / "scene_0.png"), *own, "--prompt", "a small", "--words", str(tmp_path / "words.html")]
+    )
+    page = (tmp_path / "words.html").read_text()
+    words = CAPTIONS["scene_0.png"].split()[2:]
+    assert re.findall(r"<h3>(\w+)</h3>", page) == words
+    kinds = re.findall(r"<span class=(\w+)>\1</span>", page)
+    assert len(kinds) == len(words) and kinds[words.index("a")] == "guessed" and "seen" in kinds
+    assert page.count("<tr><td>") == 5 * len(words)
+    assert page.count("data:image/jpeg") == 1 + len(words)
 
 
 # --- attention --------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import caption_image
 import web_demo
 from captioning.common.files import WEIGHTS_FILE
 from conftest import REPO_ROOT
+from helpers.calibrated import calibrated_copy
 from helpers.image_files import png
 
 SHAPES = REPO_ROOT / "examples" / "shapes"
@@ -157,6 +158,26 @@ def test_the_log_probability_is_the_loss_of_the_caption(script):
     with torch.no_grad():
         loss = model(image, ids[:, :-1], ids[:, 1:])  # the mean over the caption's tokens
     assert found["log_probability"] == pytest.approx(-loss.item() * (ids.size(1) - 1), abs=1e-4)
+
+
+def test_words_are_shaded_by_their_confidence(script, tmp_path):
+    """Not those of the prompt; a captioner that is not calibrated says so."""
+    folder = calibrated_copy(SHAPES, tmp_path / "calibrated")
+    captioners = web_demo.Captioners({"mine": folder, "example": SHAPES})
+    assert captioners.confidence("example") is None
+    model, tokenizer = captioners.load("mine")
+    options, known = dict(deterministic=True), captioners.confidence("mine")
+    [found] = web_demo.caption_photo(model, tokenizer, SCENES[0], options, "a small", known)
+    shown = web_demo.shown_with(found)
+    assert re.match(r"confidence \d+%, log p = -\d\.\d\d$", shown["shown"])
+    assert len(shown["shades"]) == len(shown["titles"]) == len(found["words"])
+    assert shown["shades"][:2] == shown["titles"][:2] == ["", ""]
+    redness = [float(re.search(r"([\d.]+)\)$", shade)[1]) for shade in shown["shades"][2:]]
+    sure = found["word_confidences"][2:]
+    assert max(redness) == redness[sure.index(min(sure))] > 0
+    [plain] = web_demo.caption_photo(model, tokenizer, SCENES[0], options, "a small")
+    assert plain == {key: found[key] for key in ("ids", "words", "caption", "log_probability")}
+    assert web_demo.shown_with(plain)["shown"].endswith(", not calibrated")
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch):

@@ -31,6 +31,18 @@ def real(above=-math.inf, at_most=math.inf):
     return _number(float, allowed, lambda value: math.isfinite(value) and above < value <= at_most)
 
 
+def percent(text):
+    """The `type` of an argument: "2%" -> 0.02; above 0% and at most 100%."""
+    number = text.strip()
+    try:
+        value = float(number.removesuffix("%")) / 100 if number.endswith("%") else None
+    except ValueError:
+        value = None
+    if value is None or not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a percentage above 0% and at most 100%, as in 2%, not {text}")
+    return value
+
+
 def _number(convert, allowed, is_allowed):
     def parse(text):
         try:

@@ -1,6 +1,7 @@
 """captions.csv: the captions of a folder of photos, written batch by batch, so that an interrupted command can resume.
 
-Each image is a line; the columns are image, caption, caption_2 and so on, and model.
+Each image is a line; the columns are image, caption, caption_2 and so on, model, and for a calibrated captioner
+confidence, confidence_2 and so on in front of it.
 """
 
 import csv
@@ -20,9 +21,11 @@ class CaptionTable:
     Raises ValueError, and changes nothing, when the file is not such a table or holds captions of another captioner.
     """
 
-    def __init__(self, path, count, model):
+    def __init__(self, path, count, model, with_confidence=False):
         self.path, self.model = Path(path), str(model)
-        columns = ["image", *(f"caption_{n}" if n > 1 else "caption" for n in range(1, count + 1)), "model"]
+        kinds = ["caption", "confidence"] if with_confidence else ["caption"]
+        columns = [f"{kind}_{n}" if n > 1 else kind for kind in kinds for n in range(1, count + 1)]
+        columns = ["image", *columns, "model"]
         self.old_text = self.path.read_bytes().decode("utf-8", "surrogateescape") if self.path.is_file() else ""
         complete = self.old_text[: self.old_text.rfind("\n") + 1]  # without a last line that was cut off
         try:
@@ -51,8 +54,13 @@ class CaptionTable:
         return name in self.done
 
     def add(self, rows):
-        """Append [(image, [captions]), ...] to the file. Raises OSError that names the file."""
-        text = _as_csv([[image, *(" ".join(c.split()) for c in captions), self.model] for image, captions in rows])
+        """Append [(image, [captions]), ...] to the file; with confidence [(image, [captions], [confidences]), ...].
+        Raises OSError that names the file."""
+        lines = []
+        for image, captions, *sure in rows:
+            columns = [" ".join(caption.split()) for caption in captions]
+            lines.append([image, *columns, *(f"{value:.4f}" for value in (sure[0] if sure else [])), self.model])
+        text = _as_csv(lines)
         try:
             with open(self.path, "ab") as file:
                 file.write(text.encode("utf-8", "surrogateescape"))
@@ -61,7 +69,17 @@ class CaptionTable:
                 f"{self.path}: could not be written ({error.strerror}); what was written before is complete, and the "
                 "same command resumes when there is room"
             ) from error
-        self.done.update(image for image, _ in rows)
+        self.done.update(image for image, *_ in rows)
+
+    def write_list_to_check(self, min_confidence):
+        """Write a second table with the images of this one whose first caption has less confidence than that, the least
+        sure first -> (its path, how many)."""
+        header, *rows = csv.reader(io.StringIO(self.path.read_bytes().decode("utf-8", "surrogateescape"), newline=""))
+        place = header.index("confidence")
+        low = sorted((row for row in rows if float(row[place]) < min_confidence), key=lambda row: float(row[place]))
+        path, text = self.path.with_stem(f"{self.path.stem}_to_check"), _as_csv([header, *low])
+        write_atomically(path, lambda draft: draft.write_bytes(text.encode("utf-8", "surrogateescape")))
+        return path, len(low)
 
 
 def _as_csv(rows):

@@ -65,7 +65,7 @@ def _resolved(constants, given, root):
     for name, values in constants.items():
         for key, value in values.items():
             own_run = key == "start_from" and value.startswith("captioner/")  # else a hub id or an absolute path
-            if isinstance(value, Path) or (value and (key == "captions_file" or own_run)):
+            if isinstance(value, Path) or (value and (key in ("captions_file", "exclude") or own_run)):
                 values[key] = type(value)(root / value)
         if "encoder" in given[name]:
             for key in ("encoder_options", "encoder_weights", "preprocessing"):

@@ -66,4 +66,4 @@ def load_data(train_cfg, data_folder, download=False):
 
                 downloads.fetch_dataset(train_cfg.dataset, data_dir)
     paths = data_dir, train_cfg.captions_file, train_cfg.image_dir
-    return sources.load_usable(*paths, train_cfg.dataset, train_cfg.unescape_captions)
+    return sources.load_usable(*paths, train_cfg.dataset, train_cfg.unescape_captions, train_cfg.exclude)

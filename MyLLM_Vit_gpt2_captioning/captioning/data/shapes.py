@@ -128,6 +128,13 @@ def exact_rate(captions, scenes):
     return sum(parse_caption(c) == scene for c, scene in zip(captions, scenes, strict=True)) / len(scenes)
 
 
+def right_words(words, scene):
+    """For each word of a caption whether it is the true one at its place: in the wording that has the most of them."""
+    truths = [describe(scene, wording).split() for wording in WORDINGS]
+    matches = [[i < len(truth) and word == truth[i] for i, word in enumerate(words)] for truth in truths]
+    return max(matches, key=sum)
+
+
 def chance_level():
     """The share that guessing each attribute at random would get right."""
     return 1 / (len(SIZES) * len(COLOURS) * len(SHAPES)) ** 2
@@ -217,6 +224,15 @@ def _write(folder, settings, rows_of, captions_file, header=""):
     draft.rename(folder)
 
 
+def true_scenes(folder):
+    """The scenes of all images in `folder` -> {file name: scene}; empty where it does not hold Shapes."""
+    split_file = Path(folder) / SPLIT_FILE
+    if not split_file.is_file():
+        return {}
+    images = json.loads(split_file.read_text(encoding="utf-8"))["images"]
+    return {image["filename"]: tuple(tuple(thing) for thing in image["scene"]) for image in images}
+
+
 def read_scenes(folder, held_out):
     """The test scenes with held-out combinations, or those without -> (list of image paths, list of their scenes)."""
     folder = Path(folder)
@@ -224,6 +240,13 @@ def read_scenes(folder, held_out):
     chosen = [image for image in images if image["split"] == "test" and image["held_out"] == held_out]
     scenes = [tuple(tuple(thing) for thing in image["scene"]) for image in chosen]
     return [folder / IMAGE_FOLDER / image["filename"] for image in chosen], scenes
+
+
+def scores_of(caption, folder, questions=False):
+    """{"scores": those of `score`, or with `questions` of `score_answers`}; {} for a folder of another dataset."""
+    if not (Path(folder) / SPLIT_FILE).is_file():
+        return {}
+    return {"scores": (score_answers if questions else score)(caption, folder)}
 
 
 def score(caption, folder):

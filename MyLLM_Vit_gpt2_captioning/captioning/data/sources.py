@@ -46,6 +46,7 @@ from captioning.data.conventions import (
     clean_text,
     without_markup,
 )
+from captioning.data.exclusions import without_excluded
 from captioning.data.shards import reading
 from captioning.data.splits import assign_splits
 from captioning.images import tar_members
@@ -218,9 +219,10 @@ def _cleaned(df, path):
 # --- rows that training can use ---------------------------------------------------------------------------------------
 
 
-def load_usable(data_dir, captions_file, image_dir, dataset, unescape=True):
-    """`load` without the rows that training cannot use; prints how many photos each split has. Of tar shards only the
-    validation split is read, since training streams the others: see `streaming.streamed_folder`.
+def load_usable(data_dir, captions_file, image_dir, dataset, unescape=True, exclude=""):
+    """`load` without the rows that training cannot use, or that the list `exclude` names; prints how many photos each
+    split has. Of tar shards only the validation split is read, since training streams the others: see
+    `streaming.streamed_folder`.
 
     Raises FileNotFoundError with the command that fetches the public `dataset` where there is none, ValueError when
     there is nothing to train or to validate on.
@@ -236,6 +238,8 @@ def load_usable(data_dir, captions_file, image_dir, dataset, unescape=True):
     if tar_members.tar_of(df["image"].iloc[0]) is None:
         _check_trainable(df, data_dir)
     df = drop_unusable(df, captions_file)
+    if exclude:
+        df = without_excluded(df, exclude, data_dir)
     print(", ".join(f"{split}: {n:,} photos" for split, n in df.groupby("split")["image"].nunique().items()))
     return df
 

@@ -16,6 +16,7 @@ from captioning.decoding.packed_weights import packed_linears
 from captioning.images.photo_batches import photo_batches
 from captioning.model.tokenizer import encode_prompt
 
+MAX_LOGITS = 2**24  # that are in memory at a time where finished captions are looked at
 SHRINK_BELOW = 0.8  # finished images leave the batch when this share or less is unfinished: copying the rest has a cost
 
 
@@ -169,16 +170,24 @@ def log_probabilities(model, images, ids, prompt_length):
     images as in `generate_ids`; ids (B * K, T) as it returns them, of which the first `prompt_length` are the prompt,
     BOS included.
     """
-    B, eos, sums = len(images[0] if isinstance(images, list) else images), model.config.eos_token_id, []
     with _eval_mode(model):
-        states = model.encoder_states(images)
-        for i, rows in enumerate(ids.view(B, -1, ids.size(1))):  # one image at a time: logits are large
-            targets = rows[:, prompt_length:]  # (K, new)
-            hidden = model.decode(rows[:, :-1], [tokens[i : i + 1] for tokens in states])[:, prompt_length - 1 :]
-            log_probs = next_token_logits(model, hidden).log_softmax(-1)  # (K, new, vocab_size)
-            log_probs = log_probs.gather(2, targets[..., None])[..., 0]  # (K, new)
-            sums.append((log_probs * until_first_eos(targets, eos)).sum(1))
-    return torch.cat(sums)
+        return token_log_probabilities(model, model.encoder_states(images), ids, prompt_length).sum(1)
+
+
+@torch.inference_mode()
+def token_log_probabilities(model, states, ids, prompt_length):
+    """The model's log-probability of each token of finished captions, in nats -> float tensor (B * K, new).
+
+    `states`: those of `model.encoder_states` for B images; `ids` (B * K, T) and `prompt_length` as in
+    `log_probabilities`. It is 0 behind the first EOS. The model is in eval mode.
+    """
+    targets, log_probs = ids[:, prompt_length:], []  # (B * K, new)
+    hidden = model.decode(ids[:, :-1], states)[:, prompt_length - 1 :]  # (B * K, new, embed_dim)
+    rows = max(1, MAX_LOGITS // (max(1, targets.size(1)) * model.config.vocab_size))
+    for part, part_targets in zip(hidden.split(rows), targets.split(rows), strict=True):
+        logits = next_token_logits(model, part)  # (rows, new, vocab_size)
+        log_probs.append(logits.log_softmax(-1).gather(2, part_targets[..., None])[..., 0])
+    return torch.cat(log_probs) * until_first_eos(targets, model.config.eos_token_id)
 
 
 def _most_likely(logits):
@@ -300,13 +309,14 @@ def caption_images(
     return captions
 
 
-def caption_batches(model, tokenizer, images, options, batch_size=64, prompt="", load_batch=None):
+def caption_batches(model, tokenizer, images, options, batch_size=64, prompt="", load_batch=None, observe=None):
     """Caption images batch by batch; yields (index of an image, its captions, for each whether it ended with EOS).
 
     The order is any: images whose prompts have equally many tokens share a batch. `options`: an `Options`.
     `load_batch(images)` turns a list of images into input of the model, for example `TokenCache.batch`; by default they
-    are preprocessed, on an accelerator those of the next batch while it works. Other arguments as in `caption_images`.
-    Raises ValueError when there are not as many prompts as images.
+    are preprocessed, on an accelerator those of the next batch while it works. `observe(indices of the images, their
+    input of the model, ids of `generate_ids`, length of the prompt)` is called for each batch. Other arguments as in
+    `caption_images`. Raises ValueError when there are not as many prompts as images.
     """
     device, are_questions = next(model.parameters()).device, not isinstance(prompt, str)
     max_length = model.config.seq_len - 2  # the same truncation as in training
@@ -334,7 +344,14 @@ def caption_batches(model, tokenizer, images, options, batch_size=64, prompt="",
         for batch, pixels_or_tokens in zip(batches, inputs, strict=True):
             sequences = torch.tensor([prompt_ids[i] for i in batch], device=device)  # (B, T)
             length = sequences.size(1)
-            rows = generate_ids(model, to_device(pixels_or_tokens, device), sequences, **vars(options)).tolist()
+            inputs_of_model = to_device(pixels_or_tokens, device)
+            if observe is not None and not isinstance(inputs_of_model, list):
+                with torch.inference_mode():  # encoded once, for the captions and for what is observed
+                    inputs_of_model = model.levels(inputs_of_model)
+            rows = generate_ids(model, inputs_of_model, sequences, **vars(options))
+            if observe is not None:
+                observe(batch, inputs_of_model, rows, length)
+            rows = rows.tolist()
             texts = [tokenizer.decode(row[length if are_questions else 1 :]).strip() for row in rows]
             finished = [model.config.eos_token_id in row[length:] for row in rows]
             for n, i in enumerate(batch):

@@ -76,11 +76,11 @@ def photo_url(image):
         return data_url("image/svg+xml", GREY)
 
 
-def write_evaluation_page(path, title, scores, sections):
+def write_evaluation_page(path, title, scores, sections, diagram=None):
     """Write the page of evaluate_captions.py.
 
     `scores`: rows of text, the name first, then its values, the header in front; `sections`: {heading: photos as
-    `photo_grid` takes them}.
+    `photo_grid` takes them}; `diagram`: the content of a PNG with the diagrams of the confidence.
     """
     (first, *titles), *rest = scores
     rows = [f"<tr><th>{in_html(first)}</th>" + "".join(f"<th class=number>{in_html(t)}</th>" for t in titles)]
@@ -91,6 +91,11 @@ def write_evaluation_page(path, title, scores, sections):
             cells = f"<td colspan={1 + len(others)} class=score>{in_html(value)}</td>"
         rows.append(f"<tr><td>{in_html(name)}</td>{cells}</tr>")
     parts = [f"<h1>{in_html(title)}</h1><table>{''.join(rows)}</table>"]
+    if diagram:
+        parts += [
+            "<h2>Confidence</h2>",
+            f'<img src="{data_url("image/png", diagram)}" alt="diagrams of the confidence">',
+        ]
     for heading, photos in sections.items():
         parts += [f"<h2>{in_html(heading)}</h2>", photo_grid(photos)]
     write_page(path, title, parts)
@@ -134,6 +139,89 @@ def text_table(rows):
         for name, *cells in rows
     )
     return "\n".join(line.rstrip() for line in lines)
+
+
+WORDS_STYLE = """
+section { border-top: 1px solid #d0d7de; padding: 1.2em 0; }
+.caption { font-size: 1.25em; line-height: 1.9; } .caption span { border-radius: 4px; padding: 0.15em 0.25em; }
+.words { display: grid; grid-template-columns: repeat(auto-fill, minmax(15em, 1fr)); gap: 1.4em; }
+.words td, .words th { padding: 0 0.6em 0 0; font-size: 13px; } .words h3 { margin: 0.3em 0 0; font-size: 1.1em; }
+.whole { width: 15em; } .seen { color: #1a7f37; } .guessed { color: #9a6700; }
+"""
+
+
+def shade(confidence):
+    """A CSS background: the less sure, the redder."""
+    return f"background: rgba(207, 34, 46, {0.55 * (1 - confidence):.2f})"
+
+
+def write_words_page(path, title, captions):
+    """Write the page that explains captions word by word.
+
+    captions: dicts with `photo` (a PIL image), `caption`, `confidence`, and `words`, a list of dicts with `word`,
+    `confidence`, `seen` (or guessed), `map` (a PIL image: where the word looked), and `with_photo` and `without`: the
+    likeliest (text, probability) at its place.
+    """
+    parts = [
+        f"<h1>{in_html(title)}</h1><p>A word is <b class=seen>seen</b> when the photo makes it at least twice as "
+        "likely as it is without one, else <b class=guessed>guessed</b>: it would have been written anyway. The redder "
+        "its ground, the less sure it is. Under each word: where the model looked, and what was likeliest in its "
+        "place.</p>"
+    ]
+    for one in captions:
+        text = " ".join(
+            f'<span style="{shade(word["confidence"])}" title="confidence {word["confidence"]:.2f}">'
+            f"{in_html(word['word'])}</span>"
+            for word in one["words"]
+        )
+        alt = in_html(one["caption"], quote=True)
+        parts.append(
+            f'<section><img class=whole src="{photo_url(one["photo"])}" alt="{alt}">'
+            f"<p class=caption>{text or '(empty)'}</p><p>confidence {one['confidence']:.2f}</p><div class=words>"
+        )
+        for word in one["words"]:
+            rows = "".join(
+                f"<tr><td>{in_html(a)}</td><td class=number>{p:.0%}</td>"
+                f"<td>{in_html(b)}</td><td class=number>{q:.0%}</td></tr>"
+                for (a, p), (b, q) in zip(word["with_photo"], word["without"], strict=True)
+            )
+            kind = "seen" if word["seen"] else "guessed"
+            parts.append(
+                f'<figure><img src="{photo_url(word["map"])}" alt="where it looked"><figcaption>'
+                f"<h3>{in_html(word['word'])}</h3><span class={kind}>{kind}</span>, confidence "
+                f"{word['confidence']:.2f}<table><tr><th colspan=2>with the photo</th><th colspan=2>without</th></tr>"
+                f"{rows}</table></figcaption></figure>"
+            )
+        parts.append("</div></section>")
+    write_page(path, title, parts, WORDS_STYLE)
+
+
+PAIRS_STYLE = """
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(30em, 1fr)); gap: 2em; }
+.pairs > div > div { display: grid; grid-template-columns: 1fr 1fr; gap: 0.8em; } .pairs b { display: block; }
+"""
+
+
+def write_pairs_page(path, title, pairs, misfits):
+    """Write the page of pairs of photo and caption that are probably wrong.
+
+    pairs: dicts with `own` and `best` (images: the caption's photo, and the one that fits it best), `caption`, `others`
+    (the photo's other captions) and `note`; misfits: photos as `photo_grid` takes them, whose captions fit no photo.
+    """
+    parts = [f"<h1>{in_html(title)}</h1>", "<h2>Captions that fit other photos better</h2><div class=pairs>"]
+    for pair in pairs:
+        figures = "".join(
+            f'<figure><img src="{photo_url(pair[key])}" alt="{text}"><figcaption class=score>{text}: '
+            f"{in_html(Path(pair[key]).name)}</figcaption></figure>"
+            for key, text in (("own", "its photo"), ("best", "fits best"))
+        )
+        items = "".join(f"<li>{in_html(text)}</li>" for text in pair["others"])
+        parts.append(
+            f"<div><b>{in_html(pair['caption']) or '(empty)'}</b><div>{figures}</div>"
+            f"<span class=score>{in_html(pair['note'])}; other captions of its photo:</span><ul>{items}</ul></div>"
+        )
+    parts += ["</div>", "<h2>Captions that fit no photo well</h2>", photo_grid(misfits)]
+    write_page(path, title, parts, PAIRS_STYLE)
 
 
 def write_samples(path, names, references, by_epoch):

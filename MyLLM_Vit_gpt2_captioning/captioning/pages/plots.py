@@ -117,6 +117,32 @@ def plot_captions(images, generated, references, path, columns=5):
     return figure
 
 
+def plot_confidence(measured, path):
+    """Write two diagrams side by side to the PNG `path`: share right by confidence (a reliability diagram), and share
+    wrong among the surest (risk against coverage) -> the figure.
+
+    `measured`: {name: (list of (mean confidence, share right, count), coverage (n,), risk (n,))}.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    left.plot((0, 1), (0, 1), color="grey", linestyle=":", label="calibrated")
+    for (name, (rows, coverage, risk)), colour in zip(measured.items(), ("tab:blue", "tab:orange"), strict=False):
+        confidence, share, counts = zip(*rows, strict=True)
+        left.plot(confidence, share, color=colour, alpha=0.4)
+        sizes = [15 + 185 * count / sum(counts) for count in counts]
+        left.scatter(confidence, share, sizes, color=colour, label=f"{name} (area: how many)")
+        right.plot(coverage, risk, color=colour, label=name)
+    left.set(xlabel="confidence", ylabel="share right", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    right.set(xlabel="coverage: share kept, the surest first", ylabel="risk: share wrong among them", xlim=(0, 1))
+    right.set_ylim(bottom=0)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=110)
+    return figure
+
+
 def show_windows():
     """Show the open figures if there is a display, and return when their windows are closed."""
     import matplotlib.pyplot as plt

@@ -7,15 +7,18 @@ from captioning.scoring import intervals, metrics
 from captioning.scoring.ptb_tokenization import tokenize
 
 
-def predict(model, tokenizer, images, prompts="", batch_size=64, title="captions", load_batch=None, **options):
+def predict(
+    model, tokenizer, images, prompts="", batch_size=64, title="captions", load_batch=None, observe=None, **options
+):
     """Caption photos with a progress bar -> (captions, for each whether it ended with EOS), both lists.
 
-    Greedy unless `options`, those of `search.Options`, say otherwise; `load_batch` as in `search.caption_batches`.
+    Greedy unless `options`, those of `search.Options`, say otherwise; `load_batch` and `observe` as in
+    `search.caption_batches`.
     """
     options = Options(**dict(deterministic=options.get("num_beams", 1) == 1) | options)
     captions, finished = [""] * len(images), [False] * len(images)
     bar = progress_bar(len(images), title)
-    for i, texts, flags in caption_batches(model, tokenizer, images, options, batch_size, prompts, load_batch):
+    for i, texts, flags in caption_batches(model, tokenizer, images, options, batch_size, prompts, load_batch, observe):
         captions[i], finished[i] = texts[0], flags[0]
         bar.update(1)
         stop_if_asked()
