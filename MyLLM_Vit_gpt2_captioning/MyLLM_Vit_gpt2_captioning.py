@@ -562,7 +562,7 @@ class VisionGPT2Model(nn.Module):
         mode. Raises FileNotFoundError or ValueError that says what is missing or does not fit."""
         if isinstance(source, (str, Path)):
             folder, config = stored_config(source)
-            with meta_device_for(vars(config)):
+            with meta_device_for(vars(config), folder):
                 model = cls(config, encoder_weights="stored")
             loading.load_captioner_weights(model, folder, hf_name)
             return model.eval()
@@ -671,7 +671,8 @@ class Trainer:
         if config.resume or self.processes.restarted:
             loaders = [*dls, self.self_critical.loader] if self.self_critical else dls
             if state := self.state.resume(config.resume or "auto", self.identity(), loaders):
-                self.load_state_dict(state)
+                with self.state.damage_named():
+                    self.load_state_dict(state)
 
     # --- one step -----------------------------------------------------------------------------------------------------
 

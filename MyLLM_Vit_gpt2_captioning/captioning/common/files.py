@@ -1,5 +1,6 @@
 """Names of the files that a run or a checkpoint consists of, and how every file is written: whole or not at all."""
 
+import json
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +29,18 @@ RUN_FILES = (
     "wandb",
     *(f"{name.lower()}.png" for name in CURVES),
 )
+
+
+def read_json(path):
+    """A JSON file -> the object (dict) in it. Raises ValueError that names the file when there is none that can be
+    read: 100,000 brackets are valid JSON, too."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds {repr(content)[:40]}, but must hold a JSON object")
+    return content
 
 
 def make_folder(folder, option):
