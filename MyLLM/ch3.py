@@ -85,21 +85,24 @@ class MultiHeadAttention(nn.Module):
         """
         parts = self.qkv(x).chunk(3, dim=-1)  # (B, T, embed_dim) each
         queries, keys, values = (split_heads(part, self.num_heads) for part in parts)  # (B, heads, T, head_dim) each
+        # Without a cache the mask is the whole causal one. So that torch.compile makes one graph for all lengths,
+        # `is_causal` is then a constant: a comparison of lengths that vary would be a symbol, not a bool.
+        mask, is_causal = None, True
         if cache is not None:
             keys, values = cache.append(keys, values)  # (B, heads, S, head_dim), S >= T
-        new_tokens, all_tokens = queries.size(2), keys.size(2)
-        mask = None
-        if 1 < new_tokens < all_tokens:
-            # The newest tokens are the last rows of the (S, S) causal mask. A single newest token attends to all
-            # tokens and needs no mask; without a cache `is_causal` makes the mask.
-            mask = torch.ones(new_tokens, all_tokens, dtype=torch.bool, device=x.device)
-            mask = mask.tril(all_tokens - new_tokens)  # (T, S), True where attention is allowed
+            new_tokens, all_tokens = queries.size(2), keys.size(2)
+            is_causal = new_tokens == all_tokens
+            if 1 < new_tokens < all_tokens:
+                # The newest tokens are the last rows of the (S, S) causal mask. A single newest token attends to all
+                # tokens and needs no mask.
+                mask = torch.ones(new_tokens, all_tokens, dtype=torch.bool, device=x.device)
+                mask = mask.tril(all_tokens - new_tokens)  # (T, S), True where attention is allowed
         context = F.scaled_dot_product_attention(
             queries,
             keys,
             values,
             attn_mask=mask,
             dropout_p=self.attention_dropout if self.training else 0.0,
-            is_causal=new_tokens == all_tokens and new_tokens > 1,
+            is_causal=is_causal,
         )  # (B, heads, T, head_dim)
         return self.residual_dropout(self.out_proj(merge_heads(context)))

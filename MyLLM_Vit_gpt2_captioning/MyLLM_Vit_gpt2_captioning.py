@@ -30,7 +30,6 @@ sys.path.append(str(REPO_ROOT))  # for MyLLM; this file's own folder is on the p
 from captioning.command_line import checks, overrides, recipes
 from captioning.common.config import Config, complete
 from captioning.common.distributed import ProcessGroup, gradient_sync, silence_other_ranks
-from captioning.common.files import WEIGHTS_FILE
 from captioning.common.precision import mixed_precision, use_deterministic_algorithms
 from captioning.common.progress import progress_bar
 from captioning.common.stopping import Stopped, listening, stop_if_asked
@@ -45,7 +44,7 @@ from captioning.images.augmentation import CaptionsOfPicture, TrainingTransforms
 from captioning.images.preprocessing import normalize_pixels
 from captioning.model import checkpoint, hugging_face, loading
 from captioning.model.encoders import build_encoder, meta_device_for, preprocessing_of, run_block
-from captioning.model.loss import IGNORED_LABEL, chunked_cross_entropy
+from captioning.model.loss import IGNORED_LABEL, chunked_cross_entropy, label_places
 from captioning.model.positions import SinusoidalPositions
 from captioning.model.stages import keep_frozen_in_eval, pretrained_names, stage_of, train_only, trainable_names
 from captioning.model.tokenizer import CaptionTokenizer, check_eos, encode_caption, encode_prompt
@@ -53,6 +52,7 @@ from captioning.pages import plots
 from captioning.sharing import upload
 from captioning.training import run_folder, schedule
 from captioning.training.cross_entropy import CrossEntropy
+from captioning.training.out_of_memory import explained
 from captioning.training.run_log import RunLog, perplexity
 from captioning.training.run_state import RunState, dataset_digest
 from captioning.training.self_critical import SelfCritical
@@ -76,6 +76,7 @@ WANDB_ENTITY = ""  # user or team that the project belongs to; "": yours
 WANDB_RUN_NAME = ""  # name of such a run; "": the name of its folder and its id
 HF_REPO_ID = os.environ.get("HF_REPO_ID", "")  # "user/repo" on the Hugging Face Hub, where a captioner is shared
 RESUME_CHECKPOINT_PATH = ""  # "auto" resumes the run in OUTPUT_DIR, a path the run there; "" starts afresh
+torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every shape, and captions differ in length
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 tokenizer = CaptionTokenizer(HF_GPT2_REPO)  # GPT-2's; pad token = EOS; read on first use, so importing needs no network
@@ -144,6 +145,7 @@ class TrainConfig(Config):
     image_dir: Path = IMAGE_DIR  # folder with the photos; found in data_dir when only that is given
     model_path: Path = OUTPUT_DIR  # folder for checkpoint, metrics and plots; an earlier run there is moved aside
     captions_file: str = CAPTIONS_FILE  # annotation file of any format; found in data_dir when empty
+    unescape_captions: bool = True  # captions: &amp; becomes &, tags like <b> and invisible characters are left out
     dataset: str = "flickr30k"  # what --download puts into data_dir: flickr8k, flickr30k or coco2017
     score_every: int = 1  # epochs between scores of captions of the same validation photos; 0: never
     score_images: int = 200  # validation photos that are captioned for these scores
@@ -213,7 +215,7 @@ def _load_flickr_dataframe(data_dir, image_dir, captions_file=None):
     """Read `data_dir`/results.csv (Flickr30k), or any other dataset that `sources.load` recognises there -> DataFrame
     with a row a caption: image (Path in `image_dir`), caption (lowercased, stripped, "" where missing), split
     (train/val/test, by image) and, for questions, prompt. Raises FileNotFoundError or ValueError for a bad file."""
-    return sources.load(data_dir, captions_file, image_dir)
+    return sources.load(data_dir, captions_file, image_dir, unescape=train_config.unescape_captions)
 
 
 def build_transforms(img_size=224, norm_mean=None, norm_std=None, crop_scale=0.8, resample="bicubic", normalized=True):
@@ -337,12 +339,8 @@ def build_dataloaders(df, tokenizer, model_config, train_config):
         collate = partial(collate_fn, tokenizer=tokenizer, captions_per_image=K)
         if folder:
             loaders.append(streaming.build_stream_loader(folder, dataset, collate, config))
-            continue
-        lengths = [caption.count(" ") for caption in dataset.captions]  # in words, near enough to sort by
-        sampler = batching.CaptionBatchSampler(
-            dataset.images, config.batch_size, K, training, config.seed, lengths, config.length_window
-        )
-        loaders.append(batching.build_loader(dataset, sampler, collate, config))
+        else:
+            loaders.append(batching.build_caption_loader(dataset, collate, config, shuffle=training))
     return tuple(loaders)
 
 
@@ -499,11 +497,12 @@ class VisionGPT2Model(nn.Module):
         """One empty `BlockCache` a block, for captions of up to `max_length` tokens."""
         return [BlockCache(KeyValueCache(max_length)) for _ in self.gpt.trf_blocks]
 
-    def forward(self, image, input_ids, labels=None):
+    def forward(self, image, input_ids, labels=None, places=None):
         """image (B, 3, H, W) or its `levels`, input_ids (B*K, T), labels (B*K, T) or None.
 
         With labels: the mean cross-entropy over labels that are not -100, a scalar in nats, in training mode with label
         smoothing (Szegedy et al. 2016). Without: logits (B*K, 1, vocab_size) of the token that follows the last one.
+        `places`: `label_places(labels)`, for callers who find them before the labels are on a GPU, which has to wait.
         """
         B = len(image[0]) if isinstance(image, (list, tuple)) else len(image)
         if input_ids.size(0) % B:
@@ -511,10 +510,11 @@ class VisionGPT2Model(nn.Module):
         hidden = self.decode(input_ids, self.encoder_states(image))  # (B*K, T, embed_dim)
         if labels is None:
             return self.gpt.logits(hidden[:, -1:])
-        real = labels != IGNORED_LABEL  # (B*K, T); padding is dropped before the head, by far the widest layer
+        places = label_places(labels) if places is None else places  # (real tokens,)
         smoothing = self.config.label_smoothing if self.training else 0.0
-        hidden = self.gpt.final_norm(hidden[real])  # (real tokens, embed_dim)
-        return self.loss(hidden, self.gpt.tok_emb.weight, labels[real], smoothing)
+        # Padding is dropped before the head, by far the widest layer.
+        hidden = self.gpt.final_norm(hidden.flatten(0, 1).index_select(0, places))  # (real tokens, embed_dim)
+        return self.loss(hidden, self.gpt.tok_emb.weight, labels.flatten().index_select(0, places), smoothing)
 
     def checkpoint_gradients(self):
         """Recompute the blocks of ViT and decoder in the backward pass instead of storing their activations."""
@@ -684,23 +684,24 @@ class Trainer:
         FloatingPointError after `max_bad_steps` non-finite gradients in a row.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        counts, reported = [self.objective.count(batch) for batch in batches], 0.0
+        counts, values = [self.objective.count(batch) for batch in batches], []
         [total_count] = self.processes.all_reduce_sum(sum(counts))
         if total_count == 0:
             return 0.0, 0
         for number, (batch, count) in enumerate(zip(batches, counts, strict=True), 1):
-            batch = batching.to_device(batch, self.device)
+            batch = self.objective.to_device(batch, self.device)
             with gradient_sync(self.ddp, enabled=number == len(batches)):
                 with self.autocast():
                     loss, value = self.ddp(self.objective.loss, batch)
-                loss = loss * (count / total_count * self.processes.world_size)  # DDP takes the mean over processes
-                if not math.isfinite(loss.item()):
-                    loss = loss * math.nan  # an infinite loss may have a finite gradient; NaN survives the all-reduce
+                weight = count / total_count * self.processes.world_size  # DDP takes the mean over processes
+                # An infinite loss may have a finite gradient; NaN survives the all-reduce.
+                loss = loss * torch.where(loss.detach().isfinite(), weight, math.nan)
                 self.scaler.scale(loss).backward()
-            reported += value * count
+            values.append(value)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train_config.clip_norm)
-        finite = math.isfinite(norm.item())
+        *values, self.norm = torch.stack([*values, norm]).tolist()  # the one place where the step waits for the device
+        finite = math.isfinite(self.norm)
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if self.bad_steps >= self.train_config.max_bad_steps:
             raise FloatingPointError(f"{self.bad_steps} steps in a row were not finite: try a lower --lr")
@@ -713,12 +714,12 @@ class Trainer:
             self.scheduler.step()
         if self.average:
             self.average.update(self.model, step=self.scheduler.last_epoch)
-        return self.processes.all_reduce_sum(reported, sum(counts))
+        return self.processes.all_reduce_sum(float(np.dot(values, counts)), sum(counts))
 
     def start_schedule(self, lr, batches):
         """A new optimizer with peak learning rate `lr`, OneCycle over `batches` batches, and a new moving average."""
         config = self.train_config
-        self.peak_lr, self.bad_steps = lr, 0  # bad_steps: consecutive ones
+        self.peak_lr, self.bad_steps, self.norm = lr, 0, 0.0  # consecutive bad steps; norm of the last gradient
         self.optimizer = schedule.build_optimizer(self.model, lr, config)
         self.scheduler = schedule.one_cycle(self.optimizer, math.ceil(batches / config.accumulate), config.warmup_share)
         self.average = schedule.moving_average(self.model, config.ema_decay) if config.ema_decay else None
@@ -781,7 +782,7 @@ class Trainer:
                 position["total"], position["count"] = position["total"] + total, position["count"] + count
                 position["batches"] += len(batches)
                 place = epoch + position["batches"] / len(objective.loader)
-                self.log.step(place, self.lr, objective.name, total, count, captions)
+                self.log.step(place, self.lr, objective.name, total, count, captions, batches[0], self.norm)
             if count:
                 mean = f"{position['total'] / position['count']:.3f}"
                 bar.set_postfix({objective.name: mean, "lr": f"{self.lr:.1e}"}, refresh=False)
@@ -794,17 +795,17 @@ class Trainer:
     def valid_one_epoch(self, epoch):
         """One pass over the validation captions -> perplexity: exp of the mean loss over all their labels."""
         self.model.eval()
-        validation, total_loss, total_count = CrossEntropy(self.eval_model, self.valid_dl), 0.0, 0
+        validation, losses, counts = CrossEntropy(self.eval_model, self.valid_dl), [], []
         bar = progress_bar(validation.images, "validation")
         for batch in self.valid_dl:
-            count = validation.count(batch)
+            counts.append(validation.count(batch))
             with self.autocast():
-                _, loss = validation.loss(batching.to_device(batch, self.device))
-            total_loss, total_count = total_loss + loss * count, total_count + count
+                losses.append(validation.loss(validation.to_device(batch, self.device))[1])
             bar.update(validation.captions_in(batch) // validation.captions_per_image * self.processes.world_size)
             stop_if_asked()
         bar.close()
-        total_loss, total_count = self.processes.all_reduce_sum(total_loss, total_count)
+        total_loss = float(np.dot(torch.stack(losses).tolist(), counts))  # read only now: no batch waits for another
+        total_loss, total_count = self.processes.all_reduce_sum(total_loss, sum(counts))
         return perplexity(total_loss / total_count)
 
     def score_one_epoch(self, epoch):
@@ -822,10 +823,12 @@ class Trainer:
         """
         epochs = range(self.state.position["epoch"], self.train_config.epochs + self.train_config.scst_epochs)
         try:
-            with self.state.run(self.state_dict, has_best=self.best["best_epoch"] is not None):
-                dataset, configs = self.valid_dl.dataset, self.identity()["config"]
+            has_best = self.best["best_epoch"] is not None
+            with self.state.run(self.state_dict, has_best), explained(self.train_config):
+                datasets = [loader.dataset for loader in (self.train_dl, self.valid_dl)]
                 self.log.config = self.train_config  # `rebuild_schedule` may have replaced it
-                self.log.begin(self.model, self.tokenizer, dataset, configs, self.autocast, self.state.resumed)
+                configs, resumed = self.identity()["config"], self.state.resumed
+                self.log.begin(self.model, self.tokenizer, *datasets, configs, self.autocast, resumed)
                 for epoch in epochs:
                     self._run_epoch(epoch)
         except (FloatingPointError, KeyboardInterrupt) as reason:
@@ -905,10 +908,8 @@ class Trainer:
 
     def load_best_model(self, path=None):
         """Load the best weights of this run, or those in `path` (a .safetensors or .pt file, or a folder)."""
-        path = Path(path or self.model_path)
-        path = path / WEIGHTS_FILE if path.is_dir() else path
         for model in {self.model, self.eval_model}:
-            checkpoint.load_strictly(model, path)
+            checkpoint.load_strictly(model, path or self.model_path)
 
     def generate_caption(self, image, max_tokens=50, temperature=1.0, deterministic=False, **options):
         """A path or an opened image -> its caption; a list of them -> a list of captions.
@@ -950,7 +951,7 @@ def build_trainer(model_cfg, train_cfg, df):
     """Tokenizer, loaders, model and Trainer for the captions in `df`. Where files cannot be downloaded, raises
     FileNotFoundError that says which the run needs, and how to give local copies."""
     try:
-        tok = build_tokenizer(model_cfg, streaming.training_texts(df))
+        tok = build_tokenizer(model_cfg, streaming.training_texts(df, train_cfg.unescape_captions))
         trained = model_cfg.tokenizer in ("bpe", "word") and not model_cfg.start_from
         if trained or len(tok) > model_cfg.vocab_size:  # a vocab_size above GPT-2's stays: padded for speed
             model_cfg = replace(model_cfg, vocab_size=len(tok))
@@ -991,7 +992,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (OSError, ValueError, FloatingPointError, torch.OutOfMemoryError) as error:
         sys.exit(f"error: {error}")
     except Stopped as reason:
         print(reason)

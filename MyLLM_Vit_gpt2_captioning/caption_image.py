@@ -31,6 +31,7 @@ from captioning.command_line.overrides import with_underscores
 from captioning.command_line.photo_arguments import find_photos
 from captioning.common.locks import LOCK_FILE, only_writer
 from captioning.common.precision import mixed_precision
+from captioning.common.printable import printable
 from captioning.common.progress import progress_bar
 from captioning.common.stopping import Stopped, listening, stop_if_asked
 from captioning.decoding import attention_maps
@@ -174,7 +175,7 @@ class Outputs:
                 print(json.dumps(line), flush=True)
             elif not photo.folder:
                 for caption in captions:
-                    print(f"{photo.name}: {caption}")
+                    print(f"{printable(photo.name)}: {printable(caption)}")
             if args.grid:
                 self.grid.append((loaded[photo][1], captions[0]))
 

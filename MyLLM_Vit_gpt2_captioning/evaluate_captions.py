@@ -8,6 +8,7 @@ Prints a table and writes to --output:
     predictions.json   [{"image_id": ..., "caption": ...}], COCO's results format, which other tools score too
     page.html          photos with their captions, best and worst first
 --predictions scores the captions of another model, in a file of that format. METEOR and SPICE need Java.
+--diagnose looks for what is wrong with the captioner and the dataset instead, and prints what it measured.
 """
 
 import json
@@ -21,12 +22,21 @@ from captioning.command_line.arguments import ToolParser, integer
 from captioning.command_line.decoding_options import add_decoding_arguments, decoding_options
 from captioning.common.files import write_atomically
 from captioning.common.precision import mixed_precision
-from captioning.data import sources
+from captioning.data import batching, sources
 from captioning.data.conventions import SPLITS
 from captioning.data.token_cache import TokenCache, fill_caches
 from captioning.pages import html_pages
 from captioning.scoring.evaluation import as_table, cider_of_each, exact_answers, predict, score, table_rows
-from MyLLM_Vit_gpt2_captioning import DATA_DIR, OUTPUT_DIR, load_captioner, train_config
+from captioning.training import diagnosis, measurements
+from MyLLM_Vit_gpt2_captioning import (
+    DATA_DIR,
+    OUTPUT_DIR,
+    Dataset,
+    build_transforms,
+    collate_fn,
+    load_captioner,
+    train_config,
+)
 
 SHOWN = 40  # best and worst photos on the page
 
@@ -43,10 +53,11 @@ def main(argv=None):
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="score these captions instead of a model's")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="(default: CHECKPOINT/evaluation_SPLIT)")
     parser.add_argument("--cache_dir", type=Path, metavar="FOLDER", help="use the token cache in this folder")
+    parser.add_argument("--diagnose", action="store_true", help="look for faults of captioner and dataset instead")
     add_decoding_arguments(parser)
     args = parser.parse_args(argv)
     try:
-        return evaluate_split(args)
+        return diagnose(args) if args.diagnose else evaluate_split(args)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
@@ -80,6 +91,27 @@ def evaluate_split(args):
     return scores
 
 
+def diagnose(args):
+    """Look at a captioner and a dataset, print what is wrong with them -> list of `diagnosis.Finding`."""
+    model, tokenizer = load_captioner(args.checkpoint)
+    model.to(train_config.device)
+    rows, config = read_split(args), model.config
+    df = sources.drop_unusable(sources.load(args.data, args.captions_file, args.image_dir), args.data)
+    photo = model.preprocessing
+    _, tfms = build_transforms(photo["img_size"], photo["mean"], photo["std"], resample=photo["resample"])
+    training, split = (Dataset(part, tfms, tokenizer, 1, config.seq_len) for part in (df[df["split"] == "train"], rows))
+    first = list({image: row for row, image in reversed(list(enumerate(split.images)))}.values())[: measurements.PHOTOS]
+    batch = collate_fn(split.__getitems__(first), tokenizer)
+    images = list(split.captions_of)[:100]
+    captions, _ = load_predictor(args, images, decoding_options(args))(images)
+    autocast, _ = mixed_precision(torch.device(train_config.device), args.precision)
+    written = captions, [split.captions_of[image] for image in images]
+    batch = batching.to_device(batch, train_config.device)
+    found = diagnosis.of_captioner(model, training, split, batch, written, autocast, train_config)
+    print(found.as_table())
+    return found.findings
+
+
 def load_predictor(args, images, options):
     """Load the captioner -> a function (images, prompts="") -> (captions, for each whether it ended with EOS).
 
@@ -90,7 +122,7 @@ def load_predictor(args, images, options):
     autocast, _ = mixed_precision(torch.device(train_config.device), args.precision)
     load_batch = None
     if args.cache_dir:
-        cache = TokenCache(args.cache_dir, model)
+        cache = TokenCache(args.cache_dir, model, precision=args.precision)
         fill_caches(model, [(cache, images, None)])
         load_batch = cache.batch
 
@@ -115,8 +147,10 @@ def score_answers(rows, caption, output):
 
 def read_split(args):
     """DataFrame of the usable rows of the split. Raises ValueError when there is none."""
-    source = args.captions_file or sources.find_captions(args.data)
-    df = sources.drop_unusable(sources.load(args.data, args.captions_file, args.image_dir, [args.split]), source)
+    source = args.captions_file or sources.find_captions(args.data, args.image_dir)
+    unescape = train_config.unescape_captions
+    df = sources.load(args.data, args.captions_file, args.image_dir, [args.split], unescape)
+    df = sources.drop_unusable(df, source)
     rows = df[df["split"] == args.split]
     if rows.empty:
         counts = ", ".join(f"{split} {n:,}" for split, n in df.groupby("split")["image"].nunique().items())

@@ -25,7 +25,7 @@ from captioning.data import photo_store, shapes
 from captioning.data.dataset_check import check_dataset
 from captioning.data.downloads import DATASETS, fetch_dataset
 from captioning.data.shards import writing
-from MyLLM_Vit_gpt2_captioning import DATA_DIR
+from MyLLM_Vit_gpt2_captioning import DATA_DIR, train_config
 
 SHAPES = "shapes"
 NAMES = (*DATASETS, SHAPES)
@@ -74,22 +74,23 @@ def main(argv=None):
 def prepare(args):
     """Do what the parsed command line says. Raises OSError or ValueError when it cannot, Stopped as in `stop_if_asked`,
     and SystemExit for a dataset with problems."""
+    unescape = train_config.unescape_captions
     if args.check:
         report = args.report or args.check / "check"
-        if not check_dataset(args.check, report, args.captions_file, args.image_dir):
+        if not check_dataset(args.check, report, args.captions_file, args.image_dir, unescape):
             sys.exit(1)
     elif args.shrink:
         folder = args.shrink.resolve()
         quality = photo_store.UNCOMPRESSED if args.uncompressed else photo_store.QUALITY
         store = args.to or folder.with_name(f"{folder.name}_{args.side}{'_bmp' if args.uncompressed else ''}")
         photo_store.write_store(
-            args.shrink, store, args.side, args.captions_file, args.image_dir, args.num_workers, quality
+            args.shrink, store, args.side, args.captions_file, args.image_dir, args.num_workers, quality, unescape
         )
     elif args.shards:
         source = args.shards.resolve()
         target = args.to or source.with_name(f"{source.name}_shards")
         writing.write_shards(
-            args.shards, target, args.photos_per_shard, args.captions_file, args.image_dir, args.num_workers
+            args.shards, target, args.photos_per_shard, args.captions_file, args.image_dir, args.num_workers, unescape
         )
     elif args.name == SHAPES:
         render_shapes(args.to or DATA_DIR / SHAPES)

@@ -27,8 +27,9 @@ import MyLLM_Vit_gpt2_captioning as script  # before attention_maps: it puts MyL
 from captioning.command_line.arguments import ToolParser, integer
 from captioning.command_line.decoding_options import decoding_options
 from captioning.command_line.overrides import with_underscores
-from captioning.common.files import CONFIG_FILE, WEIGHTS_FILE
+from captioning.common.files import CONFIG_FILE, TORCH_FILE, is_litter
 from captioning.common.precision import mixed_precision
+from captioning.common.printable import printable
 from captioning.decoding.attention_maps import group_words, overlay, word_maps
 from captioning.decoding.search import generate_ids, log_probabilities, trim
 from captioning.images.preprocessing import load_image, preprocess
@@ -91,8 +92,10 @@ def find_captioners(root):
     for pattern in ("captioner*/**/", "examples/**/"):
         for config in sorted(root.glob(pattern + CONFIG_FILE)):
             folder = config.parent
+            if is_litter(config.relative_to(root)):
+                continue
             try:
-                if "model_config" in checkpoint.load_config(folder) and (folder / WEIGHTS_FILE).is_file():
+                if "model_config" in checkpoint.load_config(folder) and checkpoint.weights_file(folder).is_file():
                     captioners[folder.relative_to(root).as_posix()] = folder
             except ValueError as error:
                 print(f"warning: left out {error}", file=sys.stderr)
@@ -129,7 +132,14 @@ class Captioners:
         """-> (model, tokenizer). Weights that a training run has replaced since are loaded again. Raises the errors of
         `load_captioner`."""
         folder = self.sources[name]
-        key = name, [path.stat().st_mtime_ns for path in sorted(folder.glob("*.safetensors"))]
+        key = (
+            name,
+            [
+                path.stat().st_mtime_ns
+                for pattern in ("*.safetensors", TORCH_FILE)
+                for path in sorted(folder.glob(pattern))
+            ],
+        )
         if self.last is None or self.last[0] != key:
             self.last = None  # frees its memory for the next one
             model, tokenizer = script.load_captioner(folder)
@@ -155,7 +165,7 @@ def caption_photo(model, tokenizer, photo, options, prompt=""):
     captions = []
     for row, log_prob in zip(rows, log_probs.tolist(), strict=True):
         ids = trim(row, len(prompt), model.config.eos_token_id).tolist()
-        words = [word for word, _ in group_words(tokenizer, ids)]
+        words = [printable(word) for word, _ in group_words(tokenizer, ids)]
         captions.append(dict(ids=ids, words=words, caption=tokenizer.decode(ids[1:]).strip(), log_probability=log_prob))
     return captions
 

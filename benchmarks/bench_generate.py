@@ -20,7 +20,7 @@ import torch
 from captioners import make_batch, make_pair
 from captioning.decoding.cached_decoder import cuda_graphs_disabled
 from captioning.decoding.search import generate_ids
-from timing import check_device, interleaved, machine, median_and_range, peak_on_a_gpu
+from timing import check_device, interleaved, machine, median_and_range, peak_on_a_gpu, unless_out_of_memory
 
 NEW = 20  # tokens of each caption
 
@@ -78,8 +78,14 @@ def floor(model, batch, device, dtype):
 
 
 def compare(title, candidates, reference, rounds, device):
-    """Time candidates {name: function -> ids}, print a row for each with its ratio to `reference` -> {name: seconds}"""
-    ids = {name: function() for name, function in candidates.items()}
+    """Time candidates {name: function -> ids}, print a row for each with its ratio to `reference` -> {name: seconds}.
+    One that runs out of memory has a row that says so, and no seconds."""
+    ids = {name: unless_out_of_memory(function) for name, function in candidates.items()}
+    for name in [name for name, result in ids.items() if result is None]:
+        del ids[name]
+        print(f"| {title} | {name} | out of memory |" + " |" * 4, flush=True)
+    candidates = {name: function for name, function in candidates.items() if name in ids}
+    reference = reference if reference in ids else next(iter(ids), None)
     for name, result in ids.items():
         if result.shape != ids[reference].shape:
             raise RuntimeError(f"{title}, {name}: ids {tuple(result.shape)} instead of {tuple(ids[reference].shape)}")
@@ -98,24 +104,16 @@ def compare(title, candidates, reference, rounds, device):
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: %(default)s)")
-    args = parser.parse_args(argv)
-    check_device(args.device)
-    device, cuda = args.device, args.device == "cuda"
-    dtype = torch.bfloat16 if cuda else torch.float32
-    ours, theirs = make_pair(device, dtype)
+def measure(ours, theirs, batch_sizes, rounds, device):
+    """Time both models of `make_pair` with each batch size and print a table."""
+    cuda, dtype = device == "cuda", ours.gpt.tok_emb.weight.dtype
     ours.config.eos_token_id, theirs.generation_config.eos_token_id = -1, None  # all captions have NEW tokens
-    print(f"{machine()}\n\n    python benchmarks/bench_generate.py --device {device}\n")
     bf16 = partial(torch.autocast, device, torch.bfloat16)
     batches = []
-    for batch in args.batch_sizes:
+    for batch in batch_sizes:
         seconds = floor(ours, batch, device, dtype)
-        images, _ = make_batch(batch, 1, 2, device, dtype=dtype)
-        start = torch.full((batch, 1), 50256, device=device)
+        images, _ = make_batch(batch, 1, 2, device, img_size=ours.preprocessing["img_size"], dtype=dtype)
+        start = torch.full((batch, 1), ours.config.vocab_size - 1, device=device)
         with torch.inference_mode():
             levels = ours.levels(images)
         batches.append((batch, seconds, images, levels, start))
@@ -129,13 +127,14 @@ def main(argv=None):
         else:
             candidates["ours, bf16 layers"] = partial(greedy, context=bf16)
         work = f"greedy, batch {batch}, 20 tokens"
-        times = compare(work, candidates, "generate", args.rounds, device)
-        print(f"| {work} | the floor | {1000 * seconds:,.0f} | ours takes {times['ours'] / seconds:.2f} x | |")
+        times = compare(work, candidates, "generate", rounds, device)
+        if "ours" in times:
+            print(f"| {work} | the floor | {1000 * seconds:,.0f} | ours takes {times['ours'] / seconds:.2f} x | |")
         candidates = {
             "generate": partial(hf_generate, theirs, levels, beams=4),
             "ours": partial(our_generate, ours, levels, start, num_beams=4),
         }
-        compare(f"beam 4, batch {batch}, 20 tokens", candidates, "generate", args.rounds, device)
+        compare(f"beam 4, batch {batch}, 20 tokens", candidates, "generate", rounds, device)
     batch, _, images, _, start = batches[0]
     greedy = partial(our_generate, ours, images, start, deterministic=True)
     candidates = {
@@ -145,7 +144,19 @@ def main(argv=None):
     }
     if not cuda:
         candidates["ours, bf16"] = partial(greedy, context=bf16)
-    compare(f"image and greedy, batch {batch}", candidates, "naive", args.rounds, device)
+    compare(f"image and greedy, batch {batch}", candidates, "naive", rounds, device)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: %(default)s)")
+    args = parser.parse_args(argv)
+    check_device(args.device)
+    pair = make_pair(args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
+    print(f"{machine()}\n\n    python benchmarks/bench_generate.py --device {args.device}\n")
+    measure(*pair, args.batch_sizes, args.rounds, args.device)
 
 
 if __name__ == "__main__":

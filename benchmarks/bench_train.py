@@ -21,7 +21,15 @@ import torch
 from torch import nn
 
 from captioners import make_batch, make_pair
-from timing import check_device, interleaved, machine, median_and_range, peak_on_a_gpu
+from timing import (
+    check_device,
+    free_memory,
+    interleaved,
+    machine,
+    median_and_range,
+    peak_on_a_gpu,
+    unless_out_of_memory,
+)
 
 TOKENS, CAPTIONS = 20, 5
 WAYS = ("Hugging Face as used", "Hugging Face, shared encoder outputs", "ours", "ours, from cached tokens")
@@ -38,6 +46,13 @@ def freeze(ours, theirs):
     counts = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (ours, theirs)]
     if counts[0] != counts[1]:
         raise RuntimeError(f"ours trains {counts[0]:,} parameters, theirs {counts[1]:,}")
+
+
+def unfreeze(ours, theirs):
+    """Undo `freeze`."""
+    del ours.pretrained_parameters
+    for model in (ours, theirs):
+        model.requires_grad_(True).train()
 
 
 def labels_of(ids):
@@ -88,22 +103,25 @@ class Step:
 
 def make_inputs(ours, images, device):
     """-> (pixels, ids, the encoder's `levels` as a token cache returns them) for a number of images."""
-    pixels, ids = make_batch(images, CAPTIONS, TOKENS, device)
+    config, img_size = ours.config, ours.preprocessing["img_size"]
+    pixels, ids = make_batch(images, CAPTIONS, TOKENS, device, config.vocab_size, img_size)
     with torch.no_grad():
         levels = ours.levels(pixels)
     return pixels, ids, levels
 
 
-def flops(images, frozen):
+def flops(images, frozen=False, captions=CAPTIONS, T=TOKENS, labels=None):
     """Floating-point operations of the matrix products of one of our steps: 2 for each weight and row in the forward
-    pass, and as many for each of the two gradients that is computed."""
-    C, N, T, depth = 768, 197, TOKENS, 12
+    pass, and as many for each of the two gradients that is computed. `captions` of an image have T tokens each, padding
+    included, and the step has `labels`, by default T - 1 a caption."""
+    C, N, depth = 768, 197, 12
+    labels = images * captions * (T - 1) if labels is None else labels
     block = 12 * C * C  # weights of a ViT block, and of a GPT-2 block without cross-attention
     vit = images * depth * (2 * N * block + 4 * N * N * C) + images * 2 * 196 * C * 768
-    text = images * CAPTIONS * T
+    text = images * captions * T
     decoder = depth * (2 * text * (block + 2 * C * C) + 2 * images * N * 2 * C * C)
-    decoder += depth * images * CAPTIONS * (4 * T * T * C + 4 * T * N * C)
-    head = 2 * images * CAPTIONS * (T - 1) * 50257 * C
+    decoder += depth * images * captions * (4 * T * T * C + 4 * T * N * C)
+    head = 2 * labels * 50257 * C
     if frozen:  # encoder: forward only; decoder: gradients of all activations, of weights only in cross-attention
         cross = depth * (2 * text * 2 * C * C + 2 * images * N * 2 * C * C)
         return vit + 2 * (decoder + head) + cross
@@ -122,33 +140,46 @@ def measured_rate(device):
     return 2 * side**3 / min(interleaved({"matmul": multiply}, rounds=9, warmup=2, device=device)["matmul"])
 
 
-def compare(frozen, images, rounds, device):
-    """Time the steps of all WAYS with `images` images and print a row for each."""
-    ours, theirs = make_pair(device)
-    inputs = make_inputs(ours, images, device)
-    with torch.no_grad():  # without dropout all losses are equal
+def check_losses(ours, theirs, device):
+    """Raise RuntimeError unless both models, in eval mode, have the same loss in all WAYS."""
+    inputs = make_inputs(ours, 2, device)
+    with torch.no_grad():
         losses = {way: loss_of(way, ours, theirs, *inputs).item() for way in WAYS}
     if max(losses.values()) - min(losses.values()) > 1e-3:
         raise RuntimeError(f"the losses differ: {losses}")
+
+
+def compare(ours, theirs, frozen, images, rounds, device):
+    """Time the steps of all WAYS with `images` images and print a row for each, also where it runs out of memory."""
+    inputs = make_inputs(ours, images, device)
     ours.train(), theirs.train()
     if frozen:
         freeze(ours, theirs)
-    ways = WAYS if frozen else WAYS[:3]
-    steps = {way: Step(way, ours, theirs, inputs, device) for way in ways}
-    cuda = device == "cuda"
-    peak = {way: peak_on_a_gpu(step) for way, step in steps.items()} if cuda else {}
+    steps = {way: Step(way, ours, theirs, inputs, device) for way in (WAYS if frozen else WAYS[:3])}
+    cuda, weights = device == "cuda", "frozen" if frozen else "all train"
+    peak = {way: unless_out_of_memory(peak_on_a_gpu, step) for way, step in steps.items()} if cuda else {}
+    for way in [way for way, memory in peak.items() if memory is None]:
+        del steps[way]
+        print(f"| {weights} | {images} | {way} | out of memory |" + " |" * 6, flush=True)
     seconds = interleaved(steps, rounds, warmup=3 if cuda else 1, device=device)
     rate = measured_rate(device)
     for way, times in seconds.items():
         captions = median_and_range([images * CAPTIONS / time for time in times])
-        over = [statistics.median(a / b for a, b in zip(seconds[WAYS[i]], times, strict=True)) for i in (0, 1)]
+        over = [
+            f"{statistics.median(a / b for a, b in zip(seconds[other], times, strict=True)):.2f}"
+            if other in seconds
+            else ""
+            for other in WAYS[:2]
+        ]
         achieved = flops(images, frozen) / statistics.median(times)
-        cells = ["frozen" if frozen else "all train", images, way, captions, f"{over[0]:.2f}", f"{over[1]:.2f}"]
+        cells = [weights, images, way, captions, *over]
         cells += [f"{achieved / rate:.0%}" if way == "ours" else "", f"{peak[way]:.1f} GiB" if cuda else ""]
         if cuda:
             cells += [f"{images / statistics.median(times):,.0f}", f"{achieved / 1e12:.0f}" if way == "ours" else ""]
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-    print(f"<!-- matmul {rate / 1e9:,.0f} GFLOP/s -->")
+    print(f"<!-- matmul {rate / 1e9:,.0f} GFLOP/s -->", flush=True)
+    if frozen:
+        unfreeze(ours, theirs)
 
 
 def peak_memory(way, images):
@@ -206,9 +237,12 @@ def main(argv=None):
     columns = ["weights", "images", "way", "captions/s", "over as used", "over shared", "MFU", "memory of a step"]
     columns += ["images/s", "TFLOP/s"] if args.device == "cuda" else []
     print("| " + " | ".join(columns) + " |\n" + "| --- " * len(columns) + "|")
+    ours, theirs = make_pair(args.device)
+    check_losses(ours, theirs, args.device)
     for images in args.batch_sizes:
         for frozen in (False, True):
-            compare(frozen, images, args.rounds, args.device)
+            compare(ours, theirs, frozen, images, args.rounds, args.device)
+            free_memory()
 
 
 if __name__ == "__main__":

@@ -13,18 +13,22 @@ sys.path.insert(0, str(REPO_ROOT / "MyLLM_Vit_gpt2_captioning"))
 import MyLLM_Vit_gpt2_captioning as script
 
 
+def make_ours(device="cpu", dtype=torch.float32, **changes):
+    """-> our model in eval mode with random weights; `changes` are model constants."""
+    torch.manual_seed(0)
+    constants = dict(encoder_weights="scratch", decoder_weights="scratch", coupling="final") | changes
+    return script.VisionGPT2Model(script.complete(constants, script.model_config)).eval().to(device, dtype)
+
+
 def make_pair(device="cpu", dtype=torch.float32, **changes):
     """-> (our model, Hugging Face's) in eval mode with the same weights; `changes` are model constants."""
     from transformers import VisionEncoderDecoderModel
 
-    torch.manual_seed(0)
-    constants = dict(encoder_weights="scratch", decoder_weights="scratch", coupling="final") | changes
-    config = script.complete(constants, script.model_config)
-    ours = script.VisionGPT2Model(config).eval()
+    ours = make_ours(**changes)
     with tempfile.TemporaryDirectory() as folder:
         ours.export_to_transformers(folder)
         theirs = VisionEncoderDecoderModel.from_pretrained(folder).eval()
-    theirs.config.decoder_start_token_id = theirs.config.pad_token_id = config.eos_token_id
+    theirs.config.decoder_start_token_id = theirs.config.pad_token_id = ours.config.eos_token_id
     return ours.to(device, dtype), theirs.to(device, dtype)
 
 

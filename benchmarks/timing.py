@@ -1,5 +1,6 @@
 """Timing for all benchmarks: candidates measured in turns, medians with ranges, a description of the machine."""
 
+import gc
 import os
 import platform
 import statistics
@@ -58,6 +59,37 @@ def peak_on_a_gpu(function):
     function()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def is_out_of_memory(error):
+    """Whether an exception, or one that it was raised from or after, says that the GPU has not enough memory."""
+    import torch
+
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def unless_out_of_memory(function, *args):
+    """-> the function's result, or None where the GPU has not enough memory for it; all that it held is freed."""
+    try:
+        return function(*args)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    free_memory()  # only here: the traceback held the function's tensors
+    return None
+
+
+def free_memory():
+    """Give memory that nothing uses any more back to the GPU."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def check_device(device):

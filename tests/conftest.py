@@ -18,6 +18,7 @@ from PIL import Image
 REPO_ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO_ROOT / "MyLLM_Vit_gpt2_captioning"), str(REPO_ROOT)]
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub fails at once
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else it asks a server for newer versions when it is imported
 os.environ["MPLBACKEND"] = "agg"  # no window, also where there is a display
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: more threads only wait for each other; child processes', too
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(REPO_ROOT / ".pytest_cache" / "compiled")  # a minute's work the first time

@@ -16,6 +16,7 @@ import resource
 import shutil
 import stat
 import struct
+import sys
 import tarfile
 import zipfile
 from functools import partial
@@ -26,11 +27,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 from safetensors.torch import save_file
 
 from captioning.common.files import CONFIG_FILE, TOKENIZER_FILE, TORCH_FILE, WEIGHTS_FILE, write_atomically
 from captioning.data import dataset_check, downloads, photo_store, sources
+from captioning.data.conventions import is_photo_file
 from captioning.data.resumable_work import Jobs
 from captioning.data.shards import reading, streaming, writing
 from captioning.data.token_cache import TokenCache
@@ -72,13 +74,17 @@ def row(key, outcome):
     words = re.sub(r"(not a readable image|not a whole tar file) \(.*?\)(?=[.]|$)", r"\1 (why)", words)
     words = re.sub(r"(could not be written|cannot be made|not valid JSON|not a usable zip archive) \(.*?\)(;|$)",
                    r"\1 (why)\2", words)  # fmt: skip
-    return f"| {key[1]} | {' '.join(words.split())} |".replace("\0", "\\0")
+    words = re.sub(r"([|<&])", r"\\\1", " ".join(words.split()))
+    return f"| {key[1]} | {words} |"
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 255, (24, 32, 3), dtype=np.uint8)
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
 
 
 def save(path, pixels=PIXELS, **options):
@@ -145,14 +151,60 @@ def _(tmp_path):
     load_image(save(tmp_path / "photo.tif", np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)))
 
 
-@case("Images", "palette with transparency")
+@case("Images", "transparency: of a palette, a channel, one colour")
 def _(tmp_path, recwarn):
-    image = Image.new("P", (8, 8), 1)
-    image.putpalette([255, 0, 0, 0, 255, 0])
-    image.save(tmp_path / "photo.png", transparency=bytes([0, 128]))
-    assert (np.asarray(load_image(tmp_path / "photo.png")) == (0, 255, 0)).all()
+    def read_as(image, **options):
+        image.save(tmp_path / "photo.png", **options)
+        return np.asarray(load_image(tmp_path / "photo.png"))
+
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    assert (read_as(palette, transparency=bytes([0, 128])) == (127, 255, 127)).all()
+    assert (read_as(palette) == (0, 255, 0)).all()
+    assert (read_as(Image.new("RGBA", (8, 8), (9, 9, 9, 0))) == 255).all()
+    assert (read_as(Image.new("LA", (8, 8), (0, 255))) == 0).all()
+    assert (read_as(Image.new("RGB", (8, 8), (1, 2, 3)), transparency=(1, 2, 3)) == 255).all()
+    assert (read_as(Image.new("L", (8, 8), 7), transparency=7) == 255).all()
+    opaque = np.dstack([PIXELS, np.full(PIXELS.shape[:2], 255, np.uint8)])
+    assert np.array_equal(read_as(Image.fromarray(opaque)), PIXELS)
     assert not any(issubclass(warning.category, UserWarning) for warning in recwarn)
-    return "read with its colours as they are stored; transparency is left out"
+    return "read, what is transparent on white"
+
+
+@case("Images", "AVIF")
+def _(tmp_path):
+    if not features.check("avif"):
+        pytest.skip("this Pillow was built without AVIF")
+    path = save(tmp_path / "photo.avif", np.full((16, 16, 3), (200, 40, 40), np.uint8), quality=95)
+    assert abs(np.asarray(load_image(path)).mean((0, 1)) - (200, 40, 40)).max() < 6
+    assert is_photo_file(path)
+    return "read, by Pillow"
+
+
+@case("Images", "HEIC, without the library pillow-heif")
+def _(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "photo.heic").write_bytes(HEIC)
+    assert "pip install pillow-heif" in dataset_check.read_photo(tmp_path / "photo.heic").fault
+    with pytest.raises(ValueError, match=r"photo\.heic: not a readable image \(HEIC, .*: pip install pillow-heif\)"):
+        load_image(tmp_path / "photo.heic")
+    return "refused as any unreadable image, with the command that installs the library"
+
+
+@case("Images", "HEIC, with it")
+def _(tmp_path, monkeypatch):
+    """The library stands in for itself: it makes Pillow open the file."""
+
+    def register():
+        monkeypatch.setattr(Image, "open", lambda source: Image.fromarray(PIXELS))
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
+    path = tmp_path / "photo.heic"
+    path.write_bytes(HEIC)
+    with open(path, "rb") as file:
+        assert np.array_equal(np.asarray(load_image(file)), PIXELS)
+    assert np.array_equal(np.asarray(load_image(path)), PIXELS) and is_photo_file(path)
+    return "read"
 
 
 @case("Images", "animated GIF")
@@ -433,9 +485,71 @@ def _(tmp_path):
     return "read as they are"
 
 
-@case("Captions", "an unquoted separator")
+def said_of(folder, capsys, text="have|left out|unescaped|read as|is a|taken for|separated by"):
+    """What `load_usable` says about the files it reads, in the line in which one of the words is."""
+    sources.load_usable(folder, None, None, "flickr30k")
+    return next(line for line in capsys.readouterr().out.splitlines() if re.search(text, line))
+
+
+def rewritten(flickr, content, name="captions.csv"):
+    """The folder with other captions in place of its own."""
+    (flickr / "results.csv").unlink(missing_ok=True)
+    (flickr / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return flickr
+
+
+PHOTOS = [f"{1000 + i}.jpg" for i in range(12)]
+
+
+@case("Captions", "a separator in a caption that is not quoted, in the last column")
+def _(flickr, capsys):
+    with open(flickr / "results.csv", "a") as file:
+        file.write("1000.jpg| 2| a man | a dog\n")
+    said = said_of(flickr, capsys)
+    assert sources.load(flickr)["caption"].iloc[-1] == "a man | a dog"
+    return said
+
+
+@case("Captions", "a separator in a caption that is not quoted, in another column")
 def _(tmp_path):
-    read(tmp_path, "image_name| comment_number| comment\n1.jpg| 0| a dog\n1.jpg| 1| a | b\n", "results.csv")
+    read(tmp_path, "caption,image\na dog,1.jpg\na dog, running,1.jpg\n")
+
+
+@case("Captions", "a row of nothing but separators")
+def _(flickr, capsys):
+    with open(flickr / "results.csv", "a") as file:
+        file.write("|||\n")
+    return said_of(flickr, capsys, "left out")
+
+
+@case("Captions", "a row that breaks off")
+def _(flickr, capsys):
+    with open(flickr / "results.csv", "a") as file:
+        file.write("1000.jpg| 2")
+    return said_of(flickr, capsys, "left out")
+
+
+@case("Captions", "separators and column names of spreadsheets")
+def _(flickr, capsys):
+    lines = ["Image Name;Comment", *(f"{name};a {name}" for name in PHOTOS)]
+    return said_of(rewritten(flickr, "\r\n".join(lines)), capsys)
+
+
+@case("Captions", "a table without column names")
+def _(flickr, capsys):
+    said = said_of(
+        rewritten(flickr, "".join(f"{name},a dog, {name}\n" for name in PHOTOS)), capsys, "no line of column"
+    )
+    assert sources.load(flickr)["caption"].iloc[0] == "a dog, 1000.jpg"
+    return said
+
+
+@case("Captions", "text that was written for a web page: `&amp;`, `<b>`, soft hyphens")
+def _(flickr, capsys):
+    text = json.dumps({name: ["a man &amp; a <b>dog</b>&#39;s toy"] for name in PHOTOS})
+    said = said_of(rewritten(flickr, text, "captions.json"), capsys)
+    assert set(sources.load(flickr)["caption"]) == {"a man & a dog's toy"}
+    return said
 
 
 @case("Captions", "a quotation mark that nothing closes, in CSV")
@@ -443,11 +557,10 @@ def _(tmp_path):
     read(tmp_path, 'image,caption\n1.jpg,"a dog\n2.jpg,a cat\n')
 
 
-@case("Captions", "NUL bytes")
-def _(tmp_path, bpe):
-    assert read(tmp_path, "image,caption\n1.jpg,a\0dog\n2.jpg,b\n") == ["a\0dog", "b"]
-    assert bpe.decode(bpe.encode("a\0dog")) == "a\0dog"
-    return "read; a token like any other"
+@case("Captions", "NUL, and what colours a terminal, rings its bell, moves its cursor")
+def _(tmp_path):
+    assert read(tmp_path, "image,caption\n1.jpg,a\0 \x1b[31mred\x1b[0m\a dog\b\n2.jpg,b\n") == ["a red dog", "b"]
+    return "read without them"
 
 
 @case("Captions", "100,000 characters")
@@ -481,10 +594,19 @@ def _(flickr, capsys):
     return usable(flickr, capsys, "a dog \ud83d runs")
 
 
-@case("Captions", "Latin-1")
+@case("Captions", "Latin-1 or Windows-1252, all of the file")
 def _(flickr, capsys):
     with open(flickr / "results.csv", "ab") as file:
-        file.write("1000.jpg| 2| ein Käfer\n".encode("latin-1"))
+        file.write("1000.jpg| 2| ein “Käfer”\n".encode("cp1252"))
+    said = said_of(flickr, capsys)
+    assert sources.load(flickr)["caption"].iloc[-1] == "ein “käfer”"
+    return said
+
+
+@case("Captions", "Latin-1 in a file of UTF-8")
+def _(flickr, capsys):
+    with open(flickr / "results.csv", "ab") as file:
+        file.write("1000.jpg| 2| ein Käfer\n".encode() + "1000.jpg| 3| ein Käfer\n".encode("latin-1"))
     return left_out(flickr, capsys)
 
 
@@ -506,6 +628,40 @@ def _(flickr, capsys):
     said = left_out(flickr, capsys)
     assert "left out 2 of 26 rows" in said
     return said
+
+
+@case("Captions", "names of photos from Windows, in another case, without ending, with letters taken apart")
+def _(flickr, capsys):
+    (flickr / "flickr30k_images" / "1003.jpg").rename(flickr / "flickr30k_images" / "a\u0308.jpg")
+    names = ["C:\\data\\train\\1000.jpg", "1001.JPG", "1002", "\u00e4.jpg", *PHOTOS[4:]]
+    said = said_of(
+        rewritten(flickr, json.dumps({name: ["a dog"] for name in names}), "captions.json"), capsys, "another"
+    )
+    assert sources.load(flickr)["image"].map(Path.is_file).all()
+    return said
+
+
+@case("Captions", "a photo's name that fits two")
+def _(flickr):
+    shutil.copy(flickr / "flickr30k_images" / "1000.jpg", flickr / "flickr30k_images" / "1000.jpeg")
+    sources.load(rewritten(flickr, json.dumps({"1000": ["a dog"]}), "captions.json"))
+
+
+@case("Captions", "a folder of which no file holds captions")
+def _(flickr):
+    sources.load(rewritten(flickr, "image,label\n1000.jpg,3\n", "labels.csv"))
+
+
+@case("Captions", "files that macOS and Windows leave behind: ._a.jpg, __MACOSX, Thumbs.db")
+def _(flickr):
+    folder = flickr / "flickr30k_images"
+    for name in PHOTOS:
+        (folder / name).with_suffix(".txt").write_text(name)
+        (folder / f"._{name}").write_bytes(b"\0\5\x16\7")
+        (folder / f"._{name}").with_suffix(".txt").write_bytes(b"\0\5\x16\7Mac OS X")
+    (flickr / "results.csv").unlink()
+    assert sources.load(flickr)["caption"].tolist() == PHOTOS
+    return "ignored, in folders and in tars"
 
 
 @case("Captions", "a photo's name that leads out of the folder")
@@ -582,6 +738,38 @@ for place in (
     ("preprocessing", "img_size", None),
 ):
     wrong_type(*place)
+
+
+def lying_size(section, key, value):
+    @case("Files", f"`config.json` with {f'`{section}`, ' if section else ''}`{key}` {json.dumps(value)}")
+    def _(script, captioner):
+        config = json.loads((captioner / "config.json").read_text())
+        (config["model_config"][section] if section else config["model_config"])[key] = value
+        (captioner / "config.json").write_text(json.dumps(config))
+        built = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(script.VisionGPT2Model, "__init__", lambda *args, **options: built.append(args))
+            try:
+                script.load_captioner(captioner)
+            finally:
+                assert not built  # the header of the weights is compared first
+
+
+for lie in ((None, "depth", 10**6), (None, "vocab_size", 10**12), ("encoder_options", "depth", 10**6)):
+    lying_size(*lie)
+
+
+@case(
+    "Files",
+    "weights as `torch.compile`, DistributedDataParallel and PyTorch Lightning save them, in `captioner.pt` only",
+)
+def _(script, captioner, tiny_model):
+    (captioner / WEIGHTS_FILE).unlink()
+    wrapped = {f"model.module._orig_mod.{name}": tensor for name, tensor in tiny_model.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": wrapped}, captioner / TORCH_FILE)
+    model, _ = script.load_captioner(captioner)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny_model.parameters(), strict=True))
+    return "loaded, as strictly as any"
 
 
 @case("Files", "`config.json` whose `encoder_options` name a file for timm to load (`checkpoint_path`)")
@@ -747,7 +935,7 @@ damaged_record("shards with a damaged manifest", damaged_shards)
 @case("Files", "a tensor of the wrong shape, one missing, one unknown")
 def _(script, captioner, tiny_model):
     weights = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
-    weights["gpt.pos_emb.weight"] = torch.zeros(3, 32)
+    weights["encoder.vit.pos_embed"] = torch.zeros(1, 3, 24)
     weights["stranger"] = weights.pop("gpt.final_norm.scale")
     save_file(weights, captioner / WEIGHTS_FILE)
     script.load_captioner(captioner)

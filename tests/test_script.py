@@ -85,7 +85,7 @@ def test_help_shows_every_constant_with_comment_and_default(script, capsys):
 
 
 def test_importing_the_script_uses_no_network():
-    """albumentations would ask for updates, a tokenizer would be downloaded."""
+    """A tokenizer would be downloaded."""
     code = (
         "import socket, sys\n"
         "def refuse(*args, **kwargs): sys.exit('the network was used')\n"
@@ -108,6 +108,22 @@ def whole_run(tmp_path_factory):
             ["--data_dir", str(make_flickr(folder / "data")), "--model_path", str(folder / "captioner"), *TINY]
         )
     return folder / "captioner", result, said.getvalue()
+
+
+def test_training_needs_neither_albumentations_nor_opencv(flickr, tmp_path):
+    """Both are only for pipelines that a user makes; a broken installation of them stops nothing."""
+    code = (
+        "import sys\n"
+        "sys.modules |= dict.fromkeys(('albumentations', 'albucore', 'cv2'))  # None: importing it is an error\n"
+        "import MyLLM_Vit_gpt2_captioning as script\n"
+        "script.main(sys.argv[1:])\n"
+    )
+    options = ["--data_dir", str(flickr), "--model_path", str(tmp_path / "captioner"), *TINY, "--epochs", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *options], cwd=SCRIPT.parent, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "captioner" / "captioner.safetensors").is_file()
 
 
 def test_whole_script_on_twelve_photos(whole_run):

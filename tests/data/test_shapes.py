@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from captioning.data import shapes, sources
+from captioning.data import shapes
+from captioning.data.conventions import RESULTS_FILE
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_pictures_show_their_scene():
 def test_dataset_is_made_once_and_remade_when_settings_change(tmp_path):
     folder = tmp_path / "shapes"
     shapes.write_dataset(folder, train_scenes=24)
-    results = folder / sources.RESULTS_FILE
+    results = folder / RESULTS_FILE
     first, written = results.read_text(), results.stat().st_mtime_ns
     shapes.write_dataset(folder, train_scenes=24)
     assert results.stat().st_mtime_ns == written

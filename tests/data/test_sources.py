@@ -91,7 +91,7 @@ def test_questions_and_given_splits(photos):
         ("captions.json", "[1", r"captions\.json: not valid JSON"),
         ("captions.json", '{"0.jpg": 5}', r"captions\.json: not in a format that is known"),
         ("Flickr8k.token.txt", "0.jpg#0\ta dog\n0.jpg a\n", r"token\.txt, line 2: expected 'photo\.jpg#0', a tab"),
-        ("captions.csv", "image,caption\n0.jpg,a dog, running\n1.jpg,a\n", r"line 2: more fields than the header has"),
+        ("captions.csv", "caption,image\na dog, running,0.jpg\n", r"line 2: more fields than the header has"),
         ("captions.json", '{"0.jpg": [{"raw": "a dog"}]}', r"entry 0: the caption is \{'raw': 'a dog'\}, not a text"),
         ("captions.csv", "image,caption,split\n0.jpg,a,exam\n", r"captions\.csv, line 2: unknown split 'exam'"),
         ("captions.csv", "image,caption,split\n0.jpg,a,train\n0.jpg,b,val\n", r"0\.jpg is in more than one split"),
@@ -121,13 +121,15 @@ def test_an_absolute_name_inside_the_folder_is_taken(photos):
 def test_captions_that_are_not_utf8_are_counted_and_named(photos, capsys):
     flickr8k(photos)
     path = photos / "captions.txt"
-    path.write_bytes(path.read_bytes().replace(b"caption 1 of 3.jpg", b"caf\xe9 au lait") + b"\n2.jpg,\n")
+    path.write_bytes(
+        path.read_bytes().replace(b"caption 1 of 3.jpg", b"caf\xe9 au lait") + "\n2.jpg,\n4.jpg,Käfer\n".encode()
+    )
     df = sources.drop_unusable(sources.load(photos), path)
-    assert len(df) == 11
-    assert df.index.tolist() == list(range(11))
+    assert len(df) == 12
+    assert df.index.tolist() == list(range(12))
     said = capsys.readouterr().out
-    assert "left out 1 of 13 rows; the first, line 14, has no caption: " in said
-    assert "left out 1 of 13 rows; the first, line 9, has a caption that is not UTF-8: " in said
+    assert "left out 1 of 14 rows; the first, line 14, has no caption: " in said
+    assert "left out 1 of 14 rows; the first, line 9, has a caption that is not UTF-8: " in said
     (photos / "captions.txt").write_bytes("\ufeffimage,caption\r\n0.jpg,ein Käfer\r\n".encode() * 1)
     assert sources.read_captions(photos / "captions.txt")["caption"].tolist() == ["ein käfer"]  # BOM, CRLF
 

@@ -298,6 +298,22 @@ def test_a_pickled_cache_reads_the_same_files(tiny_model, photos, tmp_path):
     assert all(map(torch.equal, pickle.loads(pickled)[photos[2]], expected))
 
 
+def test_mixed_precision_is_for_a_gpu(tiny_model, photos, tmp_path, monkeypatch):
+    """There tokens are computed as training would, into another cache; on a CPU float32 stays the only one."""
+    plain = TokenCache(tmp_path, tiny_model)
+    assert {TokenCache(tmp_path, tiny_model, precision=p).folder for p in ("auto", "float32", "bf16")} == {plain.folder}
+    tokens = TokenCache(tmp_path, tiny_model, precision="bf16").fill(tiny_model, photos).batch(photos)[0]
+    assert_stored(tokens, tokens_of(tiny_model, photos)[0])
+    monkeypatch.setattr(token_cache, "MIXED_PRECISION_DEVICES", ("cpu",))  # as if it were one
+    mixed = TokenCache(tmp_path, tiny_model, precision="bf16")
+    assert TokenCache(tmp_path, tiny_model, precision="float32").folder == plain.folder != mixed.folder
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = tokens_of(tiny_model, photos)[0]
+    stored = mixed.fill(tiny_model, photos, batch_size=PHOTOS).batch(photos)[0]
+    assert torch.equal(stored, expected.half())
+    assert not torch.equal(stored, tokens)
+
+
 # --- in training ------------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 import gc
 import warnings
 import weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -343,64 +343,106 @@ def test_what_cannot_be_recorded_is_run(ending, graphs_on_cpu, monkeypatch):
     assert "not permitted when stream is capturing" in said[0]
 
 
-def test_what_is_asked_of_pytorch(monkeypatch):
-    """One pool for all recordings of a decoder, one stream for all of a device, other threads are let be, and autocast
-    keeps nothing. What a failure there hides is said."""
-    asked, within = [], []
+class PytorchGraphs:
+    """Stands in for PyTorch's part: `done` lists what it was asked, in order. A capture in which something failed ends
+    with an error of its own."""
 
-    class Graph:
-        def replay(self):
-            within.append("replay")
+    def __init__(self, monkeypatch):
+        self.done, self.current, self.failing = done, current, failing = [], ["default"], []
+        self.free = 50  # of 100 bytes
 
-    class graph(nullcontext):
-        def __init__(self, *args, **options):
-            super().__init__()
-            asked.append((args[1:], options))
+        class Graph:
+            def capture_begin(self, pool=None, capture_error_mode="global"):
+                done.append(("begin", pool, capture_error_mode, current[-1]))
 
-        def __exit__(self, kind, error, trace):
-            if error:
-                raise RuntimeError("operation failed due to a previous error during capture")
+            def capture_end(self):
+                done.append("end")
+                if failing:
+                    raise RuntimeError("operation failed due to a previous error during capture")
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", graph)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", iter("abc").__next__)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "now")
-    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    monkeypatch.setattr(torch.cuda, "device", nullcontext)
-    device = torch.device("cpu", 1)
-    state = lambda: (torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled())  # noqa: E731
-    first, second = CudaGraphs(device), CudaGraphs(device)
-    with torch.autocast("cpu", torch.bfloat16):
-        for graphs in (first, first, second):
-            for key in (1, 2):
-                graphs.run(key, lambda: within.append(state()))
-        assert torch.is_autocast_cache_enabled()
-    second.run(1, lambda: within.append(state()))
-    first.run(1, None)
-    plain, recorded = (True, True), (True, False)
-    # Run first, then recorded and replayed; without autocast it stays off.
-    assert within == [plain] * 2 + [recorded, "replay"] * 2 + [plain] * 2 + [(False, True), "replay", "replay"]
-    options = dict(capture_error_mode="thread_local")
-    assert asked == [((pool, "stream of cpu:1"), options) for pool in "aab"]
-    second.run(2, lambda: None)
-    assert asked[-1] == (("b", "stream of cpu:1"), options)
-    third = CudaGraphs(device)
-    third.run(1, lambda: None)
-    with pytest.warns(UserWarning, match="without CUDA graphs, more slowly: no such kernel"):
-        third.run(1, failing_once())
+            def replay(self):
+                done.append("replay")
+
+        @contextmanager
+        def stream(name):
+            current.append(name)
+            try:
+                yield
+            finally:
+                current.pop()
+
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", iter("abc").__next__)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty"))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (self.free, 100))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: done.append("wait"))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
+        monkeypatch.setattr(torch.cuda, "stream", stream)
+        monkeypatch.setattr(torch.cuda, "device", nullcontext)
+
+
+@pytest.fixture
+def pytorch_graphs(monkeypatch):
     cuda_graphs._capture_stream.cache_clear()
+    yield PytorchGraphs(monkeypatch)
+    cuda_graphs._capture_stream.cache_clear()
+
+
+def test_what_is_asked_of_pytorch(pytorch_graphs):
+    """One pool for all recordings of a decoder, one stream for all of a device, other threads are let be, and autocast
+    keeps nothing. The allocator is emptied only where memory is short, and nothing waits for the device."""
+    done, device = pytorch_graphs.done, torch.device("cpu", 1)
+    first, second = CudaGraphs(device), CudaGraphs(device)
+
+    def function():
+        done.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+
+    def asked_by(graphs, key):
+        done.clear()
+        graphs.run(key, function)
+        assert pytorch_graphs.current == ["default"]
+        return list(done)
+
+    plain, recorded = (True, True), (True, False)
+    begin_a, begin_b = (("begin", pool, "thread_local", "stream of cpu:1") for pool in "ab")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [asked_by(first, key) for key in (1, 2)] == [[plain], [plain]]  # run first
+        assert asked_by(first, 1) == [begin_a, recorded, "end", "replay"]
+        assert asked_by(first, 2) == [begin_a, recorded, "end", "replay"]
+        assert asked_by(first, 1) == ["replay"]
+        assert asked_by(second, 1) == [plain]
+        assert torch.is_autocast_cache_enabled()
+    pytorch_graphs.free = 5
+    assert asked_by(second, 1) == ["empty", begin_b, (False, True), "end", "replay"]  # off stays off
+
+
+@pytest.mark.parametrize("in_pytorch", [False, True])
+def test_what_failed_in_a_recording_is_said(pytorch_graphs, in_pytorch):
+    """Its end only says that something did. The recording is ended, and the work is done without it."""
+    pytorch_graphs.failing += [True] * in_pytorch
+    graphs = CudaGraphs(torch.device("cpu", 1))
+    graphs.run(1, lambda: None)
+    pytorch_graphs.done.clear()
+    function = failing_once()
+    with pytest.warns(UserWarning, match="without CUDA graphs, more slowly: no such kernel"):
+        graphs.run(1, function)
+    assert pytorch_graphs.done[-1] == "end"
+    assert pytorch_graphs.current == ["default"]
+    assert len(function.calls) == 2
+    pytorch_graphs.done.clear()
+    graphs.run(1, lambda: pytorch_graphs.done.append("eager"))
+    assert pytorch_graphs.done == ["eager"]
 
 
 def failing_once():
     """A function that fails the first time, as one that cannot be recorded does."""
-    calls = []
 
     def function():
-        calls.append(None)
-        if len(calls) == 1:
+        function.calls.append(None)
+        if len(function.calls) == 1:
             raise RuntimeError("no such kernel")
 
+    function.calls = []
     return function
 
 

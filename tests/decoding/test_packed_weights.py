@@ -18,9 +18,9 @@ def count_packing(monkeypatch):
     """The modules whose weights are packed, one by one."""
     calls, product = [], packed_weights._packed_linear
 
-    def counted(module, dtype, onednn):
+    def counted(module, dtype, onednn, fingerprint):
         before = packed_weights._packed.get(module, {}).get(dtype)
-        result = product(module, dtype, onednn)
+        result = product(module, dtype, onednn, fingerprint)
         if packed_weights._packed[module][dtype] is not before:
             calls.append(module)
         return result
@@ -37,6 +37,10 @@ def images():
 @pytest.fixture
 def start(tiny_config):
     return torch.full((3, 1), tiny_config.eos_token_id)
+
+
+def packed_linear(layer, dtype, onednn):
+    return packed_weights._packed_linear(layer, dtype, onednn, packed_weights._fingerprints([layer])[0])
 
 
 def scores(model, images):
@@ -70,9 +74,9 @@ def test_a_product_of_any_number_of_rows(tiny_model, shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         plain = layer(x)
-        product, _ = packed_weights._packed_linear(layer, torch.float32, True)
+        product, _ = packed_linear(layer, torch.float32, True)
         torch.testing.assert_close(product(x), plain, atol=1e-5, rtol=1e-5)
-        half, _ = packed_weights._packed_linear(layer, torch.bfloat16, True)
+        half, _ = packed_linear(layer, torch.bfloat16, True)
         torch.testing.assert_close(half(x), plain, atol=5e-2, rtol=5e-2)
 
 
@@ -121,9 +125,9 @@ def test_casts_never_lie_on_a_parameter():
     """They are written over when weights change; a parameter that was replaced may still be somebody's."""
     layer = torch.nn.Linear(4, 3)
     layer.bias = replaced = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    packed_weights._packed_linear(layer, torch.bfloat16, False)
+    packed_linear(layer, torch.bfloat16, False)
     layer.bias = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
-    product, casts = packed_weights._packed_linear(layer, torch.bfloat16, False)
+    product, casts = packed_linear(layer, torch.bfloat16, False)
     assert replaced.tolist() == [1, 1, 1]
     assert casts[1].tolist() == [0, 0, 0]
     assert torch.equal(product(torch.zeros(1, 4, dtype=torch.bfloat16)), casts[1][None])
@@ -140,3 +144,27 @@ def test_autocast_without_onednn(tiny_model, images, count_packing, monkeypatch)
             assert torch.is_autocast_enabled("cpu")
             torch.testing.assert_close(scores(tiny_model, images), rough, atol=2e-2, rtol=2e-2)
     assert count_packing
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_all_weights_are_looked_at_with_one_read(tiny_model, monkeypatch, autocast):
+    """On a GPU every read of values waits for it."""
+    reads = []
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: not autocast)
+    for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        read = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *args, read=read: reads.append(read) or read(self, *args))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for _ in range(2):  # packs, then finds that nothing has changed
+            reads.clear()
+            with packed_linears(tiny_model.gpt):
+                assert len(reads) == 1
+
+
+def test_every_layer_has_the_sample_of_its_own_weights(tiny_model):
+    layers = [m for m in tiny_model.gpt.trf_blocks.modules() if isinstance(m, torch.nn.Linear)]
+    together = packed_weights._fingerprints(layers)
+    assert together == [packed_weights._fingerprints([layer])[0] for layer in layers]
+    for layer, (weight, bias) in zip(layers, together, strict=True):
+        assert weight[2][0] == layer.weight[0, 0].item()
+        assert bias[2][0] == layer.bias[0].item()

@@ -40,7 +40,7 @@ def change_loss(trainer, monkeypatch, change):
 
     def changed(batch):
         loss = change(real(batch)[0])
-        return loss, loss.item()
+        return loss, loss.detach()
 
     monkeypatch.setattr(trainer.objective, "loss", changed)
 

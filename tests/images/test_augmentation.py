@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from captioning.images.augmentation import may_mirror, random_crop_box
+from captioning.images.augmentation import may_mirror, random_crop_box, random_light, with_light
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,9 @@ def test_a_crop_of_everything_is_the_validation_image(script, photo, resample):
     in another kernel. On photos, larger and smaller than the model's, at most one level of 255 nearly everywhere."""
     for pixels in (photo, photo[:20, :20], np.asarray(Image.fromarray(photo).resize((300, 200)))):
         train_tfms, valid_tfms = script.build_transforms(32, crop_scale=1.0, resample=resample)
-        train_tfms.mirrored = train_tfms.unmirrored
         plain = valid_tfms(image=pixels)["image"]
-        differences = [train_tfms(image=pixels, seed=[seed])["image"] - plain for seed in range(10)]
+        unmirrored = [train_tfms(image=pixels, captions=["left"], seed=[seed])["image"] for seed in range(10)]
+        differences = [image - plain for image in unmirrored]
         levels = min(differences, key=lambda difference: difference.abs().sum()).abs() * 255 / 2  # pixels are -1..1
         assert levels.mean() < 0.1
         assert levels.max() < 3
@@ -71,6 +71,53 @@ def test_training_transform_keeps_hue(script):
         image = script.build_transforms(16)[0](image=red, seed=[seed])["image"] * 0.5 + 0.5
         assert image[0].min() > 0.5
         assert image[1:].max() < 0.2
+
+
+@pytest.mark.parametrize(("contrast", "brightness"), [(0.85, 0.15), (1.15, -0.15), (1.07, 0.031), (1.0, -0.1)])
+def test_light_is_albumentations(photo, contrast, brightness):
+    A = pytest.importorskip("albumentations", exc_type=ImportError)
+    theirs = A.RandomBrightnessContrast().apply(photo, contrast, brightness * 255)
+    assert np.array_equal(with_light(photo, contrast, brightness), theirs)
+
+
+def test_light_is_distributed_as_albumentations():
+    """How often light changes, and the quantiles of the changes: of middle grey (brightness) and of the distance
+    between a dark and a bright grey (contrast)."""
+    A = pytest.importorskip("albumentations", exc_type=ImportError)
+    theirs = A.Compose([A.RandomBrightnessContrast(brightness_limit=0.15, contrast_limit=0.15, p=0.5)], seed=0)
+    generator = np.random.default_rng(0)
+    greys = np.repeat(np.array([[[78], [128], [178]]], dtype=np.uint8), 3, axis=2)  # (1, 3, 3)
+
+    def measured(change):
+        dark, middle, bright = np.array([change(greys)[0, :, 0] for _ in range(3000)], dtype=int).T  # (3000,) each
+        changed = (dark, middle, bright) != greys[0, :, :1]
+        changed = changed.any(axis=0)
+        shares = np.linspace(0, 1, 11)
+        quantiles = [np.quantile(values[changed], shares) for values in (middle - 128, bright - dark - 100)]
+        return changed.mean(), np.concatenate(quantiles)
+
+    our_share, our_quantiles = measured(lambda image: random_light(generator, image))
+    their_share, their_quantiles = measured(lambda image: theirs(image=image)["image"])
+    assert abs(our_share - 0.5) < 0.03 and abs(their_share - 0.5) < 0.03
+    assert np.abs(our_quantiles - their_quantiles).max() <= 4  # of a range of 100 and more, and one of 30
+    assert our_quantiles.min() < -50 and our_quantiles.max() > 50
+
+
+def test_mirror_and_light_are_independent(script):
+    """A mirrored picture is as often brightened as another one, and captions do not change the light."""
+    picture = np.zeros((8, 8, 3), dtype=np.uint8)
+    picture[:, 4:] = 128
+    train_tfms = script.build_transforms(8, crop_scale=1.0, normalized=False)[0]
+    mirrored, changed = [], []
+    for seed in range(400):
+        image, plain = (train_tfms(image=picture, captions=[text], seed=seed)["image"] for text in ("", "left"))
+        mirrored.append(image[0, 0, 0].item() > image[0, 0, -1].item())
+        changed.append(plain[0, 0, -1].item() != 128)
+        assert torch.equal(plain, image.flip(-1) if mirrored[-1] else image)
+    mirrored, changed = np.array(mirrored), np.array(changed)
+    for chosen in (mirrored, ~mirrored):
+        assert 150 < chosen.sum() < 250
+        assert 0.35 < changed[chosen].mean() < 0.65
 
 
 def test_augmentation_depends_on_its_seed_only(script, photo):

@@ -5,9 +5,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from captioning.model.encoders import ConvolutionalRefiner, build_encoder
+from captioning.model.encoders import ConvolutionalRefiner, build_encoder, pool_to_grid
 from captioning.model.positions import SinusoidalPositions
 from conftest import randomize
 
@@ -97,6 +99,44 @@ def test_gpt2_weights_need_a_gpt2_decoder(script, tiny_config, key, value):
 
 
 # --- encoder ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(7, 7), (14, 14), (7, 11), (8, 3), (2, 2), (1, 1)])
+@pytest.mark.parametrize("cells", [1, 3, 7])
+def test_pooling_is_adaptive_pooling(size, cells):
+    """Larger, equal and smaller maps, as values and as gradients."""
+    features = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    weights = torch.randn(2, 3, cells, cells, generator=torch.Generator().manual_seed(1))
+    ours, theirs = pool_to_grid(features, cells), F.adaptive_avg_pool2d(features, cells)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    gradients = [torch.autograd.grad((pooled * weights).sum(), features)[0] for pooled in (ours, theirs)]
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
+    half = features.detach().bfloat16()
+    assert pool_to_grid(half, cells).dtype == torch.bfloat16
+    torch.testing.assert_close(pool_to_grid(half, cells), F.adaptive_avg_pool2d(half, cells), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("options", [dict(refiner=dict(width=16, grid=3, heads=2)), dict(feature_levels=2)])
+def test_every_operation_of_a_cnn_has_a_deterministic_form(options):
+    """Adaptive pooling has none on a GPU, where `--deterministic true` would be an error in the first backward pass."""
+    encoder = build_encoder("resnet10t", 2, "final", {"img_size": 72}, **options)
+    with Operations() as seen:
+        levels = encoder.refine(encoder.levels(torch.randn(2, 3, 72, 72)))
+        sum(level.sum() for level in levels).backward()
+    assert any("convolution_backward" in name for name in seen.names)
+    assert not [name for name in seen.names if "adaptive" in name]
+
+
+class Operations(TorchDispatchMode):
+    """The names of all operations, those of the backward pass included."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.add(str(operation))
+        return operation(*args, **(kwargs or {}))
 
 
 def test_refiner_is_its_formula():

@@ -206,3 +206,15 @@ def test_table_puts_shuffled_scores_beside(tmp_path):
         ("missing candidates", "2", ""),
     ]  # fmt: skip
     assert evaluation.as_table(scores).splitlines()[1].split() == ["CIDEr", "0.5000", "0.1000"]
+
+
+def test_a_captioner_that_is_looked_at(captioner, flickr, capsys):
+    """--diagnose says what is wrong with a captioner, here one that has not been trained, and with a dataset; nothing
+    is written."""
+    before = sorted(captioner.rglob("*"))
+    findings = evaluate_captions.main([str(captioner), "--data", str(flickr), "--split", "val", "--diagnose"])
+    said = capsys.readouterr().out
+    assert "100%  captions that begin with BOS" in said
+    assert "different ones among them" in said
+    assert all(str(finding) in said for finding in findings)
+    assert sorted(captioner.rglob("*")) == before

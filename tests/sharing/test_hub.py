@@ -26,6 +26,7 @@ import export_to_hub
 from captioning.command_line.recipes import read_recipe
 from captioning.common.files import write_atomically
 from captioning.common.hub_errors import explain
+from captioning.common.printable import printable
 from captioning.model import checkpoint
 from captioning.sharing import hub_folder, model_card, upload
 from conftest import REDUCED_ENCODERS, REPO_ROOT, randomize
@@ -189,7 +190,7 @@ def test_the_example_knows_every_encoder(encoder, script, tiny_config, bpe, tmp_
     export_to_hub.main(["anna/tiny", "--checkpoint", str(tmp_path / "own"), "--dry-run", str(tmp_path / "shared")])
     expected = script.caption_images(model, bpe, SCENES)
     assert [line.split() for line in run_example(tmp_path / "shared", SCENES, monkeypatch, capsys)] == [
-        caption.split() for caption in expected
+        printable(caption).split() for caption in expected
     ]
     assert "timm>=" in (tmp_path / "shared" / "requirements.txt").read_text()
 
@@ -209,7 +210,7 @@ def test_a_hugging_face_captioner_is_shared_as_one_of_ours(script, tiny_config, 
     assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
     expected = script.caption_images(*script.load_captioner(theirs), SCENES)
     found = run_example(tmp_path / "shared", SCENES, monkeypatch, capsys)
-    assert [line.split() for line in found] == [caption.split() for caption in expected]
+    assert [line.split() for line in found] == [printable(caption).split() for caption in expected]
 
 
 def test_a_dry_run_overwrites_nothing(exported, capsys):
@@ -306,7 +307,7 @@ def test_the_card_says_what_was_measured(tmp_path):
     assert "| METEOR | needs Java |" in card
     assert "BLEU-4" not in card  # it was not measured in the epoch that was kept
     assert "7.5" not in card
-    assert "| dog.jpg | a &lt;b&gt;dog&lt;/b&gt; &#124; &lt;script&gt; | a dog |" in card
+    assert r"| dog.jpg | a \<b\>dog\</b\> \| \<script\> | a dog |" in card
     assert "an early cat" not in card
     assert "The licence of the weights has not been stated" in card
     assert facts.metrics_csv == (folder / "metrics.csv").read_text()

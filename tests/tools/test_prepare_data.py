@@ -551,8 +551,9 @@ def damage(kind, data):
         first.write_bytes(photo_bytes(99, size=(31, 64)))
     elif kind == "empty":
         rewrite(data, b"a red dog runs across the green grass .", b"")
-    elif kind == "latin-1":
+    elif kind == "two encodings":
         rewrite(data, b"a red dog runs", "a red dög runs".encode("latin-1"))
+        rewrite(data, b"two young men", "two yöung men".encode())
     elif kind == "long":
         rewrite(data, b"a red dog runs", b"a red dog runs" + b" on" * 100)
     elif kind == "unnamed":
@@ -585,7 +586,7 @@ def damage(kind, data):
         ),
         ("tiny", 0, "warning: images with a side below 32 pixels: 1", "results.csv, line 2: 1000.jpg (64 x 31)"),
         ("empty", 0, "warning: empty captions: 1", "results.csv, line 2: 1000.jpg"),
-        ("latin-1", 0, "warning: captions that are not UTF-8: 1", "results.csv, line 2: 1000.jpg"),
+        ("two encodings", 0, "warning: captions that are not UTF-8: 1", "results.csv, line 2: 1000.jpg"),
         ("long", 0, "warning: captions of more than 100 words: 1", "results.csv, line 2: 1000.jpg (108 words)"),
         ("unnamed", 0, "warning: photos on disk that no row names: 1", "extra.jpg"),
     ],

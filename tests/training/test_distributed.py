@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from captioning.common.distributed import ProcessGroup
 from captioning.data import shapes
 from captioning.data.batching import CaptionBatchSampler
 from captioning.training.run_state import NEWEST, read_state
@@ -168,3 +169,74 @@ def test_a_run_goes_on_with_another_number_of_processes(two_hosts, interrupted, 
     out = finished(torchrun("--standalone", "--nproc-per-node", "3", *case))
     assert "the run had 2 processes, now it has 3: a batch of them all stays 10 captions" in out
     assert_same_run(folder, two_hosts[0] / "run")
+
+
+# --- one process, and the device and backend of a process -------------------------------------------------------------
+
+
+@pytest.fixture
+def started_by_torchrun(monkeypatch):
+    """This process is as torchrun starts the only one."""
+    names = dict(TORCHELASTIC_RUN_ID="1", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+    for name, value in (names | {"MASTER_PORT": str(free_port())}).items():
+        monkeypatch.setenv(name, value)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def test_one_process_of_torchrun_goes_the_way_of_several(
+    script, tiny_config, tiny_train_config, dls, started_by_torchrun
+):
+    """It goes the way of several, through DistributedDataParallel, to the steps of a process without torchrun."""
+    trainers, sums = {}, {}
+    for name in ("torchrun", "alone"):
+        torch.manual_seed(0)
+        trainer = trainers[name] = script.Trainer(tiny_config, tiny_train_config, dls)
+        batches = list(trainer.train_dl)
+        sums[name] = [trainer.train_step([batch, batch]) for batch in batches]
+        assert isinstance(trainer.ddp, torch.nn.parallel.DistributedDataParallel) == (name == "torchrun")
+        trainer.processes.destroy()
+        os.environ.pop("TORCHELASTIC_RUN_ID", None)
+    np.testing.assert_allclose(sums["torchrun"], sums["alone"], rtol=1e-6)
+    for a, b in zip(*(trainer.model.parameters() for trainer in trainers.values()), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "local_rank", "expected"),
+    [
+        ("cuda", None, 0, ("cuda:0", "cpu:gloo,cuda:nccl", "cuda:0")),
+        ("cuda:1", None, 0, ("cuda:0", "cpu:gloo,cuda:nccl", "cuda:0")),  # each process has the GPU of its rank
+        ("cuda", "gloo", 1, ("cuda:0", "gloo", None)),  # two share the only GPU
+        ("cpu", None, 1, ("cpu", "gloo", None)),
+    ],
+)
+def test_device_and_backend_of_a_process(monkeypatch, started_by_torchrun, device, backend, local_rank, expected):
+    begun, current = [], []
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda name, **options: begun.append((name, options)))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor)
+    processes = ProcessGroup(device, backend)
+    [(name, options)] = begun
+    found = options.get("device_id")
+    assert (str(processes.device), name, None if found is None else str(found)) == expected
+    assert current == ([processes.device] if processes.device.type == "cuda" else [])
+
+
+def test_more_processes_than_gpus(monkeypatch, started_by_torchrun):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"more processes than there are GPUs \(1\): give --nproc-per-node 1"):
+        ProcessGroup("cuda")
+
+
+def test_a_second_gpu_is_the_current_one(monkeypatch):
+    """What names no device, as pinned memory does not, uses the one that the run was given."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert ProcessGroup("cuda:1").device == torch.device("cuda:1")
+    ProcessGroup("cuda"), ProcessGroup("cpu")
+    assert current == [torch.device("cuda:1")]

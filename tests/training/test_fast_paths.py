@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from captioning.data.batching import grouped
-from captioning.model.loss import chunked_cross_entropy
+from captioning.model.loss import chunked_cross_entropy, label_places
 from conftest import TINY_ENCODER
 
 UNDETERMINED = ("qkv.bias", ".k.bias")  # a key's bias has gradient zero: AdamW makes steps of the rounding
@@ -27,10 +27,12 @@ def head_inputs(tokens=23, channels=8, vocab=50):
 
 @pytest.mark.parametrize("rows", [1, 7, 23, 1000])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_chunked_loss(rows, smoothing):
+@pytest.mark.parametrize("multiple", [1, 64])
+def test_chunked_loss(rows, smoothing, multiple):
+    """Also with a head that is padded from 50 rows to 64."""
     hidden, weight, targets = head_inputs()
     plain = F.cross_entropy(hidden @ weight.t(), targets, label_smoothing=smoothing)
-    chunked = chunked_cross_entropy(hidden, weight, targets, smoothing, chunk=50 * rows)
+    chunked = chunked_cross_entropy(hidden, weight, targets, smoothing, 50 * rows, multiple)
     close(chunked, plain)
     expected = torch.autograd.grad(plain * 3, (hidden, weight))
     for got, grad in zip(torch.autograd.grad(chunked * 3, (hidden, weight)), expected, strict=True):
@@ -63,7 +65,7 @@ def test_chunked_loss_under_autocast():
     hidden, weight, targets = head_inputs()
     exact = torch.autograd.grad(F.cross_entropy(hidden @ weight.t(), targets), (hidden, weight))
     with torch.autocast("cpu", torch.bfloat16):
-        loss = chunked_cross_entropy(hidden, weight, targets, chunk=250)
+        loss = chunked_cross_entropy(hidden, weight, targets, chunk=250, multiple=64)
     assert loss.dtype == torch.float32
     for got, grad in zip(torch.autograd.grad(loss, (hidden, weight)), exact, strict=True):
         assert got.dtype == torch.float32
@@ -102,6 +104,28 @@ def test_loss_in_chunks(tiny_model, batch, monkeypatch):
     whole = gradients(tiny_model, *batch)
     monkeypatch.setattr(tiny_model, "loss", lambda *inputs: chunked_cross_entropy(*inputs, chunk=5 * len(inputs[1])))
     assert_same(gradients(tiny_model, *batch), whole)
+
+
+def test_a_padded_head_changes_nothing(tiny_model, batch, monkeypatch):
+    """Loss and gradients to 1e-6, and the checkpoint: the rows that pad the head are no parameters."""
+    tiny_model.double()  # so that another order of sums makes no difference of its own
+    batch = batch[0].double(), *batch[1:]
+    plain, names = gradients(tiny_model, *batch), tiny_model.state_dict().keys()
+    monkeypatch.setattr(tiny_model, "loss", partial(chunked_cross_entropy, multiple=1024))
+    loss, padded = gradients(tiny_model, *batch)
+    assert loss == pytest.approx(plain[0].item(), rel=1e-6)
+    whole, padded_whole = (torch.cat([grads[name].flatten() for name in plain[1]]) for grads in (plain[1], padded))
+    assert (padded_whole - whole).norm() <= 1e-6 * whole.norm()
+    assert tiny_model.state_dict().keys() == names
+    assert tiny_model.gpt.tok_emb.weight.grad.shape == tiny_model.gpt.tok_emb.weight.shape
+
+
+def test_places_of_labels(tiny_model, batch):
+    """Found by the model or handed to it: the same loss."""
+    images, ids, labels = batch
+    places = label_places(labels)
+    assert torch.equal(labels.flatten()[places], labels[labels != -100])
+    close(tiny_model(images, ids, labels, places), tiny_model(images, ids, labels))
 
 
 def test_padding_changes_nothing(tiny_model, batch):

@@ -25,7 +25,7 @@ def test_the_page_of_a_whole_run(script, flickr, tmp_path, capsys):
     shown = sections(page)
     assert list(shown) == [
         "Curves", "Epochs", "The same photos after every epoch", "Best captions after epoch 2",
-        "Where it looks for each word", "Model", "Constants", "Environment",
+        "Where it looks for each word", "Diagnosis", "Model", "Constants", "Environment",
     ]  # fmt: skip
     assert shown["Curves"].count("data:image/svg+xml;base64,") == 5  # loss, perplexity, lr, BLEU-4, CIDEr
     row = pd.read_csv(out / "metrics.csv").iloc[1]
@@ -121,10 +121,12 @@ def test_a_resumed_run_has_its_whole_history(make_trainer, tmp_path):
             trainer = make_trainer(folder, resume="auto", **changes)
         trainer.run_training()
         page = sections((folder / "report.html").read_text())
-        page = {name: page[name] for name in page if name not in ("Constants", "Epochs")}  # paths; seconds
+        page = {name: page[name] for name in page if name not in ("Constants", "Epochs", "Diagnosis")}  # paths; seconds
         pages_of.append(page)
         assert [row["epoch"] for row in trainer.log.timings] == [1, 2, 3]
         assert len(trainer.log.points) == trainer.log.steps == 3 * len(trainer.train_dl)
+        assert trainer.log.diagnosis.steps == trainer.log.steps
+        assert trainer.log.diagnosis.first > trainer.log.diagnosis.lowest
     assert "Best captions after epoch 2" in pages_of[0]
     assert pages_of[0] == pages_of[1]
 

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from captioning.training import out_of_memory, schedule
 from conftest import TINY_ENCODER
 from helpers.runs import change_loss
 
@@ -141,10 +142,11 @@ def test_losses_are_weighted_by_tokens(script, trainer, monkeypatch):
 
     def loss(objective, batch):
         calls.append(batch)
-        value = 1.0 if batch is calls[0] else 2.0
+        value = torch.tensor(1.0 if batch is calls[0] else 2.0)
         return trainer.model.gpt.tok_emb.weight.sum() * 0 + value, value
 
     monkeypatch.setattr(script.CrossEntropy, "loss", loss)
+    monkeypatch.setattr(script.CrossEntropy, "to_device", lambda _, batch, device: batch)
     monkeypatch.setattr(script.CrossEntropy, "count", lambda _, batch: 30 if not calls or batch is calls[0] else 10)
     n = len(trainer.train_dl)
     assert trainer.train_one_epoch(0) == pytest.approx((30 + 20 * (n - 1)) / (30 + 10 * (n - 1)))
@@ -206,8 +208,8 @@ def test_precision(script, tiny_config, tiny_train_config, dls, monkeypatch):
     trainer = script.Trainer(tiny_config, tiny_train_config, dls)
     batch = next(iter(dls[0]))
     with trainer.autocast():
-        loss, _ = trainer.objective.loss(batch)
-    exact, _ = plain.objective.loss(batch)
+        loss, _ = trainer.objective.loss(trainer.objective.to_device(batch, trainer.device))
+    exact, _ = plain.objective.loss(plain.objective.to_device(batch, plain.device))
     assert loss.dtype == torch.float32
     assert loss != exact
     assert loss.item() == pytest.approx(exact.item(), rel=2e-2)
@@ -446,3 +448,53 @@ def test_configs_may_hold_only_the_promised_fields(script, dls, tmp_path, monkey
     trainer = script.Trainer(promised_model, promised_train, dls)
     assert trainer.train_config.clip_norm == script.train_config.clip_norm
     assert set(trainer.run_training()) == {"best_perplexity", "best_epoch"}
+
+
+def test_fp16_goes_on_from_a_state_of_another_precision(tiny_model):
+    """A state without the scale of a loss leaves the scaler as it is; one with it brings it along."""
+    optimizer = torch.optim.AdamW(tiny_model.parameters())
+    saved = dict(optimizer=optimizer.state_dict(), scheduler=dict(total_steps=3), average=None, lr=1.0)
+    scheduler = SimpleNamespace(total_steps=3, load_state_dict=lambda state: None)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for state, scale in (({}, 8.0), (torch.amp.GradScaler("cpu", init_scale=2.0).state_dict(), 2.0)):
+        schedule.load_optimization_state(saved | {"scaler": state}, optimizer, scheduler, scaler, None, 1.0, 0.1)
+        assert scaler.get_scale() == scale
+    bf16 = torch.amp.GradScaler("cpu", enabled=False)
+    schedule.load_optimization_state(
+        saved | {"scaler": scaler.state_dict()}, optimizer, scheduler, bf16, None, 1.0, 0.1
+    )
+    assert bf16.state_dict() == {}
+
+
+def test_a_batch_too_large_for_the_gpu(trainer, monkeypatch):
+    """Said in one line with the memory there is and what to change; the run's state is saved."""
+    GiB = 2**30
+
+    def train_step(batches):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity ...")
+
+    monkeypatch.setattr(trainer, "train_step", train_step)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 * GiB, 80 * GiB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 69 * GiB)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        trainer.run_training()
+    assert str(error.value) == (
+        "a batch of 4 captions of 2 photos does not fit into the GPU's 80.0 GiB of memory, of which other processes "
+        "use 10.0: try --batch_size 2 --accumulate 2 for the same step or --gradient_checkpointing true for the same "
+        "batch"
+    )
+    assert (trainer.model_path / "last" / "state.pt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        (dict(batch_size=640, captions_per_image=5), "--batch_size 320 --accumulate 2 for the same step or --grad"),
+        (dict(batch_size=5, captions_per_image=5), "try --gradient_checkpointing true for the same batch"),
+        (dict(batch_size=4, gradient_checkpointing=True), "--batch_size 2 --accumulate 2 for the same step"),
+        (dict(batch_size=1, gradient_checkpointing=True), "try a smaller encoder or decoder"),
+    ],
+)
+def test_what_to_change_when_memory_is_short(script, changes, remedy):
+    said = out_of_memory.advice(script.TrainConfig(**changes), 24 * 2**30, 0)
+    assert remedy in said and "24.0 GiB of memory: try" in said

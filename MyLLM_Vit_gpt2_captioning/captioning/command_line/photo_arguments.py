@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
-from captioning.data.conventions import IMAGE_SUFFIXES
+from captioning.common.files import is_litter
+from captioning.data.conventions import IMAGE_SUFFIXES, is_photo_file
 from captioning.images.preprocessing import load_image
 
 MAX_BYTES = 50_000_000  # of a fetched photo
@@ -66,7 +67,7 @@ def _is_url(text):
 
 def _is_photo(path):
     """Whether the path ends like an image's and is not hidden: hidden folders hold other programs' thumbnails."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in path.parts)
+    return is_photo_file(path) and not any(part.startswith(".") or is_litter(part) for part in path.parts)
 
 
 def fetch_image(url, max_bytes=MAX_BYTES, timeout=TIMEOUT, deadline=DEADLINE):

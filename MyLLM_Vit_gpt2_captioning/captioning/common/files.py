@@ -3,7 +3,7 @@
 import json
 import os
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 
 WEIGHTS_FILE = "captioner.safetensors"
 TORCH_FILE = "captioner.pt"
@@ -29,6 +29,13 @@ RUN_FILES = (
     "wandb",
     *(f"{name.lower()}.png" for name in CURVES),
 )
+# What macOS and Windows put beside the files of people, besides ._a.jpg for a.jpg.
+LITTER = {".ds_store", "__macosx", "thumbs.db", "desktop.ini"}
+
+
+def is_litter(name):
+    """Whether a name, with or without folders, is that of a file which macOS or Windows has left behind."""
+    return any(part.startswith("._") or part.lower() in LITTER for part in PurePath(name).parts)
 
 
 def read_json(path):

@@ -7,22 +7,28 @@ import torch
 
 
 def mixed_precision(device, precision="auto"):
-    """-> (autocast, a function that makes the context of a forward pass; GradScaler).
+    """-> (autocast, a function that makes the context of a forward pass; GradScaler). `precision` as in
+    `autocast_dtype`."""
+    dtype = autocast_dtype(device, precision)
+    autocast = partial(torch.autocast, device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+    # bf16 has the range of float32; fp16 has not, so its loss is scaled.
+    return autocast, torch.amp.GradScaler(enabled=dtype is torch.float16)
+
+
+def autocast_dtype(device, precision="auto"):
+    """-> the dtype of matrix products and convolutions under mixed precision; None: float32, without it.
 
     `precision`: "float32", "bf16", or "auto": on CUDA bf16 where the hardware has it, else fp16; elsewhere float32.
     Raises ValueError for another one.
     """
-    cuda = device.type == "cuda"
     if precision not in ("auto", "float32", "bf16"):
         raise ValueError(f"precision {precision!r} is not one of auto, float32, bf16")
     if precision == "auto":
-        precision = "float32"
-        if cuda:  # GPUs older than Ampere only emulate bf16, slowly
-            precision = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=precision != "float32")
-    # bf16 has the range of float32; fp16 has not, so its loss is scaled.
-    return autocast, torch.amp.GradScaler(enabled=precision == "fp16")
+        if device.type != "cuda":
+            return None
+        # GPUs older than Ampere only emulate bf16, slowly.
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if precision == "bf16" else None
 
 
 def use_deterministic_algorithms():

@@ -1,62 +1,25 @@
 """Readers of annotation files: path -> DataFrame with the columns image (name as in the file), caption and, where the
 file has them, split and prompt. The index says where a row stands: line, annotation id, ... as `index.name` says.
 
-All raise ValueError that names the file, and the row where there is one.
+All raise ValueError that names the file, and the row where there is one, and call `say` with a line on what they had to
+make out. Tables are read in tables.py.
 """
 
 import codecs
-import io
 import json
 import re
 
-from captioning.data.conventions import COLUMN_NAMES, as_utf8
+from captioning.common.printable import printable
+from captioning.data.conventions import NOT_UTF8, as_utf8, match_columns
 
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
-def read_table(path):
-    """A table with a header line: Flickr30k's (separated by "|", where a quotation mark is just a character), CSV, or
-    TSV."""
-    import pandas as pd
-
-    text = read_text(path)
-    header = text.split("\n", 1)[0]
-    if "|" in header:
-        options = dict(sep="|", skipinitialspace=True, quoting=3)
-    elif "\t" in header:
-        options = dict(sep="\t", quoting=3)
-    else:
-        options = dict(sep=",", skipinitialspace=True)
-    try:
-        options |= dict(dtype=str, keep_default_na=False, na_values=[""], lineterminator="\n")
-        df = pd.read_csv(io.StringIO(text), **options)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise ValueError(
-            f"{path}: {str(error).strip()}; quote captions that hold the separator, and close the quotes"
-        ) from error
-    if not isinstance(df.index, pd.RangeIndex):  # pandas then takes the first column for row names
-        raise ValueError(f"{path}, line 2: more fields than the header has; quote captions that hold the separator")
-    df.columns = [str(column).strip() for column in df.columns]
-    df = df.rename(columns=our_column_names(list(df.columns), path))
-    # Lines count from 1, and the first holds the column names. Where quotes span lines, only rows can be counted.
-    row_is_line = len(df) + 1 == len(text.rstrip("\n").split("\n"))
-    df.index = pd.RangeIndex(2, len(df) + 2, name="line") if row_is_line else pd.RangeIndex(1, len(df) + 1, name="row")
-    if "comment_number" in df.columns:
-        df["caption"] = _repair_missing_delimiter(df["comment_number"], df["caption"])
-    return df
+# A character of UTF-8 that is not ASCII.
+UTF8_CHARACTER = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 
 
-def _repair_missing_delimiter(numbers, captions):
-    """Flickr30k's row of 2199200615.jpg reads `4   A dog runs across the grass .`: its last "|" is missing, so the
-    caption is found behind the number. Rows that already have a caption stay as they are."""
-    repaired = numbers.str.extract(re.compile(r"^\s*\d+\s+(\S.*)$"), expand=False)
-    return captions.where(captions.notna(), repaired)
-
-
-def read_flickr_tokens(path):
+def read_flickr_tokens(path, say=print):
     """`1000.jpg#0 <tab> caption` a line."""
     rows = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path, say).split("\n"), 1):
         if not line.strip():
             continue
         name, tab, caption = line.partition("\t")
@@ -69,9 +32,9 @@ def read_flickr_tokens(path):
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def read_json(path):
+def read_json(path, say=print):
     """COCO, Karpathy, a mapping from image to captions, or a list of records."""
-    content = _parse_json(read_text(path), path)
+    content = _parse_json(read_text(path, say), path)
     try:
         if isinstance(content, list):
             return _read_records(enumerate(content), path, "record")
@@ -84,9 +47,9 @@ def read_json(path):
         raise ValueError(f"{path}: not in a format that is known ({error!r})") from error
 
 
-def read_json_lines(path):
+def read_json_lines(path, say=print):
     """A record {"image": ..., "caption": ...} a line."""
-    lines = enumerate(read_text(path).split("\n"), 1)
+    lines = enumerate(read_text(path, say).split("\n"), 1)
     records = ((number, _parse_json(line, f"{path}, line {number}")) for number, line in lines if line.strip())
     return _read_records(records, path, "line")
 
@@ -148,29 +111,53 @@ def _read_records(numbered, path, row_name):
 # --- shared by readers of files and folders ---------------------------------------------------------------------------
 
 
-def read_text(path, may_be_empty=False):
-    """The text of a file, UTF-8 or what Windows calls Unicode (UTF-16 with its mark), lines ended by LF;
-    bytes that are neither become NOT_UTF8, so that their rows can be counted and named."""
-    content = path.read_bytes()
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    text = content.decode("utf-16" if is_utf16 else "utf-8-sig", errors="replace").replace("\r\n", "\n")
+def read_text(path, say=print, may_be_empty=False):
+    """The text of a file, decoded as by `decode`. Raises ValueError when there is none, unless it `may_be_empty`."""
+    text, is_windows = decode(path.read_bytes())
     if not (may_be_empty or text.strip()):
         raise ValueError(f"{path}: the file is empty")
+    if is_windows:
+        say(f"{path}: not UTF-8; read as Windows-1252, which all of it is")
+    return text
+
+
+def decode(content):
+    """Bytes -> (text with lines ended by LF, whether it was Windows-1252).
+
+    UTF-8, or what Windows calls Unicode (UTF-16 with its mark); where nothing in it is UTF-8 and all is Windows-1252,
+    that. Other bytes become NOT_UTF8, so that their rows can be counted and named.
+    """
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = content.decode("utf-16" if is_utf16 else "utf-8-sig", errors="replace")
+    is_windows = NOT_UTF8 in text and not is_utf16 and _is_windows_1252(content)
+    if is_windows:
+        text = content.decode("cp1252")
+    text = text.replace("\r\n", "\n")
     # Alone, as Macs once ended lines, "\r" ends them too; beside "\n" it is a character of a caption.
-    return text if "\n" in text else text.replace("\r", "\n")
+    return text if "\n" in text else text.replace("\r", "\n"), is_windows
+
+
+def _is_windows_1252(content):
+    """Whether bytes that are not all UTF-8 can be decoded as Windows-1252, and no characters of UTF-8 are among them,
+    of which that would make two or three. Latin-1 is a part of it, without controls."""
+    if UTF8_CHARACTER.search(content):
+        return False
+    try:
+        content.decode("cp1252")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def our_column_names(columns, place):
     """{column name in the file: image, caption or prompt}. Raises ValueError that names the `place` when image or
     caption is missing."""
-    ours = {}
-    for our_name, other_names in COLUMN_NAMES.items():
-        for name in (our_name, *other_names):
-            if name in columns and our_name not in ours.values():
-                ours[name] = our_name
+    ours = match_columns(columns)
     missing = {"image", "caption"} - set(ours.values())
     if missing:
-        raise ValueError(f"{place}: no column {' and '.join(sorted(missing))}; it has {', '.join(map(str, columns))}")
+        raise ValueError(
+            f"{place}: no column {' and '.join(sorted(missing))}; it has {printable(', '.join(map(str, columns)))}"
+        )
     return ours
 
 

@@ -3,30 +3,117 @@
 
 from pathlib import Path
 
-from captioning.data.annotation_files import our_column_names, read_json, read_text, to_frame, without_empty_columns
-from captioning.data.conventions import DATASETS_FILES, IMAGE_SUFFIXES
+from captioning.data.annotation_files import (
+    decode,
+    our_column_names,
+    read_flickr_tokens,
+    read_json,
+    read_json_lines,
+    to_frame,
+    without_empty_columns,
+)
+from captioning.data.conventions import (
+    DATASETS_FILES,
+    FLICKR_TOKENS,
+    KNOWN_FILES,
+    SPLIT_NAMES,
+    SPLITS,
+    is_photo_file,
+    split_in_name,
+)
 from captioning.data.shards import reading
+from captioning.data.tables import read_table
 
 COCO_FILES = "captions_*.json"
 EXTRACTED_IMAGES = "extracted_images"  # folder for photos that lie inside a saved dataset
+FILE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".token")
+LARGEST_UNKNOWN = 2**30  # bytes of a file with a name of its own that is tried; a larger one has to be given
+NAMES_TRIED = 100  # of the photos in it, one of which has to be there
 
 
-def read_folder(folder, shard_splits):
-    """Read the captions in a folder; of tar shards those of `shard_splits`.
+def read_file(path, say=print, is_photo=lambda name: False):
+    """A file in any of the formats, by its name. `say` and `is_photo` as in `read_table`."""
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        return read_json(path, say)
+    if suffix in (".jsonl", ".ndjson"):
+        return read_json_lines(path, say)
+    if path.name in FLICKR_TOKENS or suffix == ".token":
+        return read_flickr_tokens(path, say)
+    if suffix in (".csv", ".tsv", ".txt"):
+        return read_table(path, say, is_photo)
+    raise ValueError(f"{path}: unknown format; expected .csv, .tsv, .json, .jsonl, Flickr's .token or a folder")
+
+
+def read_folder(folder, shard_splits, say=print, is_photo=lambda name: False, unescape=True):
+    """Read the captions in a folder; of tar shards those of `shard_splits`, unescaped or not, as they are read. `say`
+    and `is_photo` as in `read_table`.
 
     Raises ValueError when the folder holds no captions, or a file in it cannot be read.
     """
-    if any(folder.glob(COCO_FILES)):
-        import pandas as pd
+    import pandas as pd
 
-        return pd.concat([read_json(path) for path in sorted(folder.glob(COCO_FILES))])
+    if any(folder.glob(COCO_FILES)):
+        return pd.concat([read_json(path, say) for path in sorted(folder.glob(COCO_FILES))])
     if is_saved_dataset(folder):
         return _read_saved_dataset(folder)
     if has_text_beside_photos(folder):
-        return _read_side_by_side(folder)
+        return _read_side_by_side(folder, say)
     if reading.has_shards(folder):
-        return _read_shards(folder, shard_splits)
+        return _read_shards(folder, shard_splits, unescape)
+    if files := files_of_splits(folder, is_photo):
+        return pd.concat([_read_file_of_split(folder, *item, say, is_photo) for item in files.items()])
     raise ValueError(f"{folder}: no photo with a .txt file of the same name is in this folder")
+
+
+# --- files with other names than those that are looked for ------------------------------------------------------------
+
+
+def try_files(folder, is_photo):
+    """{path: why it is no annotation file, or None for one that is} for the files in a folder that could be some. The
+    content decides: it is captions, and one of the photos named first is there."""
+    reasons = {}
+    for path in sorted(folder.iterdir() if folder.is_dir() else ()):
+        if path.suffix.lower() not in FILE_SUFFIXES or path.name.startswith(".") or not path.is_file():
+            continue
+        if path.stat().st_size > LARGEST_UNKNOWN:
+            reasons[path] = "larger than 1 GiB, so it is not tried"
+            continue
+        try:
+            names = read_file(path, lambda line: None, is_photo)["image"].dropna().astype(str).unique()
+            there = any(is_photo(name.strip()) for name in names[:NAMES_TRIED])
+            reasons[path] = None if there else "captions, but no photo that it names is here" if len(names) else "empty"
+        except ValueError as error:
+            reasons[path] = str(error).removeprefix(f"{path}: ").removeprefix(f"{path}, ")
+    return reasons
+
+
+def files_of_splits(folder, is_photo):
+    """{split: its annotation file} where every split has one: in a folder of its own with its photos, as an imagefolder
+    of Hugging Face has train/metadata.csv, or with the split in its name, as LAVIS has coco_karpathy_train.json. Empty
+    where it is not so."""
+    files = {}
+    for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
+        found = next((inner / name for name in KNOWN_FILES if (inner / name).is_file()), None)
+        if found and (split := SPLIT_NAMES.get(inner.name.lower(), inner.name.lower())) in SPLITS:
+            files.setdefault(split, found)
+    if not files:
+        readable = [path for path, reason in try_files(folder, is_photo).items() if reason is None]
+        files = {split_in_name(path.stem): path for path in readable}
+        if len(files) < max(2, len(readable)) or None in files:
+            return {}
+    return {split: files[split] for split in SPLITS if split in files}
+
+
+def _read_file_of_split(folder, split, path, say, is_photo):
+    """The captions of one split; where its file lies beside its photos, their names begin with their folder's."""
+    inner = "" if path.parent == folder else f"{path.parent.name}/"
+    df = read_file(path, say, lambda name: is_photo(inner + name))
+    df["image"] = [inner + name if isinstance(name, str) else name for name in df["image"]]
+    return df.assign(split=split).rename_axis("row")
+
+
+# --- other folders ----------------------------------------------------------------------------------------------------
 
 
 def is_saved_dataset(folder):
@@ -40,21 +127,26 @@ def has_text_beside_photos(folder):
 
 
 def _photos(folder):
-    return (path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES)
+    return (path for path in sorted(folder.iterdir()) if is_photo_file(path))
 
 
-def _read_side_by_side(folder):
+def _read_side_by_side(folder, say):
     """1.jpg beside 1.txt, a caption a line."""
-    rows = []
+    rows, windows = [], []
     for photo in _photos(folder):
-        if photo.with_suffix(".txt").is_file():
-            lines = read_text(photo.with_suffix(".txt"), may_be_empty=True).rstrip("\n").split("\n")
+        path = photo.with_suffix(".txt")
+        if path.is_file():
+            text, is_windows = decode(path.read_bytes())
+            windows += [path.name] * is_windows
+            lines = text.rstrip("\n").split("\n")
             rows += [(number, photo.name, line) for number, line in enumerate(lines, len(rows) + 1)]
+    if windows:
+        say(f"{folder}: {len(windows):,} files are not UTF-8; read as Windows-1252; the first: {windows[0]}")
     return to_frame(rows, "caption")
 
 
-def _read_shards(folder, splits):
-    rows = [(number, *row) for number, row in enumerate(reading.read_rows(folder, splits), 1)]
+def _read_shards(folder, splits, unescape):
+    rows = [(number, *row) for number, row in enumerate(reading.read_rows(folder, splits, unescape), 1)]
     df = to_frame(rows, "caption", ("image", "caption", "split", "prompt"))
     return df.drop(columns="prompt") if df["prompt"].isna().all() else df
 

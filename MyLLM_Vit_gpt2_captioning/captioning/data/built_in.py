@@ -18,7 +18,7 @@ def default_recipe(recipe, given, data_dir, data_folder, download):
         return recipe, ""
     if "data_dir" in given:
         return _built_in_name(given["data_dir"], data_folder), ""
-    if "captions_file" in given or download or sources.find_captions(data_dir) is not None:
+    if "captions_file" in given or download or sources.find_captions(data_dir, given.get("image_dir")) is not None:
         return None, ""
     notice = (
         f"no dataset in {data_dir}: training on the built-in Shapes instead. To train on Flickr30k, "
@@ -65,4 +65,5 @@ def load_data(train_cfg, data_folder, download=False):
                 from captioning.data import downloads  # here, so that nothing else waits for it
 
                 downloads.fetch_dataset(train_cfg.dataset, data_dir)
-    return sources.load_usable(data_dir, train_cfg.captions_file, train_cfg.image_dir, train_cfg.dataset)
+    paths = data_dir, train_cfg.captions_file, train_cfg.image_dir
+    return sources.load_usable(*paths, train_cfg.dataset, train_cfg.unescape_captions)

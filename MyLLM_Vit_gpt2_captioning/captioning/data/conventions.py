@@ -1,7 +1,26 @@
 """Conventions of all annotation formats: names of splits and columns, which files are photos, how a caption is cleaned,
 and which captions training can use."""
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+import html
+import re
+from html.entities import html5
+
+from captioning.common.files import is_litter
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
+RESULTS_FILE = "results.csv"
+CAPTIONS_FILE = "captions.txt"
+FLICKR_TOKENS = ("Flickr8k.token.txt", "results_20130124.token")
+KNOWN_FILES = (  # looked for in this order
+    RESULTS_FILE,
+    CAPTIONS_FILE,
+    *FLICKR_TOKENS,
+    "captions.json",
+    "captions.jsonl",
+    "captions.csv",
+    "metadata.jsonl",
+    "metadata.csv",
+)
 KARPATHY_FILES = "dataset*.json"
 DATASETS_FILES = ("dataset_dict.json", "dataset_info.json")  # `datasets.save_to_disk` writes one of them
 SPLITS = ("train", "val", "test")
@@ -10,6 +29,12 @@ COLUMN_NAMES = {
     "image": ("image_name", "file_name", "filename", "image_path", "filepath", "img", "path"),
     "caption": ("comment", "text", "sentence", "answer", "captions", "answers"),
     "prompt": ("question",),
+}
+# What else people call these columns, in any case and with spaces; looked for where none of the names above is there.
+OTHER_COLUMN_NAMES = {
+    "image": ("file", "image_file", "image_filename", "photo", "picture", "image_id"),
+    "caption": ("description",),
+    "prompt": (),
 }
 NOT_UTF8 = "\ufffd"  # stands in a text for bytes that are not UTF-8
 LONGEST_CAPTION = 10_000  # characters; a longer text is not a caption, and scoring it may take minutes
@@ -26,11 +51,77 @@ def is_usable(caption):
     return not any(has_fault(caption) for has_fault in CAPTION_FAULTS.values())
 
 
+def split_in_name(name):
+    """The last split among the words of a file's name, coco_karpathy_val -> val; None where there is none."""
+    words = [SPLIT_NAMES.get(word, word) for word in re.split(r"[-_. ]", name.lower())]
+    return next((word for word in reversed(words) if word in SPLITS), None)
+
+
+def is_photo_file(path):
+    """Whether a path ends like a photo's and is not what an operating system has left behind."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not is_litter(path.name)
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+ESCAPE_SEQUENCE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")  # of a terminal: it changes colours, moves the cursor
+CONTROL = dict.fromkeys(i for i in (*range(32), *range(127, 160)) if not chr(i).isspace())
+INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff]")  # soft hyphen, spaces of no width: where a web page may break
+# A tag may have attributes, each with its value, so that "<a man and a dog>" is none.
+ATTRIBUTES = r"""(?:\s+[\w-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s"'<>]+))*\s*/?>"""
+BREAK = re.compile(rf"<!--.*?-->|</?(?:br|p|div|li|ul|ol|tr|td|h[1-6]|hr|pre){ATTRIBUTES}", re.I | re.S)
+TAG = re.compile(
+    r"</?(?:a|abbr|b|big|center|cite|code|del|em|font|i|img|ins|mark|q|s|script|small|span|strike|strong|style|sub|sup"
+    rf"|tt|u){ATTRIBUTES}",
+    re.I,
+)
+ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|([a-zA-Z][a-zA-Z0-9]{1,31}));")
+
+
 def clean_text(text):
-    """A caption or prompt as every reader returns it: valid UTF-8, lowercase, one space between words."""
-    return " ".join(as_utf8(text).split()).lower()
+    """A caption or prompt as every reader returns it: valid UTF-8, lowercase, one space between words, without control
+    characters."""
+    text = as_utf8(text)
+    if not text.isprintable():
+        text = ESCAPE_SEQUENCE.sub("", text).translate(CONTROL)
+    return " ".join(text.split()).lower()
+
+
+def without_markup(text):
+    """A text that was written for a web page -> what the page shows: &amp; is &, once; tags, comments and invisible
+    characters are left out."""
+    if text.isascii() and "<" not in text and "&" not in text:
+        return text
+    text = TAG.sub("", BREAK.sub(" ", text))
+
+    def character(entity):
+        shown = html5.get(f"{entity[1]};", entity[0]) if entity[1] else html.unescape(entity[0])
+        return shown.replace(NOT_UTF8, "")  # what HTML makes of a number that is no character
+
+    return INVISIBLE.sub("", ENTITY.sub(character, text))
+
+
+def with_markup(text):
+    """A text of which `without_markup` makes `text`; the text itself where that is so."""
+    return text if without_markup(text) == text else html.escape(text, quote=False)
 
 
 def as_utf8(text):
     """The text with NOT_UTF8 in place of lone surrogates, which JSON can escape and UTF-8 cannot encode."""
     return text if text.isascii() else text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+def match_columns(columns):
+    """{column as a file calls it: image, caption or prompt}: by the names in COLUMN_NAMES as they are, else in any case
+    and with spaces, else by OTHER_COLUMN_NAMES."""
+    ours, plain = {}, {}
+    for column in columns:
+        plain.setdefault(re.sub(r"[\s-]+", "_", str(column).strip()).lower(), column)
+    for our_name, other_names in COLUMN_NAMES.items():
+        names = (our_name, *other_names)
+        exact = [name for name in names if name in columns]
+        found = [*exact, *(plain[name] for name in (*names, *OTHER_COLUMN_NAMES[our_name]) if name in plain)]
+        found = [column for column in found if column not in ours]
+        if found:
+            ours[found[0]] = our_name
+    return ours

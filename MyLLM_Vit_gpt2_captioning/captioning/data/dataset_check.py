@@ -18,10 +18,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from captioning.common.printable import in_markdown, printable
 from captioning.common.progress import progress_bar
 from captioning.common.stopping import stop_if_asked
 from captioning.data import sources
-from captioning.data.conventions import IMAGE_SUFFIXES, NOT_UTF8, SPLITS
+from captioning.data.conventions import NOT_UTF8, SPLITS, is_photo_file
 from captioning.data.shards import reading
 from captioning.images import tar_members
 from captioning.images.preprocessing import load_image, open_image
@@ -53,15 +54,15 @@ class Problem:
     cases: list[str] = field(default_factory=list)
 
 
-def check_dataset(data_dir, report_dir, captions_file=None, image_dir=None):
+def check_dataset(data_dir, report_dir, captions_file=None, image_dir=None, unescape=True):
     """Check the dataset that `sources.load` finds, print the report and write it with a contact sheet to `report_dir`.
 
     Returns whether it is free of errors: photos that are missing or cannot be decoded, photos that are in two splits,
     tar shards that differ from their manifest. All other problems are warnings. Raises FileNotFoundError or ValueError
     when there is no dataset to read.
     """
-    df = sources.load(data_dir, captions_file, image_dir)
-    source = Path(captions_file) if captions_file else sources.find_captions(data_dir)
+    df = sources.load(data_dir, captions_file, image_dir, unescape=unescape)
+    source = Path(captions_file) if captions_file else sources.find_captions(data_dir, image_dir)
     photos = read_photos(dict.fromkeys(df["image"]))
     problems = find_problems(df, photos, source, image_dir)
     damage = reading.find_damage(data_dir) if source == Path(data_dir) and reading.has_shards(source) else []
@@ -69,8 +70,9 @@ def check_dataset(data_dir, report_dir, captions_file=None, image_dir=None):
         problems.insert(0, Problem("damaged shards, and samples in them", True, damage))
     readable = [photo for photo in photos if not photo.fault]
     lines = [f"# Check of {data_dir}", "", f"Captions: `{source}`", ""]
-    lines += _describe_splits(df) + _describe_captions(df) + _describe_photos(readable) + _describe_problems(problems)
-    print("\n".join(lines))
+    lines += _describe_splits(df) + _describe_captions(df) + _describe_photos(readable)
+    print("\n".join(lines + _describe_problems(problems, printable)))
+    lines += _describe_problems(problems, in_markdown)
 
     report_dir = Path(report_dir)
     report_dir.mkdir(parents=True, exist_ok=True)
@@ -187,7 +189,7 @@ def _unnamed_photos(images, image_dir):
         for folder in sorted(folders)
         if folder.is_dir()
         for path in sorted(folder.iterdir())
-        if path.suffix.lower() in IMAGE_SUFFIXES and path not in named
+        if is_photo_file(path) and path not in named
     ]
 
 
@@ -247,11 +249,12 @@ def _describe_photos(readable):
     ]
 
 
-def _describe_problems(problems):
+def _describe_problems(problems, show):
+    """`show`: for the names in them, `printable` or `in_markdown`."""
     lines = ["## Problems", ""]
     for problem in problems:
         lines += [f"**{'error' if problem.is_error else 'warning'}: {problem.kind}: {len(problem.cases):,}**", ""]
-        lines += [f"- {case}" for case in problem.cases[:ROWS_SHOWN]]
+        lines += [f"- {show(case)}" for case in problem.cases[:ROWS_SHOWN]]
         if len(problem.cases) > ROWS_SHOWN:
             lines.append(f"- and {len(problem.cases) - ROWS_SHOWN:,} more")
         lines.append("")

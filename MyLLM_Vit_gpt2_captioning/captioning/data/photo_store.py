@@ -20,6 +20,7 @@ from PIL import ExifTags, Image
 from captioning.common.files import read_json, write_atomically
 from captioning.common.locks import LOCK_FILE, after_other_writers
 from captioning.data import resumable_work, sources
+from captioning.data.conventions import with_markup
 from captioning.data.unreadable_photos import print_left_out
 from captioning.images import tar_members
 from captioning.images.preprocessing import load_image, open_image
@@ -36,12 +37,14 @@ MANIFEST_FILE, INDEX_FILE, CAPTIONS_FILE, IMAGE_FOLDER = "manifest.json", "index
 PREFETCH = 16  # photos that each worker is given in advance
 
 
-def write_store(data_dir, store, side=SIDE, captions_file=None, image_dir=None, num_workers=0, quality=QUALITY):
+def write_store(
+    data_dir, store, side=SIDE, captions_file=None, image_dir=None, num_workers=0, quality=QUALITY, unescape=True
+):
     """Write the dataset that `sources.load` finds to the folder `store`, with reduced photos.
 
     `sources.load(store)` gives the same rows. Photos that cannot be read are counted, named and left out; their rows
     stay, and training leaves them out as it does the rows of a missing photo. Returns the number of these photos. With
-    `num_workers` processes; 0 works in this one. `quality`: of the JPEGs, or UNCOMPRESSED.
+    `num_workers` processes; 0 works in this one. `quality`: of the JPEGs, or UNCOMPRESSED; `unescape` as in `load`.
     Raises what `sources.load` raises, ValueError when the store has another side or quality or no photo can be read,
     and FileExistsError when its folder holds something else.
     """
@@ -50,7 +53,9 @@ def write_store(data_dir, store, side=SIDE, captions_file=None, image_dir=None, 
         raise ValueError(f"side {side}: a photo needs at least one pixel")
     if store.exists() and any(store.iterdir()) and not (store / MANIFEST_FILE).is_file():
         raise FileExistsError(f"{store} holds something other than a photo store: give another folder with --to")
-    df = sources.load(data_dir, captions_file, image_dir)
+    df = sources.load(data_dir, captions_file, image_dir, unescape=unescape)
+    for column in {"caption", "prompt"} & set(df.columns) if unescape else ():
+        df[column] = df[column].map(with_markup)  # the store is read as any dataset is
     names = store_names(df["image"].unique(), quality)
     (store / IMAGE_FOLDER).mkdir(parents=True, exist_ok=True)
     with after_other_writers(store / LOCK_FILE):  # a second run waits, and then has nothing to do

@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 import zlib
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,7 @@ import torch
 from captioning.common import stopping
 from captioning.common.files import read_json, write_atomically
 from captioning.common.locks import LOCK_FILE, after_other_writers
+from captioning.common.precision import autocast_dtype
 from captioning.common.progress import progress_bar
 from captioning.data import resumable_work
 from captioning.data.batching import stack, to_device
@@ -37,7 +38,8 @@ from captioning.model.stages import stages_of_run, trainable_names
 from captioning.model.summary import token_shapes
 
 CACHE_FORMAT = 2  # of these files; a change makes every cache a new one
-AUGMENTATION_VERSION = 2  # of TrainingTransforms; a change makes every cache of an augmented view a new one
+AUGMENTATION_VERSION = 3  # of TrainingTransforms; a change makes every cache of an augmented view a new one
+MIXED_PRECISION_DEVICES = ("cuda",)  # device types on which it makes the tokens
 SYNC_EVERY = 512  # photos between two points from which interrupted work goes on
 SPARE_BYTES = 2**30  # of the disk stay free
 
@@ -45,12 +47,16 @@ SPARE_BYTES = 2**30  # of the disk stay free
 class TokenCache:
     """`cache[path]` -> the photo's tokens, a float16 tensor (N, C) for each level of the encoder."""
 
-    def __init__(self, folder, model, view=0, crop_scale=0.8):
+    def __init__(self, folder, model, view=0, crop_scale=0.8, precision="auto"):
         """The cache in `folder` for `model`, a `VisionGPT2Model`; nothing is computed before `fill`.
 
         View 0 is the plain photo, the others are augmented as in training, drawn from (view, photo): alike in all runs.
+        On a GPU tokens are computed with mixed precision, as training would with this `precision`; on a CPU always in
+        float32.
         """
         config, encoder = model.config, model.encoder
+        device = next(model.parameters()).device
+        self.dtype = autocast_dtype(device, precision) if device.type in MIXED_PRECISION_DEVICES else None
         augmented = dict(view=view, crop_scale=crop_scale, augmentation=AUGMENTATION_VERSION) if view else dict(view=0)
         self.view, self.preprocessing = augmented, model.preprocessing
         # As a ViT has in "final" coupling. A refiner's output is normalised, too, but tokens are cached before it.
@@ -63,6 +69,7 @@ class TokenCache:
             "own final norm": has_final_norm,
             "levels": len(encoder.widths),
             "preprocessing": {key: list(v) if isinstance(v, tuple) else v for key, v in self.preprocessing.items()},
+            **({"computed in": str(self.dtype)} if self.dtype else {}),
             **augmented,
         }
         key = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()[:12]
@@ -131,7 +138,9 @@ class TokenCache:
         load_input = partial(preprocess, **self.preprocessing)
         if self.view["view"]:
             load_input = _AugmentedView(self.preprocessing, self.view, captions_of)
-        loader = Loader(resumable_work.Jobs(load_input, paths), batch_size, num_workers=num_workers)
+        on_gpu = next(model.parameters()).device.type == "cuda"
+        jobs = resumable_work.Jobs(load_input, paths)
+        loader = Loader(jobs, batch_size, num_workers=num_workers, pin_memory=on_gpu)
         model.eval()
         computed, unsynced = 0, {}  # {path: checksum of its tokens}
         bar = progress_bar(len(paths), "tokens")
@@ -143,7 +152,7 @@ class TokenCache:
                     file.truncate(self.rows * 2 * math.prod(shape))  # behind these may be unfinished work
                 for images in loader:  # (B, 3, H, W)
                     batch = paths[computed : computed + len(images)]
-                    tokens = [level.numpy() for level in _float16_tokens(model, images, batch)]
+                    tokens = [level.numpy() for level in self._float16_tokens(model, images, batch)]
                     for file, level in zip(levels, tokens, strict=True):
                         file.write(level.tobytes())
                     unsynced |= {path: _checksum([level[i] for level in tokens]) for i, path in enumerate(batch)}
@@ -170,6 +179,20 @@ class TokenCache:
             ) from error
         finally:
             bar.close()
+
+    @torch.inference_mode()
+    def _float16_tokens(self, model, images, paths):
+        """images (B, 3, H, W) -> their tokens (B, N, C) for each level, on the CPU. Raises ValueError that names the
+        first of the `paths` whose tokens float16 cannot hold."""
+        device = next(model.parameters()).device
+        with torch.autocast(device.type, self.dtype) if self.dtype else nullcontext():
+            levels = model.levels(to_device(images, device))
+        levels = [level.half().cpu().contiguous() for level in levels]
+        for level in levels:
+            bad = (~level.isfinite()).flatten(1).any(1).nonzero()
+            if len(bad):
+                raise ValueError(f"{paths[int(bad[0])]}: its tokens do not fit float16; leave out --cache_tokens")
+        return levels
 
     def _identity(self, path, captions):
         """[size, time of the last change, may be mirrored] of a photo: while these stay, its tokens do."""
@@ -263,7 +286,10 @@ def read_tokens_from_disk(model, loaders, train_config):
             f"cache_tokens: {len(trained)} parameters of the encoder train (the first is {trained[0]}), so its tokens "
             f"change: {remedy}"
         )
-    views = [TokenCache(config.cache_dir, model, view, config.crop_scale) for view in range(config.cache_views)]
+    views = [
+        TokenCache(config.cache_dir, model, view, config.crop_scale, config.precision)
+        for view in range(config.cache_views)
+    ]
     training, validation = (loader.dataset for loader in loaders)
     jobs = [(cache, list(training.captions_of), training.captions_of) for cache in views]
     jobs.append((views[0], list(validation.captions_of), validation.captions_of))
@@ -279,19 +305,6 @@ def weights_digest(encoder):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-@torch.inference_mode()
-def _float16_tokens(model, images, paths):
-    """images (B, 3, H, W) -> their tokens (B, N, C) for each level, on the CPU. Raises ValueError that names the first
-    of the `paths` whose tokens float16 cannot hold."""
-    device = next(model.parameters()).device
-    levels = [level.half().cpu().contiguous() for level in model.levels(to_device(images, device))]
-    for level in levels:
-        bad = (~level.isfinite()).flatten(1).any(1).nonzero()
-        if len(bad):
-            raise ValueError(f"{paths[int(bad[0])]}: its tokens do not fit float16; leave out --cache_tokens")
-    return levels
 
 
 class _AugmentedView:

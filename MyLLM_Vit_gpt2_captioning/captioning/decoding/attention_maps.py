@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from captioning.common.files import write_atomically
+from captioning.common.printable import printable
 from captioning.images.preprocessing import preprocess, resize
 from captioning.model.tokenizer import encode_prompt
 
@@ -187,6 +188,6 @@ def draw_attention(photo, words, maps, path, columns=6, side=152):
         sheet.paste(panel, (left, top))
         x, y = (left + side / 2) / sheet.width, 1 - (top - 5) / sheet.height
         size = min(12, 150 / max(1, len(word)))  # a long word stays over its own panel
-        figure.text(x, y, word, ha="center", va="baseline", fontsize=size, parse_math=False)
+        figure.text(x, y, printable(word), ha="center", va="baseline", fontsize=size, parse_math=False)
     figure.figimage(np.asarray(sheet))
     write_atomically(path, lambda draft: figure.savefig(draft, format="png", dpi=100, pil_kwargs={"optimize": True}))

@@ -11,6 +11,8 @@ from functools import cache
 
 import torch
 
+MIN_FREE_SHARE = 0.125  # of a GPU's memory; with less, what is cached is freed before a capture
+
 _capture_lock = threading.Lock()
 
 
@@ -52,16 +54,22 @@ class CudaGraphs:
         graphs share one memory pool: none of them needs what another has left there.
         """
         # One capture at a time; whatever happens, the current stream is restored.
-        with _capture_lock, torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.current_stream(self.device)):
+        with _capture_lock, torch.cuda.device(self.device), torch.cuda.stream(_capture_stream(self.device)):
             self.pool = self.pool or torch.cuda.graph_pool_handle()
+            # A capture cannot use memory that the allocator keeps for other work. `torch.cuda.graph` waits for the
+            # device and frees that before every capture, and a decoder has up to a hundred.
+            free, total = torch.cuda.mem_get_info(self.device)
+            if free < total * MIN_FREE_SHARE:
+                torch.cuda.empty_cache()
             graph = torch.cuda.CUDAGraph()
             # "thread_local", because data loaders pin memory in a thread of their own, which would invalidate a capture
             # that watches all threads.
-            with (
-                torch.cuda.graph(graph, self.pool, _capture_stream(self.device), capture_error_mode="thread_local"),
-                _autocast_without_cache(self.device.type),
-            ):
-                function()
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                with _autocast_without_cache(self.device.type):
+                    function()
+            finally:
+                graph.capture_end()
         return graph.replay
 
 

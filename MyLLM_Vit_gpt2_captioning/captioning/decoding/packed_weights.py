@@ -7,6 +7,7 @@ device.
 
 import weakref
 from contextlib import contextmanager
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ def packed_linears(gpt):
     of a single row are no faster in bf16 there. The head always stays in float32: with the 8 bits of a bf16 logit,
     tokens would tie.
 
-    Packed weights are kept for the next call; a weight that has changed since is packed again, see `_fingerprint`.
+    Packed weights are kept for the next call; a weight that has changed since is packed again, see `_fingerprints`.
     Yields the addresses of all cast weights: a CUDA graph is only valid while they stay the same.
     """
     own_dtype, device = gpt.tok_emb.weight.dtype, gpt.tok_emb.weight.device.type
@@ -37,15 +38,16 @@ def packed_linears(gpt):
     if sum(layer.weight.numel() for layer in layers) < MIN_WEIGHTS or not (onednn or autocast):
         yield []
         return
-    head, _ = _packed_linear(gpt.tok_emb, own_dtype, onednn)
+    fingerprints = _fingerprints([gpt.tok_emb, *layers])
+    head, _ = _packed_linear(gpt.tok_emb, own_dtype, onednn, fingerprints[0])
 
     def logits(hidden_states):
         with torch.autocast(device, enabled=False):
             return head(gpt.final_norm(hidden_states.to(own_dtype)))
 
     addresses = []
-    for layer in layers:
-        layer.forward, cast = _packed_linear(layer, dtype, onednn)
+    for layer, fingerprint in zip(layers, fingerprints[1:], strict=True):
+        layer.forward, cast = _packed_linear(layer, dtype, onednn, fingerprint)
         addresses += [tensor.data_ptr() for tensor in cast]
     gpt.logits = logits
     try:
@@ -57,14 +59,13 @@ def packed_linears(gpt):
         vars(gpt).pop("logits", None)
 
 
-def _packed_linear(module, dtype, onednn):
-    """An `nn.Linear` or `nn.Embedding` -> (linear, cast parameters).
+def _packed_linear(module, dtype, onednn, fingerprint):
+    """An `nn.Linear` or `nn.Embedding` with its fingerprint -> (linear, cast parameters).
 
     `linear` maps x (..., in) to x @ weight.T + bias (..., out), multiplied in `dtype`; with oneDNN the result has the
     module's dtype. The second are the copies of the parameters in `dtype`, [] where there are none.
     """
-    parameters = [p for p in (module.weight, getattr(module, "bias", None)) if p is not None]
-    fingerprint, packed = _fingerprint(parameters), _packed.setdefault(module, {})
+    parameters, packed = _parameters(module), _packed.setdefault(module, {})
     old_fingerprint, _, cast = packed.get(dtype, (None, None, []))
     if old_fingerprint != fingerprint:
         if onednn:
@@ -101,10 +102,21 @@ def _cast(parameters, dtype, cast):
     return cast
 
 
-def _fingerprint(parameters):
-    """A value that differs after weights have changed: their addresses, PyTorch's version counters, and a sample of
-    their values, because the fused AdamW does not count. Only single values set through `weight.data` go unnoticed."""
+def _parameters(module):
+    return [p for p in (module.weight, getattr(module, "bias", None)) if p is not None]
+
+
+def _fingerprints(modules):
+    """For each module a value that differs after its weights have changed: their addresses, PyTorch's version counters,
+    and a sample of their values, because the fused AdamW does not count. Only single values set through `weight.data`
+    go unnoticed. All samples are read together: every read waits for the device."""
+    groups = [_parameters(module) for module in modules]
+    samples = [[p.detach().flatten()[:: p.numel() // 64 + 1] for p in group] for group in groups]
+    values = iter(torch.cat([sample for group in samples for sample in group]).tolist())
     return [
-        (p.data_ptr(), 0 if p.is_inference() else p._version, p.detach().flatten()[:: p.numel() // 64 + 1].tolist())
-        for p in parameters
+        [
+            (p.data_ptr(), 0 if p.is_inference() else p._version, list(islice(values, len(sample))))
+            for p, sample in zip(*group, strict=True)
+        ]
+        for group in zip(groups, samples, strict=True)
     ]

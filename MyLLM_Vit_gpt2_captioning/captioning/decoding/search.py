@@ -4,7 +4,7 @@ The image is encoded once, cross-attention's keys and values are projected once 
 of an image, and with a KV cache each new token costs one token's work.
 """
 
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,7 +13,7 @@ import torch
 from captioning.data.batching import to_device
 from captioning.decoding.cached_decoder import decoder_for, next_token_logits
 from captioning.decoding.packed_weights import packed_linears
-from captioning.images.preprocessing import preprocess
+from captioning.images.photo_batches import photo_batches
 from captioning.model.tokenizer import encode_prompt
 
 SHRINK_BELOW = 0.8  # finished images leave the batch when this share or less is unfinished: copying the rest has a cost
@@ -304,12 +304,11 @@ def caption_batches(model, tokenizer, images, options, batch_size=64, prompt="",
     """Caption images batch by batch; yields (index of an image, its captions, for each whether it ended with EOS).
 
     The order is any: images whose prompts have equally many tokens share a batch. `options`: an `Options`.
-    `load_batch(images)` turns a list of images into input of the model, for example `TokenCache.batch`; the default is
-    to preprocess them. Other arguments as in `caption_images`. Raises ValueError when there are not as many prompts as
-    images.
+    `load_batch(images)` turns a list of images into input of the model, for example `TokenCache.batch`; by default they
+    are preprocessed, on an accelerator those of the next batch while it works. Other arguments as in `caption_images`.
+    Raises ValueError when there are not as many prompts as images.
     """
     device, are_questions = next(model.parameters()).device, not isinstance(prompt, str)
-    load_batch = load_batch or partial(_preprocess_batch, model)
     max_length = model.config.seq_len - 2  # the same truncation as in training
     prompts = prompt if are_questions else [prompt] * len(images)
     prompt_ids = [encode_prompt(tokenizer, text)[:max_length] for text in prompts]
@@ -320,17 +319,23 @@ def caption_batches(model, tokenizer, images, options, batch_size=64, prompt="",
     count, by_length = options.num_return_sequences, {}  # prompts of one length make a batch without padding
     for i, ids in enumerate(prompt_ids):
         by_length.setdefault(len(ids), []).append(i)
-    for length, indices in by_length.items():
-        for start in range(0, len(indices), batch_size):
-            batch = indices[start : start + batch_size]
-            inputs = to_device(load_batch([images[i] for i in batch]), device)
+    batches = [
+        indices[start : start + batch_size]
+        for indices in by_length.values()
+        for start in range(0, len(indices), batch_size)
+    ]
+    image_batches = ([images[i] for i in batch] for batch in batches)
+    if load_batch:
+        inputs = (load_batch(batch) for batch in image_batches)
+    else:
+        photo = model.preprocessing  # the model normalises, on its device
+        inputs = photo_batches(image_batches, photo["img_size"], photo["resample"], device)
+    with closing(inputs):
+        for batch, pixels_or_tokens in zip(batches, inputs, strict=True):
             sequences = torch.tensor([prompt_ids[i] for i in batch], device=device)  # (B, T)
-            rows = generate_ids(model, inputs, sequences, **vars(options)).tolist()
+            length = sequences.size(1)
+            rows = generate_ids(model, to_device(pixels_or_tokens, device), sequences, **vars(options)).tolist()
             texts = [tokenizer.decode(row[length if are_questions else 1 :]).strip() for row in rows]
             finished = [model.config.eos_token_id in row[length:] for row in rows]
             for n, i in enumerate(batch):
                 yield i, texts[n * count : (n + 1) * count], finished[n * count : (n + 1) * count]
-
-
-def _preprocess_batch(model, images):
-    return torch.stack([preprocess(image, **model.preprocessing) for image in images])  # (B, 3, H, W)

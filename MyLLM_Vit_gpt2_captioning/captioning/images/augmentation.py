@@ -6,8 +6,6 @@ mirrored only when none of its captions speaks of left, right or writing.
 """
 
 import math
-import os
-import random
 import re
 from functools import cached_property
 
@@ -53,6 +51,24 @@ def random_crop_box(generator, width, height, crop_scale):
     return left, top, left + w, top + h
 
 
+def random_light(generator, pixels, limit=0.15, probability=0.5):
+    """pixels (H, W, 3) uint8 -> with `probability` in another light: contrast * pixels + brightness * 255.
+
+    `contrast` is drawn from 1 - limit .. 1 + limit, `brightness` from -limit .. limit: the method and the distribution
+    of albumentations 2.0.8's `RandomBrightnessContrast`.
+    """
+    if generator.random() >= probability:
+        return pixels
+    contrast, brightness = 1 + generator.uniform(-limit, limit), generator.uniform(-limit, limit)
+    return with_light(pixels, contrast, brightness)
+
+
+def with_light(pixels, contrast, brightness):
+    """pixels (H, W, 3) uint8 -> contrast * pixels + brightness * 255, cut to 0..255, uint8, rounded towards 0."""
+    table = np.arange(256, dtype=np.float32) * contrast + brightness * 255  # (256,), what becomes of each value
+    return table.clip(0, 255).astype(np.uint8)[pixels]
+
+
 def resize_fast(pixels, side, resample):
     """pixels (H, W, 3) uint8 -> (side, side, 3) uint8, antialiased; `resample` is "bicubic" or "bilinear".
 
@@ -69,17 +85,10 @@ class TrainingTransforms:
     when it is normalised later, on the device."""
 
     def __init__(self, img_size, mean, std, crop_scale=0.8, resample="bicubic", normalized=True):
-        # albumentations 2.0.8 asks a server for newer versions when it is imported; training needs no network.
-        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-        import albumentations as A  # here, so that captioning a photo does not wait for it
-
         self.img_size, self.mean, self.std, self.crop_scale = img_size, mean, std, crop_scale
         self.resample, self.normalized = resample, normalized
         # For `load_image`: twice the pixels that the model sees, so that the crop is still reduced.
         self.least_side = 2 * img_size
-        light = A.RandomBrightnessContrast(brightness_limit=0.15, contrast_limit=0.15, p=0.5)
-        self.mirrored = A.Compose([A.HorizontalFlip(p=0.5), light])
-        self.unmirrored = A.Compose([light])
 
     def __call__(self, image, captions=(), seed=None):
         """image (H, W, 3) uint8; `captions` are all captions of the picture; the same `seed` gives the same result."""
@@ -89,12 +98,9 @@ class TrainingTransforms:
         left, top, right, bottom = random_crop_box(generator, width, height, self.crop_scale)
         crop = image[math.floor(top) : math.ceil(bottom), math.floor(left) : math.ceil(right)]
         image = resize_fast(crop, self.img_size, self.resample)
-        transforms = self.mirrored if may_mirror(captions) else self.unmirrored
-        # One stream for all steps: `set_random_seed` would start each step at the same number, so that every mirrored
-        # picture would also be a brightened one.
-        transforms.set_random_state(generator, random.Random(int(generator.integers(2**63))))
-        pixels = transforms(image=image)["image"]  # (img_size, img_size, 3) uint8
-        pixels = to_tensor(pixels)
+        if generator.random() < 0.5 and may_mirror(captions):  # drawn first: captions do not change the light
+            image = image[:, ::-1]
+        pixels = to_tensor(random_light(generator, image))
         return {"image": normalize(pixels, self.mean, self.std) if self.normalized else pixels}
 
 

@@ -6,33 +6,22 @@ library.
 
 import math
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from captioning.common.printable import printable
 from captioning.images import tar_members
 
 # Pillow's names of the formats of photos. It would open others, too, by their content and whatever a file is called:
 # for EPS it starts Ghostscript, which runs the program in the file.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM")
-
-
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # of ISO/IEC 23008-12
 # Bytes of a photo in memory, a bit more than the 179 million pixels of 3 bytes that Pillow opens.
 LARGEST = 600_000_000
 BYTES_OF_MODE = {"I": 4, "F": 4, "I;16": 2, "I;16B": 2, "I;16L": 2}  # others: one a band
-
-
-@cache
-def _formats():
-    """Those of FORMATS that this Pillow reads; HEIF comes with pillow-heif."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-def open_image(source):
-    """As `PIL.Image.open`, for the formats of photos only."""
-    return Image.open(source, formats=_formats())
 
 
 def load_image(source, least_side=None):
@@ -46,6 +35,7 @@ def load_image(source, least_side=None):
     if isinstance(source, np.ndarray):
         return Image.fromarray(source).convert("RGB")
     name = getattr(source, "filename", "") or "the image" if isinstance(source, Image.Image) else source
+    name = printable(name)
     try:
         if isinstance(source, Image.Image):
             return _as_rgb(ImageOps.exif_transpose(source))  # phones store the turn beside the pixels
@@ -57,15 +47,51 @@ def load_image(source, least_side=None):
             image.draft(None, (least_side, least_side))  # does nothing for other formats
         image.load()
         ImageOps.exif_transpose(image, in_place=True)  # the image was opened here, so no copy is needed
-        return image if image.mode == "RGB" else _as_rgb(image)
+        return image if image.mode == "RGB" and not image.has_transparency_data else _as_rgb(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such image") from None
     except Exception as error:  # a decoder may stumble over a damaged file in any way: TypeError, struct.error, ...
-        raise ValueError(f"{name}: not a readable image ({error}); replace the file or remove its rows") from error
+        raise ValueError(
+            f"{name}: not a readable image ({printable(error)}); replace the file or remove its rows"
+        ) from error
+
+
+@cache
+def _formats():
+    """Those of FORMATS that this Pillow reads; HEIF comes with pillow-heif."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def open_image(source):
+    """As `Image.open`, for the formats of photos only; also for HEIC where pillow-heif is installed, and where it is
+    not, ValueError names that library."""
+    try:
+        return Image.open(source, formats=_formats())
+    except UnidentifiedImageError:
+        if not _is_heic(source):
+            raise
+    try:
+        import pillow_heif
+    except ImportError:
+        raise ValueError("HEIC, which needs one more library: pip install pillow-heif") from None
+    pillow_heif.register_heif_opener()
+    _formats.cache_clear()
+    return Image.open(source, formats=_formats())
+
+
+def _is_heic(source):
+    """Whether a path or an opened file has the mark of HEIC."""
+    if isinstance(source, str | Path):
+        with open(source, "rb") as file:
+            return _is_heic(file)
+    source.seek(0)
+    head = source.read(12)
+    return head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS
 
 
 def _as_rgb(image):
-    """An image of any mode -> 8-bit RGB. Transparency is ignored: the stored colours are used."""
+    """An image of any mode -> 8-bit RGB, transparent parts on white, as pages show them."""
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255: nearly all of it white
         values = np.array(image)  # uint16 or, with some formats, int32; changed in place, because it may be large
         if values.dtype != np.uint16:
@@ -74,8 +100,9 @@ def _as_rgb(image):
         image = Image.fromarray(values.astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; save it with 8 bits a channel")
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # straight to RGB, Pillow warns
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
@@ -86,9 +113,11 @@ def to_tensor(pixels):
 
 def normalize(pixels, mean, std):
     """pixels (..., 3, H, W) uint8 -> float32: scaled to 0..1, then (x - mean) / std for each channel."""
-    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (mean, std))
-    # In place: new memory for each step would take most of the time.
-    return pixels.float().div_(255).sub_(mean).div_(std)
+    pixels = pixels.float().div_(255)  # in place from here on: new memory for each step would take most of the time
+    # With numbers, channel by channel: a tensor of them would have to be copied to the GPU, which waits for it.
+    for channel, m, s in zip(pixels.unbind(-3), mean, std, strict=True):  # (..., H, W)
+        channel.sub_(m).div_(s)
+    return pixels
 
 
 def normalize_pixels(images, preprocessing):

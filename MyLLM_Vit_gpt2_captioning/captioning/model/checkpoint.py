@@ -10,10 +10,11 @@ A checkpoint folder holds
 import json
 import math
 import pickle
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from captioning.common.config import as_type
@@ -27,6 +28,9 @@ from captioning.common.files import (
     write_atomically,
 )
 
+STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict")  # under which training loops save that of the model
+# In front of all names: put there by DistributedDataParallel, by torch.compile, by the attribute of a LightningModule.
+WRAPPERS = ("module.", "_orig_mod.", "model.")
 OTHER_COPY = "take another copy of the checkpoint, or train again"
 SIZES = (
     "embed_dim",
@@ -121,30 +125,75 @@ def _check_types(values, known, place):
             raise ValueError(f"{place}: {key} is {value}, but must be a positive int; {OTHER_COPY}")
 
 
+def weights_file(folder):
+    """The file with the weights in a checkpoint folder: captioner.safetensors, where that is missing captioner.pt."""
+    paths = [Path(folder) / name for name in (WEIGHTS_FILE, TORCH_FILE)]
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
 def load_weights(path):
     """A `.safetensors` or `.pt` file -> state_dict on the CPU; a pickle that holds anything but tensors is refused.
 
     Raises FileNotFoundError or ValueError that names the file.
     """
-    path = Path(path)
-    if not path.is_file():
+    with _named_errors(path):
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_shapes(path):
+    """A weights file -> {name: shape} of its tensors, without their values. Raises what `load_weights` raises."""
+    with _named_errors(path):
+        if Path(path).suffix != ".safetensors":
+            weights = unwrapped(torch.load(path, map_location="meta", weights_only=True), path)
+            return {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        with safe_open(path, "pt") as file:
+            return _without_prefix({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+
+
+@contextmanager
+def _named_errors(path):
+    """Context in which a weights file is read: its errors become those of `load_weights`."""
+    if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: not found")
     try:
-        if path.suffix == ".safetensors":
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+        yield
     except pickle.UnpicklingError as error:  # torch's message advises to run what is in the file
         raise ValueError(f"{path}: damaged, or a pickle that holds more than tensors, which is not read") from error
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: damaged, or not a weights file ({reason}); {OTHER_COPY}") from error
-    if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
-        raise ValueError(f"{path}: not a weights file (it holds other things than tensors); {OTHER_COPY}")
+
+
+def check_finite(weights, source):
+    """Raise ValueError that names `source` and the first tensor of a state_dict with NaN or infinity in it: such a
+    model writes empty captions."""
     for name, tensor in weights.items():  # the sum is not finite where a number is not
         if tensor.is_floating_point() and not math.isfinite(tensor.sum(dtype=torch.float64)):
-            raise ValueError(f"{path}: {name} has numbers that are not finite; {OTHER_COPY}")
-    return weights
+            raise ValueError(f"{source}: {name} has numbers that are not finite; {OTHER_COPY}")
+
+
+def unwrapped(content, path):
+    """What a weights file of any training loop holds -> the model's state_dict: the loop may have put it beside other
+    things, as PyTorch Lightning does, or saved the model as DistributedDataParallel or torch.compile wraps it.
+
+    Raises ValueError that names the file when there is no state_dict in it.
+    """
+    for key in STATE_DICT_KEYS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ValueError(f"{path}: holds no state_dict, neither as it is nor as {' or '.join(STATE_DICT_KEYS)}")
+    return _without_prefix(content)
+
+
+def _without_prefix(content):
+    """A dict without the WRAPPERS in front of all of its names."""
+    while content and (prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in content)), None)):
+        content = {name.removeprefix(prefix): value for name, value in content.items()}
+    return content
 
 
 def find_folder(source, files=(WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE)):
@@ -169,11 +218,12 @@ def find_folder(source, files=(WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE)):
 
 
 def load_strictly(model, path):
-    """Load the weights file `path` into `model`, all of it.
+    """Load the weights file `path`, or that of the checkpoint folder `path`, into `model`, all of it.
 
     Raises ValueError that lists every key that is missing, unknown or of another shape; the model is then unchanged.
     """
-    stored, own = load_weights(path), model.state_dict()
+    path = weights_file(path) if Path(path).is_dir() else path
+    stored, own = unwrapped(load_weights(path), path), model.state_dict()
     problems = [f"{key}: missing" for key in own.keys() - stored.keys()]
     problems += [f"{key}: unknown" for key in stored.keys() - own.keys()]
     problems += [
@@ -188,6 +238,7 @@ def load_strictly(model, path):
     ]
     if problems:
         raise ValueError(f"{path} does not fit the model:\n  " + "\n  ".join(sorted(problems)) + f"\n{OTHER_COPY}")
+    check_finite(stored, path)
     load_weights_into(model, stored)
 
 

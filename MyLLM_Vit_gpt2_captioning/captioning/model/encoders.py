@@ -387,7 +387,7 @@ class GridEncoder(Encoder):
         grid = last.size(-1 if self.channels_first else 1)  # cells a side of the last map
         for features in earlier:  # (B, C, h, w), h and w at least `grid`
             ratio = math.ceil(features.size(-1) / grid)
-            features = F.adaptive_avg_pool2d(features, ratio * grid)  # changes nothing where `grid` divides h
+            features = pool_to_grid(features, ratio * grid)  # changes nothing where `grid` divides h
             levels.append(F.pixel_unshuffle(features, ratio).flatten(2).transpose(1, 2))  # (B, N, C * ratio ** 2)
         return [*levels, self._as_tokens(self.norm(last))]
 
@@ -413,6 +413,23 @@ class GridEncoder(Encoder):
         return features.flatten(1, -2)  # (B, N, C)
 
 
+def pool_to_grid(features, cells):
+    """features (B, C, h, w) -> (B, C, cells, cells), the values of `F.adaptive_avg_pool2d`, whose backward pass is a
+    different sum every time on a GPU."""
+    h, w = features.shape[-2:]
+    if h % cells == 0 and w % cells == 0:
+        return F.avg_pool2d(features, (h // cells, w // cells))
+    return _cell_means(_cell_means(features.float(), cells, 2), cells, 3).to(features.dtype)
+
+
+def _cell_means(features, cells, dim):
+    """A dimension of n positions -> `cells` means over the positions from i * n / cells, rounded down, to
+    (i + 1) * n / cells, rounded up."""
+    n = features.size(dim)
+    bounds = [(i * n // cells, -(-(i + 1) * n // cells)) for i in range(cells)]
+    return torch.stack([features.narrow(dim, start, end - start).mean(dim) for start, end in bounds], dim)
+
+
 class ConvolutionalRefiner(nn.Module):
     """A small transformer encoder on a CNN's feature map, trained from scratch: 1x1 convolution, batch norm, ReLU,
     pooling to a fixed grid, learned positions, then post-norm encoder layers (Vaswani et al. 2017) with a convolutional
@@ -426,14 +443,15 @@ class ConvolutionalRefiner(nn.Module):
             raise ValueError(f"refiner: width {width} must be a multiple of heads {heads}, and kernel {kernel} odd")
         self.width = width
         self.reduce = nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        self.pool = nn.AdaptiveAvgPool2d(grid)
+        self.grid = grid
         self.positions = nn.Parameter(torch.randn(1, grid * grid, width) * 0.02)
         self.layers = nn.ModuleList(RefinerLayer(width, heads, kernel, dropout) for _ in range(layers))
 
     def forward(self, tokens):
         """tokens (B, h*h, channels), the cells of a square map row by row -> (B, grid * grid, width)."""
         features = tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.size(1)), -1))  # (B, channels, h, h)
-        tokens = self.pool(self.reduce(features)).flatten(2).transpose(1, 2) + self.positions  # (B, N, width)
+        features = pool_to_grid(self.reduce(features), self.grid)  # (B, width, grid, grid)
+        tokens = features.flatten(2).transpose(1, 2) + self.positions  # (B, N, width)
         for layer in self.layers:
             tokens = layer(tokens)
         return tokens

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 
 from captioning.common.files import CONFIG_FILE, TOKENIZER_FILE, read_json, write_atomically
-from captioning.model.checkpoint import find_folder, load_config, load_weights
+from captioning.model.checkpoint import check_finite, find_folder, load_config, load_weights, unwrapped
 from captioning.model.tokenizer import END_OF_TEXT
 
 MODEL_TYPE = "vision-encoder-decoder"  # in the config.json of a VisionEncoderDecoderModel
@@ -211,13 +211,13 @@ def fetch(source):
     if Path(source).is_dir():
         return Path(source)
     folder = find_folder(source, (*SMALL_FILES, WEIGHTS_FILE, "model-*.safetensors"))
-    files = _weights_files(folder)
+    files = weights_files(folder)
     if not files or not all(file.is_file() for file in files):
         folder = find_folder(source, (*SMALL_FILES, TORCH_FILE, "pytorch_model-*.bin"))  # an older upload
     return folder
 
 
-def _weights_files(folder):
+def weights_files(folder):
     """The files that hold the weights: one, or those that the index of a sharded checkpoint names."""
     for name in (WEIGHTS_FILE, TORCH_FILE):
         if (folder / name).is_file():
@@ -241,10 +241,12 @@ def _shards_of(index):
 
 def read_weights(folder):
     """The state_dict in a Hugging Face checkpoint folder. Raises FileNotFoundError or ValueError naming the file."""
-    files = _weights_files(folder)
+    files = weights_files(folder)
     if not files:
         raise FileNotFoundError(f"{folder}: neither {WEIGHTS_FILE} nor {TORCH_FILE} is there")
-    return {name: tensor for file in files for name, tensor in load_weights(file).items()}
+    weights = {name: tensor for file in files for name, tensor in unwrapped(load_weights(file), file).items()}
+    check_finite(weights, folder)
+    return weights
 
 
 def _transformers_config(folder):

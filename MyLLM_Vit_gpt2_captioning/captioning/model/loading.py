@@ -4,10 +4,12 @@ Nothing behind this file changes a configuration: each function returns a new on
 """
 
 import dataclasses
+import math
 import re
+from contextlib import contextmanager
 
 from captioning.common.config import attributes, complete
-from captioning.common.files import CONFIG_FILE, WEIGHTS_FILE
+from captioning.common.files import CONFIG_FILE
 from captioning.model import checkpoint, encoders, hugging_face
 from captioning.model.tokenizer import check_eos
 
@@ -19,15 +21,80 @@ def stored_config(source, defaults, read_decoder):
     ValueError that names the file, for what is no captioner or has constants that do not exist here.
     """
     folder, values = hugging_face.read_config(source, read_decoder, defaults)
+    with _named(folder):
+        config = complete(values, defaults)
+    check_stored_sizes(config, folder)
+    with _named(folder):
+        encoders.check_options(config.encoder_options)
+        if re.search(r"[/\\:]", config.encoder):  # a stranger's file asks no Hub
+            raise ValueError(f"encoder is {config.encoder[:60]!r}, but must be the name of a timm model")
+    return folder, config
+
+
+@contextmanager
+def _named(folder):
+    """Around checks of a stored configuration: their errors name its file."""
     try:
-        encoders.check_options(values.get("encoder_options", {}))
-        if re.search(r"[/\\:]", str(values.get("encoder", ""))):  # a stranger's file asks no Hub
-            raise ValueError(f"encoder is {str(values['encoder'])[:60]!r}, but must be the name of a timm model")
-        return folder, complete(values, defaults)
+        yield
     except ValueError as error:
         raise ValueError(
             f"{folder / CONFIG_FILE}: {error}. The captioner is damaged or comes from another version"
         ) from error
+
+
+# A size in the configuration: where the weights have it, in our names and in those of Hugging Face. A number is a
+# dimension of that tensor, None counts the blocks whose tensors have such names.
+STORED_SIZES = {
+    "depth": ((r"gpt\.trf_blocks\.(\d+)\.", None), (r"decoder\.transformer\.h\.(\d+)\.", None)),
+    "vocab_size": (("gpt.tok_emb.weight", 0), ("decoder.transformer.wte.weight", 0)),
+    "embed_dim": (("gpt.tok_emb.weight", 1), ("decoder.transformer.wte.weight", 1)),
+    "seq_len": (("gpt.pos_emb.weight", 0), ("decoder.transformer.wpe.weight", 0)),
+}
+STORED_ENCODER_SIZES = {  # likewise, in encoder_options of a ViT
+    "depth": ((r"encoder\.vit\.blocks\.(\d+)\.", None), (r"encoder\.encoder\.layer\.(\d+)\.", None)),
+    "embed_dim": (("encoder.vit.patch_embed.proj.weight", 0), ("encoder.embeddings.cls_token", 2)),
+}
+
+
+def check_stored_sizes(config, folder):
+    """Raise ValueError where a trained captioner's configuration has other sizes than its weights, by the header of
+    their file; without such a file there is nothing to compare.
+
+    Without this a model with a million blocks is built for minutes before it turns out not to fit. Of other numbers
+    only those are refused that no model with these weights can have: more layers than there are tensors, or a size
+    above the number of all weights.
+    """
+    shapes = {}
+    for path in hugging_face.weights_files(folder) or [checkpoint.weights_file(folder)]:
+        shapes |= checkpoint.read_shapes(path) if path.is_file() else {}
+    if not shapes:
+        return
+    weights = sum(math.prod(shape) for shape in shapes.values())
+    sections = {
+        "": (vars(config), STORED_SIZES),
+        "encoder_options: ": (config.encoder_options, STORED_ENCODER_SIZES),
+        "refiner: ": (config.refiner, {}),
+        "preprocessing: ": (config.preprocessing, {}),
+    }
+    for section, (values, names) in sections.items():
+        for key, value in values.items():
+            if not isinstance(value, int) or key in ("eos_token_id", "unk_token_id"):
+                continue
+            stored = next((size for name in names.get(key, ()) if (size := _stored_size(shapes, *name))), None)
+            limit = len(shapes) if re.search("depth|layers|blocks", key) else weights
+            if value != stored if stored else value > limit:
+                has = f"have {stored}" if stored else f"are {weights:,} numbers in {len(shapes):,} tensors"
+                raise ValueError(
+                    f"{folder / CONFIG_FILE}: {section}{key} is {value}, but the weights beside it {has}; "
+                    f"{checkpoint.OTHER_COPY}"
+                )
+
+
+def _stored_size(shapes, name, dimension):
+    """A size by one of the entries of the tables above, or None where the weights have no such tensor."""
+    if dimension is not None:
+        return shapes[name][dimension] if len(shapes.get(name, ())) > dimension else None
+    return len({match[1] for key in shapes if (match := re.match(name, key))}) or None
 
 
 def complete_model_config(given, defaults, read_decoder):
@@ -76,7 +143,7 @@ def load_captioner_weights(model, folder, gpt2_name):
     if hugging_face.is_vision_encoder_decoder(checkpoint.load_config(folder)):
         checkpoint.load_weights_into(model, hugging_face.read_captioner_weights(folder, model.state_dict(), gpt2_name))
     else:
-        checkpoint.load_strictly(model, folder / WEIGHTS_FILE)
+        checkpoint.load_strictly(model, folder)
 
 
 def offline_help(model_config, gpt2_repo):

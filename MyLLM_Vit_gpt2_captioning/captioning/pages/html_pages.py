@@ -4,12 +4,12 @@ A page is one self-contained file: it embeds its pictures and loads nothing.
 """
 
 import base64
-import html
 import io
 from functools import lru_cache
 from pathlib import Path
 
 from captioning.common.files import write_atomically
+from captioning.common.printable import in_html, in_markdown
 from captioning.images.preprocessing import load_image
 
 STYLE = """
@@ -50,7 +50,7 @@ def write_page(path, title, parts, style=""):
     head = (
         "<!doctype html><html lang=en><meta charset=utf-8>"
         '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}{style}</style>"
+        f"<title>{in_html(title)}</title><style>{STYLE}{style}</style>"
     )
     write_atomically(path, lambda draft: draft.write_text("\n".join([head, *parts]) + "\n", encoding="utf-8"))
 
@@ -59,11 +59,11 @@ def photo_grid(photos):
     """(image, caption, reference captions, text of its score) of each photo -> HTML; unreadable photos are grey."""
     parts = ["<div class=photos>"]
     for image, caption, references, score in photos:
-        items = "".join(f"<li>{html.escape(text)}</li>" for text in references)
+        items = "".join(f"<li>{in_html(text)}</li>" for text in references)
         parts.append(
-            f'<figure><img src="{photo_url(image)}" alt="{html.escape(caption, quote=True)}"><figcaption>'
-            f"<b>{html.escape(caption) or '(empty)'}</b><ul>{items}</ul>"
-            f"<span class=score>{html.escape(score)}</span></figcaption></figure>"
+            f'<figure><img src="{photo_url(image)}" alt="{in_html(caption)}"><figcaption>'
+            f"<b>{in_html(caption) or '(empty)'}</b><ul>{items}</ul>"
+            f"<span class=score>{in_html(score)}</span></figcaption></figure>"
         )
     return "\n".join([*parts, "</div>"])
 
@@ -83,16 +83,16 @@ def write_evaluation_page(path, title, scores, sections):
     as `photo_grid` takes them}.
     """
     (first, *titles), *rest = scores
-    rows = [f"<tr><th>{html.escape(first)}</th>" + "".join(f"<th class=number>{html.escape(t)}</th>" for t in titles)]
+    rows = [f"<tr><th>{in_html(first)}</th>" + "".join(f"<th class=number>{in_html(t)}</th>" for t in titles)]
     for name, value, shuffled in rest:
         if value.replace(".", "", 1).isdigit():
-            cells = "".join(f"<td class=number>{html.escape(cell)}</td>" for cell in (value, shuffled))
+            cells = "".join(f"<td class=number>{in_html(cell)}</td>" for cell in (value, shuffled))
         else:
-            cells = f"<td colspan=2 class=score>{html.escape(value)}</td>"  # the reason why there is no number
-        rows.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
-    parts = [f"<h1>{html.escape(title)}</h1><table>{''.join(rows)}</table>"]
+            cells = f"<td colspan=2 class=score>{in_html(value)}</td>"  # the reason why there is no number
+        rows.append(f"<tr><td>{in_html(name)}</td>{cells}</tr>")
+    parts = [f"<h1>{in_html(title)}</h1><table>{''.join(rows)}</table>"]
     for heading, photos in sections.items():
-        parts += [f"<h2>{html.escape(heading)}</h2>", photo_grid(photos)]
+        parts += [f"<h2>{in_html(heading)}</h2>", photo_grid(photos)]
     write_page(path, title, parts)
 
 
@@ -103,9 +103,9 @@ def write_samples(path, names, references, by_epoch):
     """
     lines = ["# The same images after every epoch", ""]
     for i, (name, captions_of_image) in enumerate(zip(names, references, strict=True)):
-        lines += [f"## {name}", "", *(f"- true: {text}" for text in captions_of_image), ""]
+        lines += [f"## {in_markdown(name)}", "", *(f"- true: {in_markdown(text)}" for text in captions_of_image), ""]
         lines += ["| epoch | caption |", "| ---: | --- |"]
-        lines += [f"| {epoch} | {captions[i].replace('|', chr(92) + '|')} |" for epoch, captions in by_epoch.items()]
+        lines += [f"| {epoch} | {in_markdown(captions[i])} |" for epoch, captions in by_epoch.items()]
         lines.append("")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda draft: draft.write_text("\n".join(lines), encoding="utf-8"))

@@ -7,6 +7,7 @@ import io
 import textwrap
 from itertools import pairwise
 
+from captioning.common.printable import printable
 from captioning.images.preprocessing import load_image
 
 
@@ -104,13 +105,13 @@ def plot_captions(images, generated, references, path, columns=5):
         cell.spines[:].set_visible(False)
         # Unlike free text, title and label have space of their own in the layout; long captions are cut at four lines.
         cell.set_title(
-            textwrap.fill(caption or "(empty)", 32, max_lines=4, placeholder=" ..."),
+            textwrap.fill(printable(caption or "(empty)"), 32, max_lines=4, placeholder=" ..."),
             fontsize=10,
             loc="left",
             parse_math=False,
         )
         if reference:
-            lines = textwrap.fill(f"true: {reference}", 40, max_lines=4, placeholder=" ...")
+            lines = textwrap.fill(f"true: {printable(reference)}", 40, max_lines=4, placeholder=" ...")
             cell.set_xlabel(lines, fontsize=8, color="dimgrey", loc="left", parse_math=False)
     figure.savefig(path, dpi=100)
     return figure
@@ -148,6 +149,7 @@ def draw_demo(caption, rows, count, path):
     questions = list(rows["prompt"]) if "prompt" in rows else [""] * len(rows)
     generated = caption(list(rows["image"]), prompt=questions)
     for image, question, text, reference in zip(rows["image"], questions, generated, rows["caption"], strict=True):
-        print(f"{image.name} {question}\n    generated: {text}\n    true:      {reference}")
+        question, text, reference, name = map(printable, (question, text, reference, image.name))
+        print(f"{name} {question}\n    generated: {text}\n    true:      {reference}")
     titles = [f"{question} {text}".strip() for question, text in zip(questions, generated, strict=True)]
     plot_captions(photos, titles, list(rows["caption"]), path)

@@ -47,6 +47,7 @@ from safetensors.torch import load_file
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER / "source" / "MyLLM_Vit_gpt2_captioning"))
 
+from captioning.common.printable import printable
 from captioning.model.tokenizer import CaptionTokenizer
 from MyLLM_Vit_gpt2_captioning import VisionGPT2Model, caption_images
 
@@ -62,7 +63,7 @@ model.load_state_dict(load_file(FOLDER / "captioner.safetensors"))
 tokenizer = CaptionTokenizer(FOLDER)
 captions = caption_images(model.eval(), tokenizer, args.photos, prompt=args.prompt)
 for photo, caption in zip(args.photos, captions):
-    print(f"{photo}: {caption}")
+    print(f"{photo}: {printable(caption)}")
 '''
 
 

@@ -4,7 +4,6 @@ It states only what the files beside the checkpoint say, and only where they bel
 """
 
 import csv
-import html
 import io
 import json
 import math
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from captioning.common.files import WEIGHTS_FILE
+from captioning.common.printable import from_markdown, in_markdown
 from captioning.model.checkpoint import load_config
 
 NO_LICENSE = "other"
@@ -136,7 +136,8 @@ def _read_samples(path, epoch):
             caption = re.search(rf"^\| {epoch} \| (.*) \|$", section, re.M)
             if caption:
                 references = re.findall(r"^- true: (.*)$", section, re.M)
-                samples.append(CardSample(section.splitlines()[0], caption[1].replace(r"\|", "|"), references))
+                name, caption, *references = map(from_markdown, [section.splitlines()[0], caption[1], *references])
+                samples.append(CardSample(name, caption, references))
     return samples[:MAX_SAMPLES]
 
 
@@ -310,7 +311,7 @@ def _measured(facts):
 
 def _cell(text):
     """Text -> the same text for a cell of a Markdown table, with all markup escaped."""
-    return html.escape(" ".join(str(text).split()), quote=False).replace("|", "&#124;")
+    return in_markdown(" ".join(str(text).split()))
 
 
 def _samples(facts):

@@ -3,10 +3,11 @@
 An objective is what `Trainer.train_step` trains on; `self_critical.SelfCritical` is the other one. It has a `loader`,
 whose batches its methods take; the `name` of the number that an epoch reports; a `stage`, what metrics.csv calls it,
 where that is not the stage of the parameters; `dropout`, whether a step has dropout; the number of `images` of an
-epoch; `captions_per_image`; and the methods `count`, `captions_in` and `loss`.
+epoch; `captions_per_image`; and the methods `count`, `captions_in`, `to_device` and `loss`.
 """
 
-from captioning.model.loss import IGNORED_LABEL
+from captioning.data import batching
+from captioning.model.loss import IGNORED_LABEL, label_places
 
 
 class CrossEntropy:
@@ -28,8 +29,13 @@ class CrossEntropy:
         """How many captions a batch has."""
         return len(batch[2])
 
-    def loss(self, batch):
-        """A batch on the model's device, (images, input_ids, labels) -> (loss, a scalar; its value as a number). Called
-        under autocast."""
-        loss = self.model(*batch)
-        return loss, loss.item()
+    def to_device(self, batch, device):
+        """A batch of `loader` -> the arguments of the model on its device. The places of the labels are found before,
+        because how many there are decides the shapes of what follows: found on a GPU, the step would wait for it."""
+        places = label_places(batch[2])  # (real labels,)
+        return batching.to_device([*batch, places.pin_memory() if device.type == "cuda" else places], device)
+
+    def loss(self, inputs):
+        """The result of `to_device` -> (loss, a scalar; its value as a tensor). Called under autocast."""
+        loss = self.model(*inputs)
+        return loss, loss.detach()

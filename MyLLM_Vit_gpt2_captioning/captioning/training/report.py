@@ -4,7 +4,6 @@ It uses only what the run has computed anyway, such as the captions that were sc
 one file with its pictures inside, which loads nothing from elsewhere: it can be mailed.
 """
 
-import html
 import importlib.metadata
 import math
 import platform
@@ -17,6 +16,7 @@ import torch
 import torch.utils.data
 
 from captioning.common.files import CURVES
+from captioning.common.printable import in_html
 from captioning.model.tokenizer import CaptionTokenizer, encode_caption
 from captioning.pages import html_pages
 
@@ -93,17 +93,18 @@ def write_report(path, log, run, model):
         "The same photos after every epoch": _samples(log, run.dataset),
         **_best_and_worst(log, run.dataset),
         "Where it looks for each word": _attention(log, run, model),
+        "Diagnosis": _diagnosis(log.diagnosis),
         "Model": _table(head, rows, numbers=2, classes={len(rows) - 1: "total"})
         + "<p class=note>Behind the number of a part's parameters: how many of them train in which stage.</p>",
         "Constants": _constants(run.configs),
         "Environment": _pairs(environment(device, run.autocast)),
     }
     parts = [
-        f"<header><h1>{html.escape(title)}</h1><p>{html.escape(f'{config.encoder}, {decoder}')}; "
+        f"<header><h1>{in_html(title)}</h1><p>{in_html(f'{config.encoder}, {decoder}')}; "
         f"after epoch {done} of {epochs}, written {written}</p></header>",
         _tiles(log, model),
     ]
-    parts += [f"<section><h2>{html.escape(name)}</h2>{body}</section>" for name, body in sections.items() if body]
+    parts += [f"<section><h2>{in_html(name)}</h2>{body}</section>" for name, body in sections.items() if body]
     html_pages.write_page(path, title, parts, STYLE)
 
 
@@ -160,7 +161,7 @@ def _tiles(log, model):
         tiles["captions a second"] = f"{sorted(speeds)[len(speeds) // 2]:,.1f}"
     if log.timings:
         tiles["time so far"] = _duration(sum(row["training"] + row["evaluation"] for row in log.timings))
-    cells = (f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in tiles.items())
+    cells = (f"<div><b>{in_html(value)}</b><span>{in_html(name)}</span></div>" for name, value in tiles.items())
     return f"<div class=tiles>{''.join(cells)}</div>"
 
 
@@ -211,14 +212,14 @@ def _samples(log, dataset):
     for i, row in enumerate(newest["rows"][: len(log.samples[epochs[-1]])]):
         image, prompt = dataset.images[row], dataset.prompts[row]
         called = "".join(
-            f"<tr><td class=number>{epoch}</td><td>{html.escape(log.samples[epoch][i]) or '(empty)'}</td></tr>"
+            f"<tr><td class=number>{epoch}</td><td>{in_html(log.samples[epoch][i]) or '(empty)'}</td></tr>"
             for epoch in epochs
             if i < len(log.samples[epoch])
         )
-        true = "".join(f"<li>{html.escape(text)}</li>" for text in truth[image, prompt])
+        true = "".join(f"<li>{in_html(text)}</li>" for text in truth[image, prompt])
         parts.append(
             f'<figure><img src="{html_pages.photo_url(image)}" alt=""><figcaption>'
-            f"{f'<b>{html.escape(prompt)}</b>' if prompt else ''}<ul>{true}</ul><table>{called}</table>"
+            f"{f'<b>{in_html(prompt)}</b>' if prompt else ''}<ul>{true}</ul><table>{called}</table>"
             "</figcaption></figure>"
         )
     return "".join([*parts, "</div>"])
@@ -267,11 +268,27 @@ def _attention(log, run, model):
         (word, html_pages.thumbnail(overlay(dataset.images[row], at))) for word, at in zip(words, maps, strict=True)
     ]
     figures = (
-        f'<figure><img src="{address}" alt=""><figcaption>{html.escape(word)}</figcaption></figure>'
+        f'<figure><img src="{address}" alt=""><figcaption>{in_html(word)}</figcaption></figure>'
         for word, address in pictures
     )
     note = "Cross-attention's weights, means over all blocks and heads; the brightest cell is the largest of its word."
     return f"<div class=words>{''.join(figures)}</div><p class=note>{note}</p>"
+
+
+def written_and_true(scored, dataset):
+    """`RunLog.newest` or `scored` -> (its captions, for each the list of true captions of its photo)."""
+    truth = _truth(dataset)
+    return scored["captions"], [truth[dataset.images[row], dataset.prompts[row]] for row in scored["rows"]]
+
+
+def _diagnosis(diagnosis):
+    """What was found, and all that was measured to find it."""
+    found = "".join(
+        f"<li><b>{in_html(finding.name)}</b>: {in_html(finding.seen)}. Likely cause: {in_html(finding.cause)}. "
+        f"Try: {in_html(finding.remedy)}.</li>"
+        for finding in diagnosis.findings
+    )
+    return (f"<ul>{found}</ul>" if found else "<p>Nothing was found.</p>") + _pairs(dict(diagnosis.rows()))
 
 
 def _constants(configs):
@@ -289,7 +306,7 @@ def _plain(value):
 
 
 def _pairs(values):
-    pairs = (f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v) or '&ndash;'}</dd></div>" for k, v in values.items())
+    pairs = (f"<div><dt>{in_html(k)}</dt><dd>{in_html(v) or '&ndash;'}</dd></div>" for k, v in values.items())
     return f"<dl class=constants>{''.join(pairs)}</dl>"
 
 
@@ -298,8 +315,7 @@ def _table(head, rows, numbers, classes=None):
 
     def line(cells, tag):
         shown = (
-            f"<{tag}{' class=number' if i >= numbers else ''}>{html.escape(cell)}</{tag}>"
-            for i, cell in enumerate(cells)
+            f"<{tag}{' class=number' if i >= numbers else ''}>{in_html(cell)}</{tag}>" for i, cell in enumerate(cells)
         )
         return "".join(shown)
 

@@ -1,5 +1,5 @@
 """The log of a run while it trains: metrics.csv, timings.csv, samples.md, one printed line per epoch, the curves,
-report.html, and the values that a tracker gets."""
+report.html, what is wrong with the run, and the values that a tracker gets."""
 
 import math
 from pathlib import Path
@@ -9,6 +9,7 @@ from captioning.decoding.cached_decoder import cuda_graphs_disabled
 from captioning.model import summary
 from captioning.pages import html_pages, plots
 from captioning.training import report
+from captioning.training.diagnosis import Diagnosis
 from captioning.training.trackers import Tracker
 
 SAMPLES = 8  # photos whose captions are kept for every epoch
@@ -40,6 +41,7 @@ class RunLog:
         self._recent = [0.0, 0]  # sum of losses since the last point, and of how many labels
         self._captions = 0  # trained on in this epoch, since the run started or was resumed
         self.run = None  # a `report.Run`, from `begin` on
+        self.diagnosis = Diagnosis(config)
 
     def state_dict(self):
         """Everything that a resumed run needs to continue the log."""
@@ -49,19 +51,23 @@ class RunLog:
             "samples": self.samples,
             "timings": self.timings,
             "log": {name: getattr(self, name) for name in kept} | {"tracker": self.tracker.state_dict()},
+            "diagnosis": self.diagnosis.state_dict(),
         }
 
     def load_state_dict(self, state):
-        """Continue from `state_dict`; states of early versions have no "log"."""
+        """Continue from `state_dict`; states of early versions have no "log" and no "diagnosis"."""
         self.rows[:], self.samples, self.timings = state["metrics"], state["samples"], state["timings"]
         log = dict(state.get("log", {}))
         self.tracker.load_state_dict(log.pop("tracker", None))
         vars(self).update(log)
+        if "diagnosis" in state:
+            self.diagnosis.load_state_dict(state["diagnosis"])
 
-    def begin(self, model, tokenizer, dataset, configs, autocast, resumed):
+    def begin(self, model, tokenizer, training, dataset, configs, autocast, resumed):
         """Print a table of the model's parts, and open the tracker's run, or continue it where the run was `resumed`.
 
-        `dataset`: the validation captions; `configs`: {"model": dict, "train": dict}; the others as in `report.Run`.
+        `training`, `dataset`: the training and validation captions; `configs`: {"model": dict, "train": dict}; the
+        others as in `report.Run`.
         """
         table = summary.summarize(model, self.config)
         print(summary.as_text(*table))
@@ -71,14 +77,19 @@ class RunLog:
             )
         self.run = report.Run(tokenizer, dataset, configs, table, autocast)
         self.tracker.begin(configs, first_step=self.steps + 1 if resumed else 0)
+        if self.processes.is_main:
+            self.diagnosis.begin(model, training, dataset, autocast)
 
-    def step(self, place, lr, name, total, count, captions):
+    def step(self, place, lr, name, total, count, captions, batch, norm):
         """Log a training step, at `place` in epochs (1.5: half of the second one). `name`: "loss" or "reward"; `total`:
-        its sum over `count` labels or photos, 0 and 0 for a skipped step; `captions`: how many this process trained on.
+        its sum over `count` labels or photos, 0 and 0 for a skipped step; `captions`: how many this process trained on;
+        `batch`: its first one; `norm`: of its gradient.
         """
         self.steps += 1
         self._captions += captions * self.processes.world_size
         self._recent = [self._recent[0] + total, self._recent[1] + count]
+        if name == "loss" and self.processes.is_main:
+            self.diagnosis.step(batch, place, total / count if count else None, norm)
         if self.steps % self.config.log_steps == 0:
             mean = self._recent[0] / self._recent[1] if self._recent[1] else math.nan
             self._recent = [0.0, 0]
@@ -103,6 +114,11 @@ class RunLog:
         training = "" if math.isnan(train_loss) else f"training perplexity {row['train_perplexity']:.3f}, "
         rest = "".join(f", {name} {value:.3f}" for name, value in scores.items())
         print(f"epoch {epoch + 1}: {training}validation perplexity {valid_perplexity:.3f}{rest}")
+        if self.processes.is_main:
+            new = self.newest if self.newest and self.newest["epoch"] == epoch + 1 and not self.questions else None
+            self.diagnosis.epoch(
+                epoch + 1, self.rows, *(report.written_and_true(new, self.run.dataset) if new else ([], []))
+            )
 
     def time(self, epoch, training, evaluation):
         """Add an epoch (counted from 0) to timings.csv: seconds of training and evaluation, and captions trained on.
@@ -185,8 +201,10 @@ class RunLog:
         )
 
     def finish(self, model):
-        """The run is over: draw the curves, write the report of the best `model`, close the tracker."""
+        """The run is over: draw the curves, write the report of the best `model`, close the tracker, print what was
+        measured of the run."""
         self.draw_curves()
+        print(self.diagnosis.as_table())
         self.write_report(model)
         self.tracker.finish()
 

@@ -45,6 +45,7 @@ MAY_CHANGE = {
     "data_dir",
     "image_dir",
     "captions_file",
+    "unescape_captions",  # the captions themselves are compared
     "dataset",
     "model_path",
     "cache_dir",

@@ -78,7 +78,8 @@ def load_optimization_state(saved, optimizer, scheduler, scaler, average, peak_l
     the step that the saved one had come to.
     """
     optimizer.load_state_dict(saved["optimizer"])
-    scaler.load_state_dict(saved["scaler"])
+    if saved["scaler"]:  # empty where the run was not in fp16 before
+        scaler.load_state_dict(saved["scaler"])
     if average:
         average.module.load_state_dict(saved["average"])
     if (peak_lr, scheduler.total_steps) == (saved["lr"], saved["scheduler"]["total_steps"]):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.data
 
-from captioning.data.batching import CaptionBatchSampler, build_loader, stack
+from captioning.data.batching import CaptionBatchSampler, build_loader, stack, to_device
 from captioning.decoding.cached_decoder import next_token_logits
 from captioning.decoding.search import generate_ids, until_first_eos
 from captioning.model.tokenizer import encode_caption
@@ -68,9 +68,14 @@ class SelfCritical:
         """How many captions are drawn for a batch of `loader`."""
         return self.samples * len(batch[1])
 
+    def to_device(self, batch, device):
+        """A batch of `loader` with its images on the device; the indices of their `photos` (B,) are read on the CPU."""
+        images, indices = batch
+        return to_device(images, device), indices
+
     def loss(self, batch):
-        """A batch of `loader`, (images, indices (B,) of their `photos`) -> (loss, a scalar whose gradient is the
-        policy gradient; mean reward of the draws). Called under autocast."""
+        """The result of `to_device` -> (loss, a scalar whose gradient is the policy gradient; mean reward of the
+        draws, as a tensor). Called under autocast."""
         model, (images, indices) = self.model, batch
         levels = images if isinstance(images, list) else model.levels(images)  # once for draws and loss
         bos = torch.full((len(indices), 1), self.tokenizer.bos_token_id, device=levels[0].device)  # (B, 1)
@@ -92,7 +97,7 @@ class SelfCritical:
         hidden = model.decode(ids[:, :-1], model.encoder_states(levels))
         nll = F.cross_entropy(next_token_logits(model, hidden[real]), targets[real], reduction="none")
         # Minimising reward-weighted -log p raises the probability of what was better than its baseline.
-        return (nll * advantages[:, None].expand_as(real)[real]).mean(), float(rewards.mean())
+        return (nll * advantages[:, None].expand_as(real)[real]).mean(), rewards.mean().to(ids.device)
 
     def rewards(self, ids, indices):
         """Ids of captions (rows, T) that begin with BOS, indices (rows,) of their photos -> CIDEr, float32 (rows,)."""

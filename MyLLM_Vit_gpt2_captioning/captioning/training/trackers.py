@@ -8,6 +8,7 @@ import math
 import uuid
 from pathlib import Path
 
+from captioning.common.printable import in_markdown, printable
 from captioning.images.preprocessing import load_image
 
 FOLDER = "tensorboard"  # in the run's folder: the event files; Weights & Biases makes a folder "wandb" there
@@ -176,8 +177,8 @@ TRACKERS = {"none": None, "tensorboard": TensorBoard, "wandb": WeightsAndBiases,
 
 def _cell(value):
     """A value as the cell of a Markdown table."""
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return in_markdown(value)
 
 
 def _caption_and_truth(caption, truth):
-    return f"{caption or '(empty)'} (true: {'; '.join(truth)})"
+    return printable(f"{caption or '(empty)'} (true: {'; '.join(truth)})")

@@ -23,10 +23,19 @@ from typing import NamedTuple
 
 from PIL import UnidentifiedImageError
 
-from captioning.common.files import write_atomically
+from captioning.common.files import is_litter, write_atomically
 from captioning.common.locks import LOCK_FILE, after_other_writers
+from captioning.common.printable import printable
 from captioning.data import resumable_work
-from captioning.data.conventions import COLUMN_NAMES, IMAGE_SUFFIXES, SPLIT_NAMES, SPLITS, clean_text, is_usable
+from captioning.data.conventions import (
+    COLUMN_NAMES,
+    IMAGE_SUFFIXES,
+    SPLIT_NAMES,
+    SPLITS,
+    clean_text,
+    is_usable,
+    without_markup,
+)
 from captioning.images import tar_members
 from captioning.images.preprocessing import load_image
 
@@ -65,7 +74,14 @@ def import_webdataset():
 
 def has_shards(folder):
     """Whether a folder holds shards."""
-    return any(SHARD_NAME.fullmatch(path.name) and path.is_file() for path in Path(folder).glob("*.tar"))
+    return any(True for _ in _shard_names(folder))
+
+
+def _shard_names(folder):
+    """Yields (path, match of its name) of the shards in a folder, sorted."""
+    for path in filter(Path.is_file, sorted(Path(folder).glob("*.tar"))):  # not a pipe, which would never end
+        if not is_litter(path.name) and (match := SHARD_NAME.fullmatch(path.name)):
+            yield path, match
 
 
 def shards_by_split(folder):
@@ -81,11 +97,10 @@ def shards_by_split(folder):
             f"{folder}: its shards are not all written yet; the command that writes them (prepare_data.py --shards "
             "DATASET --to FOLDER) goes on where it stopped"
         )
-    for path in filter(Path.is_file, sorted(folder.glob("*.tar"))):  # not a pipe, which would never end
-        if match := SHARD_NAME.fullmatch(path.name):
-            words = [SPLIT_NAMES.get(word, word) for word in re.split(r"[-_.]", match["words"] or "")]
-            split = next((word for word in reversed(words) if word in SPLITS), "train")
-            paths_of.setdefault(split, []).append(path)
+    for path, match in _shard_names(folder):
+        words = [SPLIT_NAMES.get(word, word) for word in re.split(r"[-_.]", match["words"] or "")]
+        split = next((word for word in reversed(words) if word in SPLITS), "train")
+        paths_of.setdefault(split, []).append(path)
     if "val" not in paths_of:
         if len(paths_of.get("train", ())) < 2:
             raise ValueError(f"{folder}: nothing is left for validation; name one shard or more val-000000.tar")
@@ -176,7 +191,7 @@ def count_shard(path):
             else:
                 without_caption += 1
     except (OSError, ValueError) as error:
-        problems.append(f"{path}: {error}")
+        problems.append(f"{path}: {printable(error)}")
     entry = dict(samples=sum(captions.values()), captions={str(k): n for k, n in sorted(captions.items())})
     identity = tar_members.file_identity(path)
     return entry | dict(bytes=identity[0], without_caption=without_caption, identity=identity), problems
@@ -214,8 +229,9 @@ class ShardSample(NamedTuple):
     prompts: list[str]  # the question of each, "" where there are none
 
 
-def read_samples(path, report, with_photos=False):
-    """Yields the `ShardSample`s of a shard in their order, the bytes of their photos only `with_photos`.
+def read_samples(path, report, with_photos=False, unescape=True):
+    """Yields the `ShardSample`s of a shard in their order, the bytes of their photos only `with_photos`; with
+    `unescape` the captions as a web page shows them.
 
     A broken sample is left out, and `report(name, reason)` is called. Raises OSError when the shard cannot be opened,
     ValueError when it breaks off.
@@ -225,17 +241,17 @@ def read_samples(path, report, with_photos=False):
         members = (
             dict(fname=name, data=offset_and_size, __url__=path)
             for name, *offset_and_size in tar_members.members(file)
-            if not METADATA_NAME.match(name)
+            if not METADATA_NAME.match(name) and not is_litter(name)
         )
         # Of two members with the same name the first counts.
         for group in group_by_keys(members, lcase=False, handler=lambda error: True):
             try:
-                yield _read_sample(file, group, with_photos)
+                yield _read_sample(file, group, with_photos, unescape)
             except (OSError, ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
-                report(f"{path}{os.sep}{group['__key__']}", str(error))
+                report(f"{path}{os.sep}{printable(group['__key__'])}", printable(error))
 
 
-def _read_sample(file, group, with_photo):
+def _read_sample(file, group, with_photo, unescape):
     """Members of one name {suffix: (offset, size)} -> ShardSample. Raises ValueError that says what is wrong."""
     suffixes = {suffix.rpartition(".")[2].lower(): suffix for suffix in group if not suffix.startswith("__")}
     photo = next((suffix for kind, suffix in suffixes.items() if f".{kind}" in IMAGE_SUFFIXES), None)
@@ -262,7 +278,10 @@ def _read_sample(file, group, with_photo):
     prompts = prompts if isinstance(prompts, list) else [prompts] * len(captions)
     if len(prompts) != len(captions):
         raise ValueError(f"has {len(captions)} captions and {len(prompts)} prompts")
-    pairs = [(_cleaned(caption), _cleaned(prompt)) for caption, prompt in zip(captions, prompts, strict=True)]
+    pairs = [
+        (_cleaned(caption, unescape), _cleaned(prompt, unescape))
+        for caption, prompt in zip(captions, prompts, strict=True)
+    ]
     usable = [pair for pair in pairs if is_usable(pair[0])]
     photo_bytes = tar_members.read(file, offset, size) if with_photo and usable else None
     name = f"{group['__key__']}.{photo}"
@@ -273,10 +292,10 @@ def _first_value(record, keys):
     return next((record[key] for key in keys if record.get(key)), "")
 
 
-def _cleaned(text):
+def _cleaned(text, unescape):
     if not isinstance(text, str | None):
         raise ValueError(f"the caption {text!r} is not a text")
-    return clean_text(text or "")
+    return clean_text(without_markup(text or "") if unescape else text or "")
 
 
 def decode_photo(photo, least_side=None):
@@ -288,13 +307,13 @@ def decode_photo(photo, least_side=None):
         reason = error.__cause__
         if isinstance(reason, UnidentifiedImageError):  # it names the bytes by their place in memory
             reason = "of no known format"
-        raise ValueError(f"not a readable image ({reason})") from error
+        raise ValueError(f"not a readable image ({printable(reason)})") from error
 
 
-def read_rows(folder, splits):
+def read_rows(folder, splits, unescape=True):
     """Yields (shard and photo "val-000000.tar/000123.jpg", caption, split, prompt or None) for each caption of the
-    given splits, and prints a warning for each broken sample or shard. Raises ValueError when no shard is of these
-    splits."""
+    given splits, and prints a warning for each broken sample or shard. `unescape` as in `read_samples`. Raises
+    ValueError when no shard is of these splits."""
 
     def warn(name, reason):
         print(f"warning: {name}: {reason}; it is left out")
@@ -306,7 +325,7 @@ def read_rows(folder, splits):
     for split, paths in paths_of.items():
         for path in paths if split in splits else ():
             try:
-                for sample in read_samples(path, warn):
+                for sample in read_samples(path, warn, unescape=unescape):
                     for caption, prompt in zip(sample.captions, sample.prompts, strict=True):
                         yield f"{path.name}/{sample.name}", caption, split, prompt or None
             except ValueError as error:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch.utils.data
 
+from captioning.common.printable import printable
 from captioning.data.batching import build_loader
 from captioning.data.shards.reading import decode_photo, has_shards, read_rows, read_samples, training_shards
 from captioning.data.unreadable_photos import GREY, UnreadableFlags
@@ -34,17 +35,18 @@ def streamed_folder(df):
     return tar.parent if tar else None
 
 
-def training_texts(df):
-    """Yields captions and prompts of the training split; of shards those of the first million captions."""
+def training_texts(df, unescape=True):
+    """Yields captions and prompts of the training split; of shards those of the first million captions, `unescape`d or
+    not."""
     if folder := streamed_folder(df):
-        yield from islice(_shard_texts(folder), TOKENIZER_CAPTIONS)
+        yield from islice(_shard_texts(folder, unescape), TOKENIZER_CAPTIONS)
     training = df[df["split"] == "train"]
     for column in ("caption", "prompt"):
         yield from training.get(column, ())
 
 
-def _shard_texts(folder):
-    for _, caption, _, prompt in read_rows(folder, ["train"]):
+def _shard_texts(folder, unescape):
+    for _, caption, _, prompt in read_rows(folder, ["train"], unescape):
         yield from filter(None, (caption, prompt))
 
 
@@ -117,8 +119,10 @@ class StreamedDataset(torch.utils.data.Dataset):
     `images` and `captions`, by which a resumed run recognises its dataset, are the shards and their counts.
     """
 
-    def __init__(self, folder, shards, dataset, max_bad_images):
-        """`dataset`: a `Dataset` without rows, which knows transforms and tokenizer."""
+    def __init__(self, folder, shards, dataset, max_bad_images, unescape=True):
+        """`dataset`: a `Dataset` without rows, which knows transforms and tokenizer; `unescape` as in
+        `read_samples`."""
+        self.unescape = unescape
         self.dataset, self.tokenizer, self.tfms = dataset, dataset.tokenizer, dataset.tfms
         self.captions_per_image, self.seed = dataset.captions_per_image, dataset.seed
         self.images = [shard.path.name for shard in shards]
@@ -169,6 +173,7 @@ class ShardBatchSampler:
         if buffer < 1:
             raise ValueError(f"shuffle_buffer {buffer}: at least 1, which does not shuffle")
         self.shards, self.unreadable_photos = shards, dataset.unreadable_photos
+        self.unescape = getattr(dataset, "unescape", True)
         self.groups_per_batch, self.buffer, self.window = batch_size // K, buffer, max(1, window)
         self.rank, self.world_size = 0, 1
         self.K, self.seed, self.epoch = K, dataset.seed, 0
@@ -257,7 +262,8 @@ class ShardBatchSampler:
 
         reason = "holds fewer photos than the manifest says"
         try:
-            samples = (sample for sample in read_samples(shard.path, report, with_photos=True) if sample.captions)
+            samples = read_samples(shard.path, report, with_photos=True, unescape=self.unescape)
+            samples = (sample for sample in samples if sample.captions)
             for n, sample in enumerate(samples):
                 groups = list(self._groups_of_photo(sample, self.first_photo_of[i] + min(n, shard.samples - 1), shard))
                 yield from groups[max(0, low - seen) : max(0, end - seen)]
@@ -277,7 +283,7 @@ class ShardBatchSampler:
         order = np.random.default_rng([self.seed, self.epoch, photo_index]).permutation(len(sample.captions))
         order = np.resize(order, max(self.K, len(order)))
         texts = sample.captions + [prompt for prompt in sample.prompts if prompt]
-        name = f"{shard.path}{os.sep}{sample.name}"
+        name = f"{shard.path}{os.sep}{printable(sample.name)}"
         for start in range(0, len(order) - self.K + 1, self.K):
             chosen = order[start : start + self.K]
             captions, prompts = [sample.captions[k] for k in chosen], [sample.prompts[k] for k in chosen]
@@ -329,6 +335,6 @@ def build_stream_loader(folder, dataset, collate_fn, config):
             )
     shards = training_shards(folder)
     print(f"train: {sum(shard.samples for shard in shards):,} photos in {len(shards):,} shards, read as a stream")
-    streamed = StreamedDataset(folder, shards, dataset, config.max_bad_images)
+    streamed = StreamedDataset(folder, shards, dataset, config.max_bad_images, config.unescape_captions)
     sampler = ShardBatchSampler(shards, streamed, config.batch_size, config.shuffle_buffer, config.length_window)
     return build_loader(streamed, sampler, collate_fn, config)

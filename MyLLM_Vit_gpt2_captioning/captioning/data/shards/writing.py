@@ -15,8 +15,9 @@ import numpy as np
 
 from captioning.common.files import read_json, write_atomically
 from captioning.common.locks import LOCK_FILE, after_other_writers
+from captioning.common.printable import printable
 from captioning.data import resumable_work, sources
-from captioning.data.conventions import IMAGE_SUFFIXES, SPLITS
+from captioning.data.conventions import IMAGE_SUFFIXES, SPLITS, with_markup
 from captioning.data.shards import reading
 from captioning.data.unreadable_photos import print_left_out
 from captioning.images import tar_members
@@ -27,13 +28,20 @@ PHOTOS_PER_SHARD = 1000  # at 100 kB a photo a shard has 100 MB
 
 
 def write_shards(
-    data_dir, folder, photos_per_shard=PHOTOS_PER_SHARD, captions_file=None, image_dir=None, num_workers=0
+    data_dir,
+    folder,
+    photos_per_shard=PHOTOS_PER_SHARD,
+    captions_file=None,
+    image_dir=None,
+    num_workers=0,
+    unescape=True,
 ):
     """Write the dataset that `sources.load` finds as tar shards to `folder`, with a manifest -> the manifest.
 
     The files of the photos go in as they are; those that cannot be decoded, and rows that training could not use, are
     counted, named and left out. Training photos are shuffled once, because the buffer in training mixes only photos
-    that are near each other. With `num_workers` processes; 0 works in this one. Raises what `sources.load` raises,
+    that are near each other. With `num_workers` processes; 0 works in this one. `unescape` as in `sources.load`, whose
+    errors are raised,
     FileExistsError when the folder holds something else, ValueError when its shards are of another dataset or no photo
     can be read.
     """
@@ -45,8 +53,11 @@ def write_shards(
         raise FileExistsError(f"{folder} holds something other than shards: give another folder with --to")
     reading.import_webdataset()  # before any work
     df = sources.drop_unusable(
-        sources.load(data_dir, captions_file, image_dir), captions_file or sources.find_captions(data_dir)
+        sources.load(data_dir, captions_file, image_dir, unescape=unescape),
+        captions_file or sources.find_captions(data_dir, image_dir),
     )
+    for column in {"caption", "prompt"} & set(df.columns) if unescape else ():
+        df[column] = df[column].map(with_markup)  # the shards are read as any dataset is
     plan = _plan(df, photos_per_shard)
     source_hash = _hash_of(plan)
     folder.mkdir(parents=True, exist_ok=True)
@@ -170,7 +181,7 @@ def write_shard(path, samples):
                 try:
                     content, suffix = _read_decodable(photo)
                 except (OSError, ValueError) as error:
-                    left_out.append(f"{Path(photo).name}: {error}")
+                    left_out.append(printable(f"{Path(photo).name}: {error}"))
                     continue
                 record = {"image": Path(photo).name, "captions": texts}
                 if any(prompts):
