@@ -11,6 +11,7 @@ from captioning.data import sources
 from captioning.data.batching import CaptionBatchSampler, exact_captions_per_image
 from captioning.data.splits import assign_splits
 from captioning.images.preprocessing import load_image, normalize_pixels
+from captioning.model.tokenizer import encode_caption
 from conftest import CAPTIONS
 
 # --- readers ----------------------------------------------------------------------------------------------------------
@@ -113,9 +114,8 @@ def test_split_lists(tmp_path):
         assign_splits(pd.Series(["1.jpg"]), tmp_path)
 
 
-def test_too_few_images(tmp_path):
-    with pytest.raises(ValueError, match="2 image"):
-        assign_splits(pd.Series(["1.jpg", "2.jpg", "2.jpg"]), tmp_path)
+def test_too_few_images_to_split_are_all_test(tmp_path):
+    assert set(assign_splits(pd.Series(["1.jpg", "2.jpg", "2.jpg"]), tmp_path)) == {"test"}
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def test_all_captions_of_an_image_decide_about_mirroring(script, flickr, bpe):
 
 
 def test_plain_albumentations_pipelines_work_too(script, flickr, bpe):
-    import albumentations as A
+    A = pytest.importorskip("albumentations", exc_type=ImportError)
     from albumentations.pytorch import ToTensorV2
 
     df = script._load_flickr_dataframe(flickr, flickr / "flickr30k_images")
@@ -239,3 +239,19 @@ def test_pixels_are_normalised_by_the_model(script, tiny_model, tiny_config, dls
     assert torch.equal(normalize_pixels(first, tiny_model.preprocessing), first)
     assert torch.equal(tiny_model(images, ids, labels), tiny_model(normalized, ids, labels))
     assert torch.equal(tiny_model._encode_images(images)[:1], tiny_model._encode_images(first[None]))
+
+
+def test_captions_that_are_too_long_are_said(script, flickr, bpe, tiny_config, tiny_train_config, capsys):
+    df = script._load_flickr_dataframe(flickr, flickr / "flickr30k_images")
+    tiny_config.seq_len = longest = max(len(encode_caption(bpe, caption, 1000)) for caption in df["caption"])
+    script.build_dataloaders(df, bpe, tiny_config, tiny_train_config)
+    assert "seq_len" not in capsys.readouterr().out
+    tiny_config.seq_len = longest - 1
+    loader, _ = script.build_dataloaders(df, bpe, tiny_config, tiny_train_config)
+    said = capsys.readouterr().out.splitlines()
+    cut = sum(len(encode_caption(bpe, caption, 1000)) == longest for caption in loader.dataset.captions)
+    assert 0 < cut < len(loader.dataset)
+    assert said[0] == (
+        f"warning: {cut} of 16 captions ({cut / 16:.0%}) have more than seq_len {longest - 1} tokens and are cut off "
+        f"there; --seq_len {longest} would hold them all"
+    )
