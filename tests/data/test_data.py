@@ -1,6 +1,7 @@
 """Annotation files, splits and batches."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -82,6 +83,10 @@ def test_unusable_rows_are_counted_and_named(script, flickr, capsys):
     assert "left out 2 of 25 rows; the first, line 8, names a photo that is not there" in said
     with pytest.raises(FileNotFoundError, match=r"none of the photos named in results\.csv"):
         sources.drop_unusable(df.assign(image=df["image"].map(lambda path: path / "gone")), "results.csv")
+    images = flickr / "flickr30k_images"
+    said = f"tried {images / '1000.jpeg'} and {images / '1001.jpeg'}; the folder holds 1000.jpg, 1001.jpg, 1002.jpg, 8"
+    with pytest.raises(FileNotFoundError, match=re.escape(said)):
+        sources.drop_unusable(df.assign(image=df["image"].map(lambda path: path.with_suffix(".jpeg"))), "results.csv")
 
 
 # --- splits -----------------------------------------------------------------------------------------------------------
