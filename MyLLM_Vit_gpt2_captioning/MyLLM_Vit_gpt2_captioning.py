@@ -565,7 +565,7 @@ class VisionGPT2Model(nn.Module):
         mode. Raises FileNotFoundError or ValueError that says what is missing or does not fit."""
         if isinstance(source, (str, Path)):
             folder, config = stored_config(source)
-            with meta_device_for(vars(config)):
+            with meta_device_for(vars(config), folder):
                 model = cls(config, encoder_weights="stored")
             loading.load_captioner_weights(model, folder, hf_name)
             return model.eval()
@@ -653,10 +653,9 @@ class Trainer:
         if config.cache_tokens:
             read_tokens_from_disk(self.model, dls, config)
         self.start_schedule(config.lr, config.epochs * len(self.train_dl))
-        compiled = self.model
         if config.compile:
             self.model.loss = torch.compiler.disable(self.model.loss)  # the number of chunks changes with the batch
-            compiled = torch.compile(self.model)  # shares its weights with self.model
+        compiled = torch.compile(self.model) if config.compile else self.model  # with the same weights
         self.objective, self.self_critical = CrossEntropy(compiled, self.train_dl), None
         if config.scst_epochs:
             self.self_critical = SelfCritical(self.model, self.train_dl.dataset, config)
@@ -673,7 +672,8 @@ class Trainer:
         if config.resume or self.processes.restarted:
             loaders = [*dls, self.self_critical.loader] if self.self_critical else dls
             if state := self.state.resume(config.resume or "auto", self.identity(), loaders):
-                self.load_state_dict(state)
+                with self.state.damage_named():
+                    self.load_state_dict(state)
 
     # --- one step -----------------------------------------------------------------------------------------------------
 

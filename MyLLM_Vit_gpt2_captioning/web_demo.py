@@ -8,6 +8,7 @@ By default it answers on this machine only, and it needs no network. Uploads are
 demo ends (Ctrl-C). Captions are those of caption_image.py.
 """
 
+import ipaddress
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import torch
 
@@ -366,6 +368,32 @@ def build(sources):
     return page.queue(max_size=MAX_QUEUE)
 
 
+class OnlyOwnHosts:
+    """ASGI middleware that answers requests only where their header Host is an address that the demo serves: by a name
+    of its own, which it lets point at this machine, a web page elsewhere would otherwise read what the demo answers."""
+
+    def __init__(self, app, host, share):
+        names = {host, "localhost", socket.gethostname(), socket.getfqdn()}
+        self.app, self.share = app, share
+        self.names, self.any_address = {name.lower() for name in names}, host in ("0.0.0.0", "::")
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] in ("http", "websocket") and not self._is_own(dict(scope["headers"]).get(b"host", b"")):
+            from starlette.responses import PlainTextResponse
+
+            await PlainTextResponse("this address is not served here", 421)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    def _is_own(self, header):
+        name = urlsplit(f"//{header.decode('latin-1')}").hostname or ""
+        try:
+            address = ipaddress.ip_address(name)
+            return address.is_loopback or self.any_address or name in self.names
+        except ValueError:
+            return name in self.names or (self.share and name.endswith(".gradio.live"))
+
+
 def check_address(host, port):
     """Raise OSError when it is impossible to listen on `host` and `port` (None: any port)."""
     try:
@@ -379,8 +407,10 @@ def check_address(host, port):
 def launch(page, host="127.0.0.1", port=None, share=False, **options):
     """Serve the page of `build`, which loads everything from this server -> the result of `gradio.Blocks.launch`."""
     import gradio as gr
+    from starlette.middleware import Middleware
 
     return page.launch(
+        app_kwargs=dict(middleware=[Middleware(OnlyOwnHosts, host, share)]),
         server_name=host,
         server_port=port,
         share=share,

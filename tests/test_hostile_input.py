@@ -31,10 +31,12 @@ from PIL import Image, features
 from safetensors.torch import save_file
 
 from captioning.common.files import CONFIG_FILE, TOKENIZER_FILE, TORCH_FILE, WEIGHTS_FILE, write_atomically
-from captioning.data import dataset_check, downloads, sources
+from captioning.data import dataset_check, downloads, photo_store, sources
 from captioning.data.conventions import is_photo_file
-from captioning.data.shards import reading, streaming
+from captioning.data.resumable_work import Jobs
+from captioning.data.shards import reading, streaming, writing
 from captioning.data.token_cache import TokenCache
+from captioning.data.workers import Loader
 from captioning.images import tar_members
 from captioning.images.preprocessing import load_image
 from captioning.model import checkpoint, hugging_face
@@ -847,6 +849,117 @@ def _(tmp_path):
     index = {"weight_map": {"secret": "../secret.safetensors"}}
     (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
     hugging_face.read_weights(tmp_path / "hf")
+
+
+def changed_config(what, section, **changes):
+    @case("Files", f"`config.json` with {what}")
+    def _(script, captioner):
+        config = json.loads((captioner / CONFIG_FILE).read_text())
+        values = config[section]
+        if section == "model_config" and "refiner" not in changes:
+            values = values["encoder_options"]
+        values |= changes
+        (captioner / CONFIG_FILE).write_text(json.dumps(config))
+        script.load_captioner(captioner)
+
+
+changed_config("a mean that is no number", "preprocessing", mean=[float("nan")] * 3)
+changed_config("an infinite std", "preprocessing", std=[float("inf")] * 3)
+changed_config("`encoder_options` with 0 heads", "model_config", num_heads=0)
+changed_config("`encoder_options` with a list as depth", "model_config", depth=[1])
+changed_config("`encoder_options` with patches of 0 pixels", "model_config", patch_size=0)
+changed_config("`encoder_options` with images that are no squares", "model_config", img_size=[384, 256])
+changed_config("`encoder_options` with a class token that is missing", "model_config", class_token=False)
+changed_config("a `refiner` of width 'x'", "model_config", refiner={"width": "x"}, encoder="resnet10t")
+
+
+@case("Files", "`config.json` of 100,000 brackets")
+def _(script, captioner):
+    (captioner / CONFIG_FILE).write_text("[" * 100_000)
+    script.load_captioner(captioner)
+
+
+@case("Files", "`config.json` that is a list")
+def _(script, captioner):
+    (captioner / CONFIG_FILE).write_text("[1, 2]")
+    script.load_captioner(captioner)
+
+
+def changed_weights(what, change):
+    @case("Files", f"weights that are {what}")
+    def _(script, captioner, tiny_model):
+        weights = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
+        weights["gpt.tok_emb.weight"] = change(weights["gpt.tok_emb.weight"])
+        save_file(weights, captioner / WEIGHTS_FILE)
+        script.load_captioner(captioner)
+
+
+changed_weights("no numbers (NaN)", lambda tensor: tensor * torch.nan)
+changed_weights("infinite in one place", lambda tensor: tensor.index_fill(0, torch.tensor([3]), torch.inf))
+changed_weights("integers", lambda tensor: tensor.int())
+
+
+@case("Files", "token cache with a byte that has changed")
+def _(tiny_model, flickr, tmp_path):
+    """Also where a data worker reads it."""
+    photos = sorted(map(str, (flickr / "flickr30k_images").iterdir()))
+    cache = TokenCache(tmp_path / "token_cache", tiny_model).fill(tiny_model, photos)
+    with open(cache.folder / "level_1.float16", "r+b") as file:
+        file.seek(1000)
+        file.write(b"\x77")
+    cache = TokenCache(tmp_path / "token_cache", tiny_model)
+    with pytest.raises(ValueError, match="are damaged") as in_worker:
+        list(Loader(Jobs(cache.__getitem__, photos), batch_size=None, num_workers=1))
+    assert len(str(in_worker.value).splitlines()) == 1
+    for photo in photos:
+        cache[photo]
+
+
+@case("Files", "token cache with a damaged manifest or index")
+def _(tiny_model, flickr, tmp_path):
+    photos = sorted(map(str, (flickr / "flickr30k_images").iterdir()))
+    whole = TokenCache(tmp_path / "token_cache", tiny_model).fill(tiny_model, photos).batch(photos)
+    folder = TokenCache(tmp_path / "token_cache", tiny_model).folder
+    shapes = json.loads((folder / "manifest.json").read_text())
+    for name, content in (
+        ("manifest.json", "[" * 100_000),
+        ("manifest.json", "[]"),
+        ("manifest.json", json.dumps(shapes | {"shapes": [[1, 2], "x"]})),
+        ("manifest.json", json.dumps(shapes | {"shapes": [[5, 24]] * 7})),
+        ("manifest.json", json.dumps(shapes | {"shapes": [[0, 0]]})),
+        ("index.jsonl", "[" * 100_000 + "\n"),
+        ("index.jsonl", "{}\n7\n"),
+        ("index.jsonl", '["a", 1]\n'),
+    ):
+        (folder / name).write_text(content)
+        cache = TokenCache(tmp_path / "token_cache", tiny_model).fill(tiny_model, photos)
+        assert all(map(torch.equal, cache.batch(photos), whole)), content[:20]
+    return "the tokens are computed again"
+
+
+def damaged_record(what, write):
+    @case("Files", what)
+    def _(flickr, tmp_path):
+        pytest.importorskip("webdataset")
+        write(flickr, tmp_path)
+
+
+def damaged_store(flickr, tmp_path):
+    photo_store.write_store(flickr, tmp_path / "store")
+    (tmp_path / "store" / "index.jsonl").write_text("7\n{}\n[]\n")
+    photo_store.write_store(flickr, tmp_path / "store")  # the photos are made again
+    (tmp_path / "store" / "manifest.json").write_text("[" * 100_000)
+    photo_store.write_store(flickr, tmp_path / "store")
+
+
+def damaged_shards(flickr, tmp_path):
+    writing.write_shards(flickr, tmp_path / "shards")
+    (tmp_path / "shards" / "manifest.json").write_text('{"shards": [1]}')
+    writing.write_shards(flickr, tmp_path / "shards")
+
+
+damaged_record("photo store with a damaged index, then a damaged manifest", damaged_store)
+damaged_record("shards with a damaged manifest", damaged_shards)
 
 
 @case("Files", "a tensor of the wrong shape, one missing, one unknown")

@@ -130,8 +130,9 @@ def test_whole_script_on_twelve_photos(whole_run):
     output, result, said = whole_run
     assert set(result) == {"best_perplexity", "best_epoch"}
     assert sorted(path.name for path in output.iterdir()) == [
-        "captioner.pt", "captioner.safetensors", "cider.png", "config.json", "demo.png", "last", "loss.png",
-        "metrics.csv", "perplexity.png", "recipe.toml", "report.html", "samples.md", "timings.csv", "tokenizer.json",
+        ".lock", "captioner.pt", "captioner.safetensors", "cider.png", "config.json", "demo.png", "last",
+        "loss.png", "metrics.csv", "perplexity.png", "recipe.toml", "report.html", "samples.md", "timings.csv",
+        "tokenizer.json",
     ]  # fmt: skip
     table = pd.read_csv(output / "metrics.csv")
     assert table["epoch"].tolist() == [1, 2]

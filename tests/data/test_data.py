@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from captioning.data import sources
 from captioning.data.batching import CaptionBatchSampler
 from captioning.data.splits import assign_splits
 from captioning.images.preprocessing import load_image, normalize_pixels
+from captioning.model.tokenizer import encode_caption
 from captioning.training.cross_entropy import CrossEntropy
 from conftest import CAPTIONS
 
@@ -83,6 +85,10 @@ def test_unusable_rows_are_counted_and_named(script, flickr, capsys):
     assert "left out 2 of 25 rows; the first, line 8, names a photo that is not there" in said
     with pytest.raises(FileNotFoundError, match=r"none of the photos named in results\.csv"):
         sources.drop_unusable(df.assign(image=df["image"].map(lambda path: path / "gone")), "results.csv")
+    images = flickr / "flickr30k_images"
+    said = f"tried {images / '1000.jpeg'} and {images / '1001.jpeg'}; the folder holds 1000.jpg, 1001.jpg, 1002.jpg, 8"
+    with pytest.raises(FileNotFoundError, match=re.escape(said)):
+        sources.drop_unusable(df.assign(image=df["image"].map(lambda path: path.with_suffix(".jpeg"))), "results.csv")
 
 
 # --- splits -----------------------------------------------------------------------------------------------------------
@@ -300,3 +306,19 @@ def test_pixels_are_normalised_by_the_model(script, tiny_model, tiny_config, dls
     assert torch.equal(normalize_pixels(first, tiny_model.preprocessing), first)
     assert torch.equal(tiny_model(images, ids, labels), tiny_model(normalized, ids, labels))
     assert torch.equal(tiny_model._encode_images(images)[:1], tiny_model._encode_images(first[None]))
+
+
+def test_captions_that_are_too_long_are_said(script, flickr, bpe, tiny_config, tiny_train_config, capsys):
+    df = script._load_flickr_dataframe(flickr, flickr / "flickr30k_images")
+    tiny_config.seq_len = longest = max(len(encode_caption(bpe, caption, 1000)) for caption in df["caption"])
+    script.build_dataloaders(df, bpe, tiny_config, tiny_train_config)
+    assert "seq_len" not in capsys.readouterr().out
+    tiny_config.seq_len = longest - 1
+    loader, _ = script.build_dataloaders(df, bpe, tiny_config, tiny_train_config)
+    said = capsys.readouterr().out.splitlines()
+    cut = sum(len(encode_caption(bpe, caption, 1000)) == longest for caption in loader.dataset.captions)
+    assert 0 < cut < len(loader.dataset)
+    assert said[0] == (
+        f"warning: {cut} of 16 captions ({cut / 16:.0%}) have more than seq_len {longest - 1} tokens and are cut off "
+        f"there; --seq_len {longest} would hold them all"
+    )

@@ -331,6 +331,20 @@ def call(url, path):
         return re.search(r"event: (complete|error)", answer.read().decode())[1]
 
 
+def test_only_its_own_addresses_are_answered(demo):
+    """A page elsewhere whose name points at this machine gets nothing."""
+    port = demo[1].rpartition(":")[2].strip("/")
+    for host, allowed in ((f"127.0.0.1:{port}", True), (f"localhost:{port}", True), ("evil.example", False)):
+        request = urllib.request.Request(f"{demo[1]}config", headers={"Host": host, "Origin": f"http://{host}"})
+        if allowed:
+            assert urllib.request.urlopen(request).status == 200
+            continue
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request)
+        assert refused.value.code == 421
+        assert refused.value.read() == b"this address is not served here"
+
+
 def test_uploads_have_a_limit(demo, tmp_path):
     from gradio_client import Client
 

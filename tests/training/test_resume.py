@@ -118,6 +118,58 @@ def test_a_pickle_is_not_executed(tmp_path, capsys):
     assert not (tmp_path / "executed").exists()
 
 
+DAMAGES = {
+    "{}": lambda state: state.clear(),
+    "an epoch of -7": lambda state: state["position"].update(epoch=-7),
+    "a position that is text": lambda state: state.update(position="x"),
+    "another format": lambda state: state.update(format=99),
+    "no processes": lambda state: state.update(shares=0),
+    "no best": lambda state: state.pop("best"),
+    "no optimizer": lambda state: state["optimization"].pop("optimizer"),
+    "weights of another shape": lambda state: state["model"].update({"gpt.tok_emb.weight": torch.zeros(3, 3)}),
+    "random numbers that are none": lambda state: state["rng"].update(torch=torch.zeros(3, dtype=torch.uint8)),
+    "metrics that are text": lambda state: state.update(metrics=3),
+}
+
+
+@pytest.fixture(scope="module")
+def state_of_a_run(whole, bpe, tmp_path_factory):
+    """-> (the state of a run that was stopped, its data)."""
+    folder = tmp_path_factory.mktemp("damaged")
+    data = make_flickr(folder / "data")
+    trainer = trainers_of(script_module, tiny_model_of(bpe), tiny_training_of(data, folder), bpe)(folder / "run")
+    stop_after(trainer, 2, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        trainer.run_training()
+    return folder / "run" / "last" / NEWEST, data
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_states_that_are_none(script, bpe, state_of_a_run, tmp_path, damage):
+    """One line that names the file, never a traceback, and nothing is trained."""
+    path, data = state_of_a_run
+    state = torch.load(path, weights_only=True)
+    DAMAGES[damage](state)
+    torch.save(state, tmp_path / NEWEST)
+    make = trainers_of(script, tiny_model_of(bpe), tiny_training_of(data, tmp_path), bpe)
+    with pytest.raises(ValueError, match=r"^[^\n]*(is damaged; leave out --resume|has format 99|not the state)[^\n]*$"):
+        make(tmp_path / "run", resume=str(tmp_path / NEWEST))
+
+
+def test_photos_that_have_changed_are_said(script, bpe, state_of_a_run, tmp_path, capsys):
+    path, data = state_of_a_run
+    copy = shutil.copytree(data, tmp_path / "data")
+    make = trainers_of(script, tiny_model_of(bpe), tiny_training_of(copy, tmp_path), bpe)
+    make(tmp_path / "run", resume=str(path))
+    assert "pixels" not in capsys.readouterr().out
+    copy = shutil.copytree(data, tmp_path / "changed")
+    with open(copy / "flickr30k_images" / "1001.jpg", "ab") as file:
+        file.write(b"more")
+    make = trainers_of(script, tiny_model_of(bpe), tiny_training_of(copy, tmp_path), bpe)
+    make(tmp_path / "run", resume=str(path))
+    assert "WARNING: files of the training photos have changed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("source", ["auto", "elsewhere/last", "no/state.pt"])
 def test_nothing_to_go_on_from(make_trainer, tmp_path, capsys, source):
     trainer = make_trainer(tmp_path, resume=source if source == "auto" else str(tmp_path / source))

@@ -1,5 +1,6 @@
 """Names of the files that a run or a checkpoint consists of, and how every file is written: whole or not at all."""
 
+import json
 import os
 from contextlib import suppress
 from pathlib import Path, PurePath
@@ -35,6 +36,18 @@ LITTER = {".ds_store", "__macosx", "thumbs.db", "desktop.ini"}
 def is_litter(name):
     """Whether a name, with or without folders, is that of a file which macOS or Windows has left behind."""
     return any(part.startswith("._") or part.lower() in LITTER for part in PurePath(name).parts)
+
+
+def read_json(path):
+    """A JSON file -> the object (dict) in it. Raises ValueError that names the file when there is none that can be
+    read: 100,000 brackets are valid JSON, too."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds {repr(content)[:40]}, but must hold a JSON object")
+    return content
 
 
 def make_folder(folder, option):

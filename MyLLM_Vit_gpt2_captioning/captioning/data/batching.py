@@ -2,6 +2,7 @@
 of similar length together, so that little of a batch is padding."""
 
 import itertools
+import sys
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch.utils.data import Sampler
 
 from captioning.common.distributed import rank_and_world_size
 from captioning.data.unreadable_photos import CheckedLoader
+from captioning.model.tokenizer import encode_caption
 
 
 class CaptionBatchSampler(Sampler):
@@ -117,6 +119,7 @@ def build_loader(dataset, batch_sampler, collate_fn, config):
     """A DataLoader of a caption dataset, with the workers and the device of `config`, the train_config. With several
     processes each loads its part."""
     batch_sampler.set_rank(*rank_and_world_size())
+    warn_of_cut_captions(dataset)
     return CheckedLoader(
         dataset,
         batch_sampler=batch_sampler,
@@ -125,6 +128,23 @@ def build_loader(dataset, batch_sampler, collate_fn, config):
         persistent_workers=config.num_workers > 0,
         pin_memory=config.device.startswith("cuda"),
     )
+
+
+def warn_of_cut_captions(dataset):
+    """Say how many captions of a `Dataset` are longer than its `max_length`, and which length would hold them all."""
+    if not getattr(dataset, "captions_of", None):
+        return  # those of a stream are not known yet, self-critical training has none
+    captions = dataset.captions
+    lengths = []  # in tokens, of those that may be too long: a token has at least one byte
+    for caption, prompt in zip(captions, dataset.prompts, strict=True):
+        if len(caption.encode()) + len(prompt.encode()) + 3 > dataset.max_length:
+            lengths.append(len(encode_caption(dataset.tokenizer, caption, sys.maxsize, prompt)))
+    cut = sum(length > dataset.max_length for length in lengths)
+    if cut:
+        print(
+            f"warning: {cut:,} of {len(captions):,} captions ({cut / len(captions):.0%}) have more than seq_len "
+            f"{dataset.max_length} tokens and are cut off there; --seq_len {max(lengths)} would hold them all"
+        )
 
 
 def stack(inputs):

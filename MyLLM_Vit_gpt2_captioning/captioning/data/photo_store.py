@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
-from captioning.common.files import write_atomically
+from captioning.common.files import read_json, write_atomically
 from captioning.common.locks import LOCK_FILE, after_other_writers
 from captioning.data import resumable_work, sources
 from captioning.data.conventions import with_markup
@@ -118,7 +118,7 @@ def _write_or_compare_manifest(store, manifest):
     if not path.is_file():
         write_atomically(path, lambda draft: draft.write_text(json.dumps(manifest, indent=2) + "\n"))
         return
-    existing = json.loads(path.read_text())
+    existing = read_json(path)
     differing = [
         f"{key} {existing.get(key)} instead of {value}" for key, value in manifest.items() if existing.get(key) != value
     ]
@@ -131,7 +131,9 @@ def _make_missing(store, names, side, quality, num_workers):
     for draft in (store / IMAGE_FOLDER).rglob(".*.part"):
         draft.unlink()  # of a run that was killed
     identities = {image: _identity(image) for image in names}
-    finished = {name: identity for name, *identity in resumable_work.read_index(store / INDEX_FILE)}
+    entries = resumable_work.read_index(store / INDEX_FILE)
+    entries = [entry for entry in entries if isinstance(entry, list) and entry and isinstance(entry[0], str)]
+    finished = {name: identity for name, *identity in entries}
     jobs = [
         (image, store / IMAGE_FOLDER / name)
         for image, name in names.items()

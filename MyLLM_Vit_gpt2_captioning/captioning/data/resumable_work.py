@@ -20,7 +20,7 @@ def read_index(path):
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
         try:
             entries.append(json.loads(line if line.endswith(b"\n") else ""))
-        except ValueError:
+        except (ValueError, RecursionError):
             break
     return entries
 

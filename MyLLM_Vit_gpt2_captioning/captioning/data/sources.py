@@ -262,7 +262,13 @@ def drop_unusable(df, source):
     exists = {image: photo_names.is_image_file(Path(image)) for image in df["image"].unique()}
     missing = ~df["image"].map(exists).astype(bool)
     if missing.all():
-        raise FileNotFoundError(f"{df['image'].iloc[0].parent}: none of the photos named in {source} is here")
+        folder, tried = df["image"].iloc[0].parent, " and ".join(printable(image) for image in list(exists)[:2])
+        there = sorted(printable(path.name) for path in folder.iterdir()) if folder.is_dir() else []
+        more = [f"{len(there) - 3:,} more"] if len(there) > 3 else []
+        holds = ", ".join(there[:3] + more) or ("nothing" if folder.is_dir() else "nothing, for it does not exist")
+        raise FileNotFoundError(
+            f"{folder}: none of the photos named in {source} is here; tried {tried}; the folder holds {holds}"
+        )
     faults = {fault: df["caption"].map(has_fault) for fault, has_fault in CAPTION_FAULTS.items()}
     faults["names a photo that is not there"] = missing
     usable = ~missing

@@ -2,13 +2,15 @@
 
 A cache is a folder that holds one view of the photos, plain or augmented:
     manifest.json      everything except the photos that its tokens depend on; a hash of it ends the folder's name
-    index.jsonl        one line per photo, in the order of the rows: path, size, time of last change, may be mirrored
+    index.jsonl        one line per photo, in the order of the rows: path, size, time of last change, may be mirrored,
+                       CRC-32 of the tokens
     level_0.float16    tokens (rows, N, C); a file for each level of the encoder
 A photo's tokens are on the disk before its line, so whatever ends the work, what the index lists is whole, and the rest
 is computed the next time. A photo that changed gets a new row.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -22,7 +24,7 @@ import numpy as np
 import torch
 
 from captioning.common import stopping
-from captioning.common.files import write_atomically
+from captioning.common.files import read_json, write_atomically
 from captioning.common.locks import LOCK_FILE, after_other_writers
 from captioning.common.precision import autocast_dtype
 from captioning.common.progress import progress_bar
@@ -35,7 +37,7 @@ from captioning.images.preprocessing import load_image, preprocess
 from captioning.model.stages import stages_of_run, trainable_names
 from captioning.model.summary import token_shapes
 
-CACHE_FORMAT = 1  # of these files; a change makes every cache a new one
+CACHE_FORMAT = 2  # of these files; a change makes every cache a new one
 AUGMENTATION_VERSION = 3  # of TrainingTransforms; a change makes every cache of an augmented view a new one
 MIXED_PRECISION_DEVICES = ("cuda",)  # device types on which it makes the tokens
 SYNC_EVERY = 512  # photos between two points from which interrupted work goes on
@@ -73,6 +75,7 @@ class TokenCache:
         key = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()[:12]
         self.folder = Path(folder) / f"{Path(config.encoder).name}-view{view}-{key}"
         self.shapes, self.index, self.rows, self._maps = [], {}, 0, None
+        self._checked = set()  # rows whose checksum this process has compared
         self._read_index()
 
     def __getstate__(self):
@@ -87,8 +90,15 @@ class TokenCache:
                 np.memmap(file, np.float16, "r", shape=(file.stat().st_size // (2 * math.prod(shape)), *shape))
                 for file, shape in zip(self._files(), self.shapes, strict=True)
             ]
-        row = self.index[os.path.abspath(path)][0]
-        return [torch.from_numpy(np.array(level[row])) for level in self._maps]
+        row, *_, checksum = self.index[os.path.abspath(path)]
+        levels = [np.array(level[row]) for level in self._maps]
+        if row not in self._checked:
+            if _checksum(levels) != checksum:
+                raise ValueError(
+                    f"{self.folder}: the tokens of {path} are damaged; remove this folder, and they are computed again"
+                )
+            self._checked.add(row)
+        return [torch.from_numpy(level) for level in levels]
 
     def batch(self, paths):
         """Photos -> their tokens as the model takes them: float16 (B, N, C) for each level."""
@@ -101,7 +111,7 @@ class TokenCache:
         """
         captions_of = {os.path.abspath(path): captions for path, captions in (captions_of or {}).items()}
         identities = {path: self._identity(path, captions_of.get(path, ())) for path in map(os.path.abspath, images)}
-        return {path: same for path, same in identities.items() if self.index.get(path, [None])[1:] != same}
+        return {path: same for path, same in identities.items() if self.index.get(path, [None])[1:-1] != same}
 
     def fill(self, model, images, captions_of=None, batch_size=32, num_workers=0):
         """Compute the tokens that are `missing` -> the cache.
@@ -112,10 +122,11 @@ class TokenCache:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with after_other_writers(self.folder / LOCK_FILE):  # a second run that needs the same tokens waits for them
-            entries = self._read_index()
+            entries, shapes = self._read_index(), [tuple(shape) for shape in token_shapes(model, refined=False)]
+            if self.shapes != shapes:  # a damaged manifest: all is computed again
+                entries, self.shapes, self.index, self.rows = [], shapes, {}, 0
             missing = self.missing(images, captions_of)
             if missing:
-                self.shapes = token_shapes(model, refined=False)
                 content = json.dumps(self.manifest | {"shapes": self.shapes}, indent=2) + "\n"
                 write_atomically(self.folder / "manifest.json", lambda path: path.write_text(content))
                 self._compute(model, missing, entries, captions_of or {}, batch_size, num_workers)
@@ -131,7 +142,7 @@ class TokenCache:
         jobs = resumable_work.Jobs(load_input, paths)
         loader = Loader(jobs, batch_size, num_workers=num_workers, pin_memory=on_gpu)
         model.eval()
-        computed, unsynced = 0, []
+        computed, unsynced = 0, {}  # {path: checksum of its tokens}
         bar = progress_bar(len(paths), "tokens")
         try:
             with ExitStack() as open_files:
@@ -141,21 +152,23 @@ class TokenCache:
                     file.truncate(self.rows * 2 * math.prod(shape))  # behind these may be unfinished work
                 for images in loader:  # (B, 3, H, W)
                     batch = paths[computed : computed + len(images)]
-                    for file, tokens in zip(levels, self._float16_tokens(model, images, batch), strict=True):
-                        file.write(tokens.numpy().tobytes())
-                    unsynced += batch
+                    tokens = [level.numpy() for level in self._float16_tokens(model, images, batch)]
+                    for file, level in zip(levels, tokens, strict=True):
+                        file.write(level.tobytes())
+                    unsynced |= {path: _checksum([level[i] for level in tokens]) for i, path in enumerate(batch)}
                     computed += len(batch)
                     bar.update(len(batch))
                     if len(unsynced) >= SYNC_EVERY or computed == len(paths) or stopping.asked():
                         for file in levels:
                             file.flush()
                             os.fsync(file.fileno())
-                        resumable_work.add_entries(index, *([path, *identities[path]] for path in unsynced))
+                        new = [[path, *identities[path], checksum] for path, checksum in unsynced.items()]
+                        resumable_work.add_entries(index, *new)
                         os.fsync(index.fileno())
-                        for path in unsynced:
-                            self.index[path] = [self.rows, *identities[path]]
+                        for path, *rest in new:
+                            self.index[path] = [self.rows, *rest]
                             self.rows += 1
-                        unsynced = []
+                        unsynced = {}
                     stopping.stop_if_asked()
         except OSError as error:
             if isinstance(error, FileNotFoundError):  # a photo's
@@ -192,22 +205,44 @@ class TokenCache:
         return [self.folder / f"level_{i}.float16" for i in range(len(self.shapes))]
 
     def _read_index(self):
-        """Read {path: [row, size, time, mirrored]} from the disk -> the entries of the index that count: those in front
-        of the first damaged line whose tokens are on the disk. Changes no file, because another run may be at work."""
-        self.index, self.rows, self._maps = {}, 0, None
+        """Read {path: [row, size, time, mirrored, checksum]} from the disk -> the entries of the index that count: in
+        front of the first damaged line whose tokens are on the disk. Changes no file: another run may be at work."""
+        self.index, self.rows, self._maps, self._checked = {}, 0, None, set()
         index, manifest = self.folder / "index.jsonl", self.folder / "manifest.json"
         if not (index.is_file() and manifest.is_file()):
             return []
         try:
-            self.shapes = [tuple(shape) for shape in json.loads(manifest.read_bytes())["shapes"]]
-        except (ValueError, KeyError, TypeError):  # damaged: all is computed again
+            self.shapes = [(int(n), int(c)) for n, c in read_json(manifest)["shapes"]]
+        except (ValueError, KeyError, TypeError, OverflowError):
+            self.shapes = []
+        if not self.shapes or min(min(shape) for shape in self.shapes) < 1:  # damaged: all is computed again
             return []
         sizes = [file.stat().st_size if file.is_file() else 0 for file in self._files()]
         stored = min(size // (2 * math.prod(shape)) for size, shape in zip(sizes, self.shapes, strict=True))
         entries = resumable_work.read_index(index)[:stored]
+        entries = list(itertools.takewhile(_is_entry, entries))
         self.index = {path: [row, *identity] for row, (path, *identity) in enumerate(entries)}
         self.rows = len(entries)
         return entries
+
+
+def _is_entry(entry):
+    """Whether a line of the index is [path, size, time, mirrored, checksum]."""
+    return (
+        isinstance(entry, list)
+        and len(entry) == 5
+        and isinstance(entry[0], str)
+        and all(type(number) is int for number in (entry[1], entry[2], entry[4]))
+        and entry[3] in (None, True, False)
+    )
+
+
+def _checksum(levels):
+    """CRC-32 of a photo's tokens, an array (N, C) for each level."""
+    checksum = 0
+    for level in levels:
+        checksum = zlib.crc32(np.ascontiguousarray(level), checksum)
+    return checksum
 
 
 def fill_caches(model, jobs, num_workers=0):

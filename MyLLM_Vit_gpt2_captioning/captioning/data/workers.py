@@ -24,6 +24,12 @@ class Loader(torch.utils.data.DataLoader):
                 batch = next(batches)
             except StopIteration:
                 return
+            except (OSError, ValueError) as error:
+                if not str(error).startswith("Caught "):
+                    raise
+                # Of a worker: torch puts the worker's traceback around what it says, which is one line.
+                said = str(error).rstrip().splitlines()[-1].partition(": ")[2]
+                raise type(error)(said) from None
             except RuntimeError as error:
                 if not str(error).startswith("DataLoader worker (pid"):
                     raise

@@ -4,6 +4,7 @@ Only pillow, numpy and torch are needed here, so that captioning a photo does no
 library.
 """
 
+import math
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from captioning.images import tar_members
 # for EPS it starts Ghostscript, which runs the program in the file.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM")
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # of ISO/IEC 23008-12
+# Bytes of a photo in memory, a bit more than the 179 million pixels of 3 bytes that Pillow opens.
+LARGEST = 600_000_000
+BYTES_OF_MODE = {"I": 4, "F": 4, "I;16": 2, "I;16B": 2, "I;16L": 2}  # others: one a band
 
 
 def load_image(source, least_side=None):
@@ -36,6 +40,9 @@ def load_image(source, least_side=None):
         if isinstance(source, Image.Image):
             return _as_rgb(ImageOps.exif_transpose(source))  # phones store the turn beside the pixels
         image = open_image(tar_members.opened(source))
+        size = math.prod(image.size) * BYTES_OF_MODE.get(image.mode, len(image.getbands()))
+        if size > LARGEST:
+            raise ValueError(f"it has {image.width} x {image.height} pixels, {size / 1e6:,.0f} MB")
         if least_side:
             image.draft(None, (least_side, least_side))  # does nothing for other formats
         image.load()
@@ -86,8 +93,11 @@ def _is_heic(source):
 def _as_rgb(image):
     """An image of any mode -> 8-bit RGB, transparent parts on white, as pages show them."""
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255: nearly all of it white
-        values = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray((values // 257).astype(np.uint8))
+        values = np.array(image)  # uint16 or, with some formats, int32; changed in place, because it may be large
+        if values.dtype != np.uint16:
+            values.clip(0, 65535, out=values)
+        values //= 257
+        image = Image.fromarray(values.astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; save it with 8 bits a channel")
     elif image.has_transparency_data:

@@ -8,6 +8,7 @@ A checkpoint folder holds
 """
 
 import json
+import math
 import pickle
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from captioning.common.files import (
     TOKENIZER_FILE,
     TORCH_FILE,
     WEIGHTS_FILE,
+    read_json,
     write_atomically,
 )
 
@@ -97,15 +99,15 @@ def load_config(folder, constants=None):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; {folder} is no captioner checkpoint")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); {OTHER_COPY}") from error
-    if isinstance(config, dict) and {"model_config", "preprocessing"} <= config.keys():
+        raise ValueError(f"{error}; {OTHER_COPY}") from error
+    if {"model_config", "preprocessing"} <= config.keys():
         photo = dict(img_size=0, mean=[], std=[], resample="")
         for section, known in (("model_config", vars(constants) if constants else {}), ("preprocessing", photo)):
             _check_types(config[section], known, f"{path}: {section}")
         return config
-    if isinstance(config, dict) and isinstance(config.get("model_type"), str):
+    if isinstance(config.get("model_type"), str):
         return config
     raise ValueError(f"{path}: not the config of a captioner (no model_config and preprocessing in it)")
 
@@ -157,9 +159,19 @@ def _named_errors(path):
         raise FileNotFoundError(f"{path}: not found")
     try:
         yield
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+    except pickle.UnpicklingError as error:  # torch's message advises to run what is in the file
+        raise ValueError(f"{path}: damaged, or a pickle that holds more than tensors, which is not read") from error
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: damaged, or not a weights file ({reason}); {OTHER_COPY}") from error
+
+
+def check_finite(weights, source):
+    """Raise ValueError that names `source` and the first tensor of a state_dict with NaN or infinity in it: such a
+    model writes empty captions."""
+    for name, tensor in weights.items():  # the sum is not finite where a number is not
+        if tensor.is_floating_point() and not math.isfinite(tensor.sum(dtype=torch.float64)):
+            raise ValueError(f"{source}: {name} has numbers that are not finite; {OTHER_COPY}")
 
 
 def unwrapped(content, path):
@@ -219,8 +231,14 @@ def load_strictly(model, path):
         for key in own.keys() & stored.keys()
         if stored[key].shape != own[key].shape
     ]
+    problems += [
+        f"{key}: {stored[key].dtype} where {own[key].dtype} is needed"
+        for key in own.keys() & stored.keys()
+        if stored[key].is_floating_point() != own[key].is_floating_point()
+    ]
     if problems:
         raise ValueError(f"{path} does not fit the model:\n  " + "\n  ".join(sorted(problems)) + f"\n{OTHER_COPY}")
+    check_finite(stored, path)
     load_weights_into(model, stored)
 
 

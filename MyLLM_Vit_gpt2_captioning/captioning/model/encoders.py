@@ -29,12 +29,15 @@ from captioning.model import hugging_face, plain_vit
 COUPLINGS = ("stepped", "final")
 # What `encoder_options` may hold. They come from the config.json of strangers, too, and timm has arguments that read
 # files (checkpoint_path) or ask the Hub (pretrained_cfg).
+COUNTS = (
+    "patch_size", "embed_dim", "embed_dims", "dims", "width", "widths", "channels", "depth", "depths", "layers",
+    "num_blocks", "num_heads", "window_size", "kernel_sizes", "output_stride", "stem_width", "stem_size",
+    "base_width", "cardinality", "strides", "groups",
+)  # fmt: skip
 NUMBERS = (
-    "img_size", "patch_size", "embed_dim", "embed_dims", "dims", "width", "widths", "channels", "depth", "depths",
-    "layers", "num_blocks", "num_heads", "mlp_ratio", "mlp_ratios", "init_values", "ls_init_value", "norm_eps",
-    "drop_rate", "drop_path_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate",
-    "window_size", "window_ratio", "kernel_sizes", "output_stride", "stem_width", "stem_size", "base_width",
-    "cardinality", "reg_tokens", "num_reg_tokens", "strides", "groups",
+    "mlp_ratio", "mlp_ratios", "init_values", "ls_init_value", "norm_eps", "drop_rate", "drop_path_rate",
+    "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "window_ratio", "reg_tokens",
+    "num_reg_tokens",
 )  # fmt: skip
 SWITCHES = (
     "qkv_bias", "qk_norm", "class_token", "no_embed_class", "pre_norm", "fc_norm", "final_norm", "dynamic_img_size",
@@ -45,6 +48,9 @@ WORDS = (
     "global_pool", "weight_init", "stem_type", "pos_embed", "norm_layer", "act_layer",
 )  # fmt: skip
 LARGEST_OPTION = 100_000  # of a number in them
+REFINER = ("width", "grid", "layers", "heads", "kernel", "dropout")  # arguments of ConvolutionalRefiner
+# What the libraries raise for sizes that do not fit each other.
+UNFIT = (RuntimeError, TypeError, ValueError, AssertionError, ArithmeticError, AttributeError, LookupError, MemoryError)
 
 
 def timm_data_config(name, options=None):
@@ -130,33 +136,56 @@ def preprocessing_of(config):
     for key in ("mean", "std"):
         value = chosen[key]
         is_triple = isinstance(value, (list, tuple)) and len(value) == 3
-        if not (is_triple and all(isinstance(v, (int, float)) for v in value)):
-            raise ValueError(f"preprocessing: {key} {value!r} is not one number for each of three channels")
+        if not (is_triple and all(isinstance(v, (int, float)) and abs(v) < LARGEST_OPTION for v in value)):
+            raise ValueError(
+                f"preprocessing: {key} {repr(value)[:60]} is not one finite number for each of three channels"
+            )
     if min(chosen["std"]) <= 0:
         raise ValueError(f"preprocessing: std {chosen['std']!r} is not above 0")
     return chosen
 
 
 def check_options(options):
-    """Raise ValueError for `encoder_options` (a dict) that no timm model is given here: names outside of NUMBERS,
-    SWITCHES and WORDS, and values of other types."""
+    """Raise ValueError for `encoder_options` (a dict) that no timm model is given here: names outside of the
+    lists above, and values of other types."""
     for name, value in options.items():
         numbers = value if isinstance(value, (list, tuple)) else [value]
         if name in SWITCHES:
             fits, kind = isinstance(value, bool), "true or false"
         elif name in WORDS:
             fits, kind = isinstance(value, str) and re.fullmatch(r"\w{0,40}", value), "a word"
+        elif name == "img_size":
+            fits = type(value) is int and 1 <= value <= LARGEST_OPTION
+            kind = f"one number from 1 to {LARGEST_OPTION:,}: the side in pixels of the square that a photo becomes"
+        elif name in COUNTS:
+            fits = 0 < len(numbers) <= 100 and all(type(n) is int and 1 <= n <= LARGEST_OPTION for n in numbers)
+            kind = f"a whole number from 1 to {LARGEST_OPTION:,}, or a list of them"
         elif name in NUMBERS:
             fits = 0 < len(numbers) <= 100 and all(
-                isinstance(number, (int, float)) and not isinstance(number, bool) and 0 <= number <= LARGEST_OPTION
-                for number in numbers
+                type(n) in (int, float) and 0 <= n <= LARGEST_OPTION for n in numbers
             )
             kind = f"a number from 0 to {LARGEST_OPTION:,}, or a list of them"
         else:
-            near = difflib.get_close_matches(name, [*NUMBERS, *SWITCHES, *WORDS], n=1)
+            near = difflib.get_close_matches(name, ["img_size", *COUNTS, *NUMBERS, *SWITCHES, *WORDS], n=1)
             raise ValueError(f"encoder_options has no {name[:60]!r}" + (f"; did you mean {near[0]}?" if near else ""))
         if not fits:
             raise ValueError(f"encoder_options: {name} is {repr(value)[:60]}, but must be {kind}")
+    width, heads = options.get("embed_dim"), options.get("num_heads")
+    if type(width) is int and type(heads) is int and width % heads:
+        raise ValueError(f"encoder_options: embed_dim is {width}, but must be a multiple of num_heads {heads}")
+
+
+def check_refiner(options):
+    """Raise ValueError for arguments (a dict) that `ConvolutionalRefiner` does not have, or of other types."""
+    for name, value in options.items():
+        if name not in REFINER:
+            raise ValueError(f"refiner has no {name[:60]!r}; it has {', '.join(REFINER)}")
+        if name == "dropout":
+            fits, kind = type(value) in (int, float) and 0 <= value < 1, "a number from 0 to below 1"
+        else:
+            fits, kind = type(value) is int and 1 <= value <= LARGEST_OPTION, "a whole number above 0"
+        if not fits:
+            raise ValueError(f"refiner: {name} is {repr(value)[:60]}, but must be {kind}")
 
 
 def run_block(block, *inputs, recompute=False, **options):
@@ -459,18 +488,25 @@ class _SkipInit(TorchFunctionMode):
 
 
 @contextmanager
-def meta_device_for(model_config):
-    """Context manager in which to build a model whose trained weights are loaded afterwards; `model_config` is a dict.
+def meta_device_for(model_config, folder):
+    """Context manager in which to build a model whose trained weights are loaded afterwards; `model_config` is a dict,
+    from the config.json in `folder`. Raises ValueError that names it where no model can be built.
 
     With a plain ViT as encoder, parameters are made on the meta device, without memory and without random numbers:
     drawing those, only to overwrite them, would take seconds. With other encoders it does nothing, because timm
     computes with the values of some tensors while it builds them.
     """
-    if plain_vit.options_of(str(model_config.get("encoder")), model_config.get("encoder_options")):
-        with torch.device("meta"), _SkipInit():
+    try:
+        if plain_vit.options_of(str(model_config.get("encoder")), model_config.get("encoder_options")):
+            with torch.device("meta"), _SkipInit():
+                yield
+        else:
             yield
-    else:
-        yield
+    except UNFIT as error:
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{folder}/config.json: no captioner can be built with it: {reason.splitlines()[0]}"
+        ) from error
 
 
 def build_encoder(name, steps, coupling="stepped", options=None, weights="scratch", refiner=None, feature_levels=1):
@@ -489,6 +525,7 @@ def build_encoder(name, steps, coupling="stepped", options=None, weights="scratc
     if coupling not in COUPLINGS:
         raise ValueError(f"coupling {coupling!r} is not one of {', '.join(COUPLINGS)}")
     check_options(options or {})
+    check_refiner(refiner or {})
     plain = plain_vit.options_of(name, options) if weights == "stored" else None
     if plain and not refiner and feature_levels == 1:
         return ViTEncoder(plain_vit.VisionTransformer(**plain), steps, coupling)
@@ -499,8 +536,8 @@ def build_encoder(name, steps, coupling="stepped", options=None, weights="scratc
     img_size, _, _ = timm_data_config(name, options)
     try:
         model = timm.create_model(name, pretrained=weights == "pretrained", **_timm_options(name, options))
-    except (RuntimeError, TypeError) as error:  # no published weights, an unknown option
-        raise ValueError(f"timm cannot make {name}: {error}") from error
+    except UNFIT as error:  # no published weights, an option that this model does not have or that does not fit
+        raise ValueError(f"timm cannot make {name} with {options or 'no options'}: {error}") from error
     except OSError as error:  # huggingface_hub and urllib raise it without a network
         raise FileNotFoundError(
             f"the pretrained weights of {name} could not be downloaded ({type(error).__name__}); "

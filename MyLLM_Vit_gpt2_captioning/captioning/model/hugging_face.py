@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save
 
-from captioning.common.files import CONFIG_FILE, TOKENIZER_FILE, write_atomically
-from captioning.model.checkpoint import find_folder, load_config, load_weights
+from captioning.common.files import CONFIG_FILE, TOKENIZER_FILE, read_json, write_atomically
+from captioning.model.checkpoint import check_finite, find_folder, load_config, load_weights, unwrapped
 from captioning.model.tokenizer import END_OF_TEXT
 
 MODEL_TYPE = "vision-encoder-decoder"  # in the config.json of a VisionEncoderDecoderModel
@@ -157,6 +157,9 @@ def convert_from_hf(theirs, pairs, reference, source):
         rows = sum(reference[name].shape[0] for name in pair.ours)
         expected = (rows // len(tensors), *reference[pair.ours[0]].shape[1:])
         for name, tensor in zip(pair.theirs, tensors, strict=True):
+            if tensor.is_floating_point() != reference[pair.ours[0]].is_floating_point():
+                problems.append(f"{name}: {tensor.dtype} where {reference[pair.ours[0]].dtype} is needed")
+                break
             if _squeezed(tensor.shape) != _squeezed(expected):
                 shape, needed = (tuple(s)[:: -1 if pair.conv1d else 1] for s in (tensor.shape, expected))
                 problems.append(f"{name}: shape {shape} where {needed} is needed")
@@ -228,8 +231,7 @@ def weights_files(folder):
 def _shards_of(index):
     """The names of the files that the `index` of a sharded checkpoint lists. Raises ValueError for one that is none,
     and for names that lead out of its folder."""
-    content = _read_json(index)
-    names = content.get("weight_map") if isinstance(content, dict) else None
+    names = read_json(index).get("weight_map")
     names = set(names.values()) if isinstance(names, dict) else {None}
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
@@ -242,21 +244,16 @@ def read_weights(folder):
     files = weights_files(folder)
     if not files:
         raise FileNotFoundError(f"{folder}: neither {WEIGHTS_FILE} nor {TORCH_FILE} is there")
-    return {name: tensor for file in files for name, tensor in load_weights(file).items()}
-
-
-def _read_json(path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+    weights = {name: tensor for file in files for name, tensor in unwrapped(load_weights(file), file).items()}
+    check_finite(weights, folder)
+    return weights
 
 
 def _transformers_config(folder):
     """config.json as a transformers config object, which adds defaults for the keys that the file lacks."""
     from transformers import AutoConfig
 
-    if "auto_map" in _read_json(folder / CONFIG_FILE):
+    if "auto_map" in read_json(folder / CONFIG_FILE):
         raise ValueError(f"{folder / CONFIG_FILE}: the model needs Python code of its own (auto_map), which is not run")
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -270,10 +267,10 @@ def read_preprocessing(folder):
     Raises ValueError that names the file for settings that our preprocessing does not have.
     """
     path = folder / PREPROCESSOR_FILE
-    stored = _read_json(path) if path.is_file() else {}
+    stored = read_json(path) if path.is_file() else {}
     if not stored and (folder / "processor_config.json").is_file():  # transformers 5 writes this file for some models
         path = folder / "processor_config.json"
-        stored = _read_json(path).get("image_processor", {})
+        stored = read_json(path).get("image_processor", {})
     preprocessing = {}
     if not stored.get("do_rescale", True) or abs(stored.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
         raise ValueError(f"{path}: pixels are to be scaled by {stored.get('rescale_factor')}, here it is always 1/255")
@@ -395,10 +392,10 @@ def read_captioner_config(folder, read_decoder):
 
 def _special_tokens(folder, config):
     """-> (EOS id, id that captions start with); versions of transformers differ in which file holds them."""
-    configs = [_read_json(folder / CONFIG_FILE), config.decoder.to_dict()]
+    configs = [read_json(folder / CONFIG_FILE), config.decoder.to_dict()]
     generation = folder / "generation_config.json"
     if generation.is_file():
-        configs.insert(0, _read_json(generation))
+        configs.insert(0, read_json(generation))
 
     def first(*keys):
         return next((config[key] for key in keys for config in configs if config.get(key) is not None), None)

@@ -6,6 +6,7 @@ Nothing behind this file changes a configuration: each function returns a new on
 import dataclasses
 import math
 import re
+from contextlib import contextmanager
 
 from captioning.common.config import attributes, complete
 from captioning.common.files import CONFIG_FILE
@@ -20,17 +21,25 @@ def stored_config(source, defaults, read_decoder):
     ValueError that names the file, for what is no captioner or has constants that do not exist here.
     """
     folder, values = hugging_face.read_config(source, read_decoder, defaults)
-    try:
-        encoders.check_options(values.get("encoder_options", {}))
-        if re.search(r"[/\\:]", str(values.get("encoder", ""))):  # a stranger's file asks no Hub
-            raise ValueError(f"encoder is {str(values['encoder'])[:60]!r}, but must be the name of a timm model")
+    with _named(folder):
         config = complete(values, defaults)
+    check_stored_sizes(config, folder)
+    with _named(folder):
+        encoders.check_options(config.encoder_options)
+        if re.search(r"[/\\:]", config.encoder):  # a stranger's file asks no Hub
+            raise ValueError(f"encoder is {config.encoder[:60]!r}, but must be the name of a timm model")
+    return folder, config
+
+
+@contextmanager
+def _named(folder):
+    """Around checks of a stored configuration: their errors name its file."""
+    try:
+        yield
     except ValueError as error:
         raise ValueError(
             f"{folder / CONFIG_FILE}: {error}. The captioner is damaged or comes from another version"
         ) from error
-    check_stored_sizes(config, folder)
-    return folder, config
 
 
 # A size in the configuration: where the weights have it, in our names and in those of Hugging Face. A number is a

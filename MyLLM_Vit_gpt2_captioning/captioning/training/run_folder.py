@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 from captioning.common.distributed import rank_and_world_size
@@ -26,10 +26,17 @@ def writing(folder):
 
     Raises OSError for a folder that cannot be made, BlockingIOError that names the process of another run there.
     """
+    folder, new = Path(folder), not Path(folder).exists()
     make_folder(folder, "--model_path")
-    remedy = "wait for it, or choose another folder with --model_path FOLDER"
-    with only_writer(Path(folder) / LOCK_FILE, remedy) if rank_and_world_size()[0] == 0 else nullcontext():
+    if rank_and_world_size()[0] > 0:
         yield
+        return
+    try:
+        with only_writer(folder / LOCK_FILE, "wait for it, or choose another folder with --model_path FOLDER"):
+            yield
+    finally:
+        if new and [path.name for path in folder.glob("*")] == [LOCK_FILE]:  # it ended before it had anything to write
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def set_aside(folder, resumed=None):

@@ -12,6 +12,7 @@ import random
 import time
 import zipfile
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,13 @@ import torch
 
 from captioning.common import stopping
 from captioning.common.files import write_atomically
+from captioning.images import tar_members
 from captioning.training import run_folder
 
 NEWEST, BEFORE = "state.pt", "state_before.pt"
 FORMAT = 1  # of a state; another one is refused by name
+UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, LookupError, zipfile.BadZipFile)
+DAMAGED = "the state of the run is damaged; leave out --resume to start afresh"
 # Train constants that may differ when a run is resumed. The others decide what is in a batch, how the batch is trained
 # on, or which epoch is kept.
 MAY_CHANGE = {
@@ -162,14 +166,18 @@ class RunState:
             raise ValueError(f"{path}: not every host sees the state of the run: give a --model_path that all share")
         if state is None:
             print(f"WARNING: {path}: there is no state of a run to resume. TRAINING STARTS FROM THE BEGINNING.")
-        elif not isinstance(state, dict) or "position" not in state:
-            raise ValueError(f"{path}: not the state of a run; --resume takes the folder of a run, or auto")
-        elif state["format"] != FORMAT:
-            raise ValueError(
-                f"{path}: the state has format {state['format']}, this version reads format {FORMAT}: resume the run "
-                "with the version that wrote it, or leave out --resume to start afresh"
-            )
+        else:
+            check_state(path, state)
         return path, state
+
+    @contextmanager
+    def damage_named(self, path=None):
+        """Around what is restored from a state: whatever does not fit is a ValueError that names its file."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"{path or self.resumed}: {DAMAGED} ({reason})") from error
 
     def resume(self, source, current, loaders):
         """Take position and random number generators from the state in `source`, as in `read` -> the state, whose other
@@ -184,6 +192,9 @@ class RunState:
             return None
         check_same_run(path, state, current)
         self.position, self.rng = state["position"], state["rng"]
+        if self.rng is not None:
+            with self.damage_named(path):
+                restore_rng(self.rng)  # and again in front of the first step; so far a damaged state does no harm
         self._rng_to_restore = self.rng
         self.resumed = path.parent.parent if path.parent.name == run_folder.STATES else path.parent
         if state["shares"] != self.batch_world_size:
@@ -198,6 +209,33 @@ class RunState:
         batch = f", batch {self.position['batches'] + 1}" if self.position["batches"] else ""
         print(f"resuming {path}: epoch {self.position['epoch'] + 1}{batch}")
         return state
+
+
+def check_state(path, state):
+    """Raise ValueError for what `read_state` has read unless it is the state of a run, of this version's format."""
+    if not isinstance(state, dict) or "position" not in state:
+        raise ValueError(f"{path}: not the state of a run; --resume takes the folder of a run, or auto")
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"{path}: the state has format {state.get('format')!r}, this version reads format {FORMAT}: resume the run "
+            "with the version that wrote it, or leave out --resume to start afresh"
+        )
+    position = state["position"] if isinstance(state["position"], dict) else {}
+    epoch, batches, shares = position.get("epoch"), position.get("batches"), state.get("shares")
+    whole = (
+        all(type(number) is int for number in (epoch, batches, shares))
+        and epoch >= -1
+        and batches >= 0
+        and shares >= 1
+        and all(type(position.get(name)) in (int, float) for name in ("total", "count"))
+        and all(isinstance(state.get(name), dict) for name in ("config", "model", "optimization", "best"))
+        and all(isinstance(state["config"].get(name), dict) for name in ("model", "train"))
+        and isinstance(state.get("dataset"), list)
+        and {"best_perplexity", "best_epoch"} <= state["best"].keys()
+        and isinstance(state.get("rng"), dict | None)
+    )
+    if not whole:
+        raise ValueError(f"{path}: {DAMAGED}")
 
 
 def check_same_run(path, saved, current):
@@ -219,7 +257,11 @@ def check_same_run(path, saved, current):
         if name == "model" or key not in MAY_CHANGE
     ]
     for split, before, digest in zip(("training", "validation"), saved["dataset"], current["dataset"], strict=True):
-        if digest != before:
+        if digest[2:] != before[2:]:
+            print(
+                f"WARNING: files of the {split} photos have changed since the run stopped: it goes on with other pixels"
+            )
+        if digest[:2] != before[:2]:
             refused.append(f"{split} captions: they were {before[0]:,}, and not the same as now")
     if refused:
         raise ValueError(
@@ -238,12 +280,25 @@ def without_tuples(value):
 
 
 def dataset_digest(dataset):
-    """A caption dataset -> [number of captions, SHA-256 of images' names, captions and prompts in their order]."""
+    """A caption dataset -> [number of captions, SHA-256 of images' names, captions and prompts in their order, SHA-256
+    of the sizes of the images' files in bytes, "" for a stream]."""
     digest = hashlib.sha256()
     prompts = getattr(dataset, "prompts", [""] * len(dataset))
     for image, caption, prompt in zip(dataset.images, dataset.captions, prompts, strict=True):
         digest.update(f"{Path(image).name}\0{caption}\0{prompt}\0".encode())
-    return [len(dataset), digest.hexdigest()]
+    return [len(dataset), digest.hexdigest(), _sizes_digest(tuple(dict.fromkeys(dataset.images)))]
+
+
+@cache
+def _sizes_digest(images):
+    """Paths of images -> SHA-256 of the sizes of their files, those at the start of the run."""
+    digest = hashlib.sha256()
+    for image in images:
+        try:
+            digest.update(f"{tar_members.file_identity(image)[0]}\0".encode())
+        except OSError:
+            digest.update(b"\0")
+    return digest.hexdigest() if images else ""
 
 
 def rng_state():
@@ -302,8 +357,10 @@ def read_state(path):
             if broken:
                 raise ValueError(f"{broken} in it has another checksum")
             return file, torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-            print(f"WARNING: {file} is damaged ({str(error).splitlines()[0]})")
+        except (*UNREADABLE, pickle.UnpicklingError) as error:
+            # torch's message for a pickle with code advises to run it.
+            reason = "a pickle" if isinstance(error, pickle.UnpicklingError) else str(error).splitlines()[0]
+            print(f"WARNING: {file} is damaged ({reason})")
     if files:
         raise ValueError(f"{path}: every state of the run is damaged; leave out --resume to start afresh")
     return path, None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from captioning.common.files import write_atomically
+from captioning.common.files import read_json, write_atomically
 from captioning.common.locks import LOCK_FILE, after_other_writers
 from captioning.common.printable import printable
 from captioning.data import resumable_work, sources
@@ -129,13 +129,18 @@ def _written_shards(folder, records, source_hash):
     ValueError when they are of another dataset."""
     for draft in folder.glob(".*.tar.part"):
         draft.unlink()  # of a run that was killed
-    written = {}
+    written, sizes = {}, {}
     for path in records:
-        if path.name == reading.MANIFEST_FILE:
-            manifest = json.loads(path.read_bytes())
-            found_hash, entries = manifest.get("source"), list(manifest["shards"].items())
-        else:
-            (_, found_hash), *entries = resumable_work.read_index(path) or [("source", source_hash)]
+        try:
+            if path.name == reading.MANIFEST_FILE:
+                manifest = read_json(path)
+                found_hash, entries = manifest.get("source"), dict(manifest["shards"])
+            else:
+                (_, found_hash), *entries = resumable_work.read_index(path) or [("source", source_hash)]
+                entries = dict(entries)
+            sizes |= {name: entry["bytes"] for name, entry in entries.items()}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: damaged ({error!r}); remove it, and give the command again") from error
         if found_hash != source_hash:
             raise ValueError(
                 f"{path}: the shards there are of another dataset, or have another number of photos each: give another "
@@ -145,7 +150,7 @@ def _written_shards(folder, records, source_hash):
     return {
         name: entry
         for name, entry in written.items()
-        if (folder / name).is_file() and (folder / name).stat().st_size == entry["bytes"]
+        if (folder / name).is_file() and (folder / name).stat().st_size == sizes[name]
     }
 
 
