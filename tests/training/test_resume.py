@@ -156,6 +156,13 @@ def test_states_that_are_none(script, bpe, state_of_a_run, tmp_path, damage):
         make(tmp_path / "run", resume=str(tmp_path / NEWEST))
 
 
+def test_weights_are_no_state(make_trainer, tmp_path):
+    make_trainer(tmp_path / "run").save_model()
+    for name, said in (("captioner.safetensors", "--start_from"), ("captioner.pt", "not the state of a run")):
+        with pytest.raises(ValueError, match=rf"{name}: .*{said}"):
+            make_trainer(tmp_path / "other", resume=str(tmp_path / "run" / name))
+
+
 def test_photos_that_have_changed_are_said(script, bpe, state_of_a_run, tmp_path, capsys):
     path, data = state_of_a_run
     copy = shutil.copytree(data, tmp_path / "data")

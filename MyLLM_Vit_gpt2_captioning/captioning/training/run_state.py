@@ -161,6 +161,11 @@ class RunState:
         """
         path = self.folder if source == "auto" else Path(source)
         path = path / run_folder.STATES if (path / run_folder.STATES).is_dir() else path
+        if path.is_file() and path.suffix == ".safetensors":
+            raise ValueError(
+                f"{path}: the weights of a captioner, not the state of a run: give --resume the folder of the run, or "
+                f"--start_from {path.parent} to begin a new run with these weights"
+            )
         path, state = read_state(path)
         if self.processes.all_reduce_sum(state is not None)[0] not in (0, self.processes.world_size):
             raise ValueError(f"{path}: not every host sees the state of the run: give a --model_path that all share")
