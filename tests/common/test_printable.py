@@ -83,10 +83,12 @@ def test_what_caption_image_prints(photos, capsys, monkeypatch):
     import caption_image
 
     outputs = caption_image.Outputs.__new__(caption_image.Outputs)
-    outputs.args = type("Args", (), dict(attention=None, json=False, grid=None, out=None))
+    outputs.args = type(
+        "Args", (), dict(attention=None, json=False, grid=None, out=None, min_confidence=None, words=None)
+    )
     outputs.tables, outputs.attention_paths = {}, {}
     photo = caption_image.find_photos([str(photos / "images" / "0.jpg")])[0]
-    outputs.write(None, {photo: (None, None)}, [(photo, [EVIL], None, None)])
+    outputs.write(None, {photo: (None, None)}, [(photo, [EVIL], None, None, [])])
     assert capsys.readouterr().out == f"{photo.name}: {printable(EVIL)}\n"
 
 

@@ -10,6 +10,7 @@ import torch
 from captioning.decoding import confidence, search
 from captioning.decoding.confidence import Confidence, JudgedCaptions, caption_with_confidence
 from captioning.decoding.search import Options, caption_images, generate_ids, log_probabilities, token_log_probabilities
+from captioning.images.preprocessing import preprocess
 from conftest import REPO_ROOT
 from helpers.calibrated import calibrated_copy, known_of
 
@@ -54,7 +55,7 @@ def test_captions_are_the_same_with_confidence(example, options):
 def test_evidence_is_the_sum_over_the_tokens_of_a_word(example):
     """The words of the prompt are not in it; words and EOS make up the caption's log-probability."""
     model, tokenizer = example
-    pixels = torch.stack([search.preprocess(scene, **model.preprocessing) for scene in SCENES[:2]])
+    pixels = torch.stack([preprocess(scene, **model.preprocessing) for scene in SCENES[:2]])
     prompt = torch.tensor([search.encode_prompt(tokenizer, "there is")] * 2)
     ids = generate_ids(model, pixels, prompt, deterministic=True)
     for judged, total in zip(
@@ -71,7 +72,7 @@ def test_evidence_is_the_sum_over_the_tokens_of_a_word(example):
 def test_without_a_photo_the_photo_does_not_matter(example):
     """Nearly all colours are seen; what any scene has is guessed."""
     model, tokenizer = example
-    pixels = torch.stack([search.preprocess(scene, **model.preprocessing) for scene in SCENES[:4]])
+    pixels = torch.stack([preprocess(scene, **model.preprocessing) for scene in SCENES[:4]])
     known, prompt = known_of(model), torch.tensor([search.encode_prompt(tokenizer, "")] * 4)
     known.no_photo = torch.stack([tokens.mean((0, 1)) for tokens in model.encoder_states(pixels)]).detach()
     ids = generate_ids(model, pixels, prompt, deterministic=True)
@@ -103,7 +104,7 @@ def test_log_odds():
 
 def test_alternatives_are_the_likeliest_tokens(example):
     model, tokenizer = example
-    states = model.encoder_states(search.preprocess(SCENES[0], **model.preprocessing)[None])
+    states = model.encoder_states(preprocess(SCENES[0], **model.preprocessing)[None])
     ids = torch.tensor([tokenizer.bos_token_id, *tokenizer.encode("a small blue triangle")])
     found = confidence.alternatives(model, tokenizer, states, ids, [3], count=4)
     log_prob = token_log_probabilities(model, states, ids[None], 1)[0, 2]

@@ -50,7 +50,7 @@ def test_wrong_captions_come_first_and_are_left_out(damaged, tmp_path, capsys):
     assert len(read(tmp_path / "pairs.csv")) == 120
     page = (tmp_path / "pairs.html").read_text()
     assert all(text in page for _, text in wrong) and "fits best" in page and "fit no photo" in page
-    df = sources.load_usable(folder, "", None, "flickr8k", str(tmp_path / "exclude.csv"))
+    df = sources.load_usable(folder, "", None, "flickr8k", exclude=str(tmp_path / "exclude.csv"))
     assert "left out 3 of" in capsys.readouterr().out
     assert len(df[df["split"] == "train"]) == 117
     assert not wrong & {(exclusions.name_of(i, folder), c) for i, c in zip(df["image"], df["caption"], strict=True)}
@@ -105,7 +105,7 @@ def test_a_bad_list_is_named(damaged, tmp_path):
     path = tmp_path / "exclude.csv"
 
     def load():
-        return sources.load_usable(folder, "", None, "flickr8k", str(path))
+        return sources.load_usable(folder, "", None, "flickr8k", exclude=str(path))
 
     with pytest.raises(FileNotFoundError, match=r"exclude\.csv: no such file"):
         load()

@@ -405,7 +405,7 @@ def test_a_pickle_that_runs_code_is_not_loaded(trainer, tmp_path):
             return (open, (str(tmp_path / "ran"), "w"))
 
     torch.save({"weights": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="damaged, or not a weights file"):
+    with pytest.raises(ValueError, match="damaged, or a pickle that holds more than tensors"):
         trainer.load_best_model(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
 

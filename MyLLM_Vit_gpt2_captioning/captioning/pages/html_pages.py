@@ -174,7 +174,7 @@ def write_words_page(path, title, captions):
             f"{in_html(word['word'])}</span>"
             for word in one["words"]
         )
-        alt = in_html(one["caption"], quote=True)
+        alt = in_html(one["caption"])
         parts.append(
             f'<section><img class=whole src="{photo_url(one["photo"])}" alt="{alt}">'
             f"<p class=caption>{text or '(empty)'}</p><p>confidence {one['confidence']:.2f}</p><div class=words>"

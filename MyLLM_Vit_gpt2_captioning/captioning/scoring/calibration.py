@@ -106,6 +106,8 @@ def calibrate(model, tokenizer, images, references, scenes, prompts="", load_bat
     observer = _Observer(model)
     options = dict(title="calibration", load_batch=load_batch, observe=observer, batch_size=batch_size)
     captions, _ = predict(model, tokenizer, images, prompts, **options)
+    if not observer.images:
+        raise ValueError("there is no caption to learn from")
     no_photo, evidence = observer.evidence(tokenizer)
     evidence = [evidence[i] for i in range(len(images))]
     are_answers = bool(prompts and any(prompts))
