@@ -15,10 +15,8 @@ from pathlib import Path
 
 from captioning.command_line.arguments import ToolParser
 from captioning.common.files import make_folder
-from captioning.training.compared_runs import read_runs, write_comparison
+from captioning.training.compared_runs import PAGE, read_runs, write_comparison
 from MyLLM_Vit_gpt2_captioning import OUTPUT_DIR
-
-PAGE = "compared_runs.html"
 
 
 def main(argv=None):

@@ -16,6 +16,7 @@ from captioning.pages import html_pages, plots
 from captioning.scoring.intervals import mean_interval
 from captioning.training.run_log import best_row
 
+PAGE = "compared_runs.html"
 # Constants that change nothing that is learned or scored: runs that differ only in these have one setting.
 WITHOUT_EFFECT = {"model_path", "resume", "tracker", "log_steps", "save_minutes", "demo_images", "num_workers"}
 WITHOUT_EFFECT |= {"keep_epoch_checkpoints", "push_every_epoch", "cache_dir"}
@@ -36,7 +37,7 @@ STYLE = """
 .keys span { margin-right: 1.6em; white-space: nowrap; } .keys i { display: inline-block; width: 1.6em; height: 0.25em;
   vertical-align: middle; margin-right: 0.5em; } .note { color: #59636e; font-size: 13px; }
 .photos { grid-template-columns: repeat(auto-fill, minmax(min(22em, 100%), 1fr)); }
-figure > img { max-width: 18em; } figcaption td:first-child { overflow-wrap: anywhere; }
+figure > img { max-width: 18em; } figcaption td:first-child { overflow-wrap: anywhere; min-width: 8em; }
 """
 
 
@@ -86,7 +87,7 @@ def read_runs(folders):
         if not folder.exists():
             left_out.append(f"{folder}: there is no such folder")
         elif folder.is_dir() and folder.name not in RUN_FILES:
-            inside = [folder] if folder.name != "earlier" and _is_run(folder) else []
+            inside = [folder] if _is_run(folder) else []
             inside += sorted(path for path in (folder / "earlier").glob("*") if path.is_dir())
             if not inside:  # a folder of runs, such as captioner/ or earlier/
                 below = sorted(path for path in folder.glob("*") if _is_run(path))
