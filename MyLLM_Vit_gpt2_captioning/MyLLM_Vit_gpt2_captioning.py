@@ -51,7 +51,7 @@ from captioning.model.tokenizer import CaptionTokenizer, check_eos, encode_capti
 from captioning.pages import plots
 from captioning.scoring.calibration import calibrate_run
 from captioning.sharing import upload
-from captioning.training import run_folder, schedule
+from captioning.training import run_folder, schedule, sweep
 from captioning.training.cross_entropy import CrossEntropy
 from captioning.training.out_of_memory import explained
 from captioning.training.run_log import RunLog, perplexity
@@ -991,7 +991,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     try:
-        main()
+        sweep.run(sys.argv[1:], __file__, read_configs) or main()
     except (OSError, ValueError, FloatingPointError, torch.OutOfMemoryError) as error:
         sys.exit(f"error: {error}")
     except Stopped as reason:

@@ -55,10 +55,13 @@ def parse_overrides(argv, source_file, **sections):
         description=ast.get_docstring(ast.parse(Path(source_file).read_text(encoding="utf-8"))),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        usage="%(prog)s [--recipe NAME] [--download] [--key value ...]",
+        usage="%(prog)s [--recipe NAME] [--download] [--key value ...] [--sweep key=value,value ...]",
     )
     parser.add_argument("--recipe", metavar="NAME", help="constants of recipes/NAME.toml, or of another TOML file")
     parser.add_argument("--download", action="store_true", help="fetch the public dataset that is not there yet")
+    parser.add_argument(
+        "--sweep", nargs="+", metavar="KEY=VALUE,VALUE", help="a run for every combination, each in its own folder"
+    )
     for name, section in sections.items():
         group = parser.add_argument_group(name)
         for field in dataclasses.fields(section):
@@ -72,6 +75,8 @@ def parse_overrides(argv, source_file, **sections):
                 help=f"{comments[field.name]} (default: {shown or 'empty'})".replace("%", "%%"),
             )
     given, unknown = parser.parse_known_args(with_underscores(argv))
+    if given.sweep:
+        parser.error("--sweep is for the command line of the script: these are the constants of one run")
     if unknown:
         key = unknown[0].partition("=")[0]
         near = nearest(key, [f"--{key}" for section in sections.values() for key in vars(section)])

@@ -10,6 +10,14 @@ from itertools import pairwise
 from captioning.common.printable import printable
 from captioning.images.preprocessing import load_image
 
+UNITS = {
+    "loss": "loss (nats per token)",
+    "perplexity": "perplexity per token",
+    "exact_answers": "share right",
+    "reward": "mean CIDEr",
+    "lr": "learning rate",
+}
+
 
 def plot_curve(metrics, quantity, path):
     """Write the plot of `draw_curve` to the PNG `path` -> the figure."""
@@ -23,16 +31,53 @@ def plot_curve(metrics, quantity, path):
 
 def curve_as_svg(metrics, quantity, points=()):
     """The plot of `draw_curve` -> the text of an SVG picture, for a page."""
-    import matplotlib
     from matplotlib.figure import Figure  # pyplot would keep all figures of a long run in memory
 
     figure = Figure(figsize=(5.6, 3.5))
     axes = figure.subplots()
     figure.subplots_adjust(0.14, 0.14, 0.98, 0.96)  # matplotlib's automatic layout would take most of the time
     draw_curve(axes, metrics, quantity, points)
-    axes.spines[["top", "right"]].set_visible(False)
+    return _as_svg(figure, quantity)
+
+
+def overlaid_as_svg(lines, along, quantity):
+    """Several runs in one plot -> the text of an SVG picture. `lines`: (points (x, y), colour, whether it is dotted) of
+    each; `along`: what x is. Values that are not finite are gaps."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(4.6, 3.2))
+    axes = figure.subplots()
+    figure.subplots_adjust(0.19, 0.16, 0.97, 0.96)  # room for the labels of a logarithmic axis
+    for points, colour, dotted in lines:
+        style = dict(linestyle=":", linewidth=1) if dotted else dict(marker="o", markersize=3, linewidth=1.5)
+        axes.plot(*zip(*points, strict=True), color=colour, alpha=0.85, **style)
+    if quantity == "perplexity" and any(y > 50 for points, *_ in lines for _, y in points):
+        axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=along == "epochs"))
+    axes.set_xlabel(along)
+    axes.set_ylabel(UNITS.get(quantity, quantity))
+    axes.grid(alpha=0.3)
+    return _as_svg(figure, quantity)
+
+
+def colours(count):
+    """-> `count` colours that are told apart, as CSS writes them."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    table = colormaps["tab10"].colors if count <= 10 else colormaps["turbo"]([i / (count - 1) for i in range(count)])
+    return [to_hex(colour) for colour in table[:count]]
+
+
+def _as_svg(figure, salt):
+    """`salt`: makes the file depend on the numbers only."""
+    import matplotlib
+
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
     svg = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": quantity}):  # makes the file depend on the numbers only
+    with matplotlib.rc_context({"svg.hashsalt": salt}):
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
     return svg.getvalue()
 
@@ -79,9 +124,7 @@ def draw_curve(axes, metrics, quantity, points=()):
     if quantity == "perplexity" and any(metrics[0][f"{part}_perplexity"] > 50 for part in ("train", "valid")):
         axes.set_yscale("log")  # else the first epochs would flatten the rest of the curve
     axes.set_xlabel("epoch")
-    units = {"loss": "loss (nats per token)", "perplexity": "perplexity per token", "exact_answers": "share right"}
-    units |= {"reward": "mean CIDEr", "lr": "learning rate"}
-    axes.set_ylabel(units.get(quantity, quantity))
+    axes.set_ylabel(UNITS.get(quantity, quantity))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()

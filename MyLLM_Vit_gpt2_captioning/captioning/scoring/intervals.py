@@ -83,3 +83,16 @@ def compare(parts, others):
             "p": float(min(1.0, 2 * (tail + 1) / (len(differences) + 1))),
         }
     return result
+
+
+def mean_interval(values, level=LEVEL):
+    """Mean of a score over two or more training runs, and the interval that Student's t gives it -> (mean, low, high).
+
+    For so few values the bootstrap would give intervals that are much too narrow.
+    """
+    from scipy import stats
+
+    values = np.asarray(values, dtype=float)
+    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    mean = float(values.mean())
+    return mean, float(mean - half), float(mean + half)

@@ -144,9 +144,7 @@ class RunLog:
 
     def best_row(self):
         """The row of the best epoch, the first of equally good ones; None while there is none."""
-        key, sign = ("CIDEr", -1) if self.best_by == "CIDEr" else ("valid_perplexity", 1)
-        rows = [row for row in self.rows if math.isfinite(row.get(key, math.nan))]
-        return min(rows, key=lambda row: sign * row[key], default=None)
+        return best_row(self.rows, self.best_by)
 
     def score(self, epoch, model, tokenizer, dataset):
         """Caption the same validation photos in every epoch, and write the first eight captions to samples.md
@@ -207,6 +205,13 @@ class RunLog:
         print(self.diagnosis.as_table())
         self.write_report(model)
         self.tracker.finish()
+
+
+def best_row(rows, best_by):
+    """Of the `rows` of metrics.csv that of the best epoch by "perplexity" or "CIDEr"; None while there is none."""
+    key, sign = ("CIDEr", -1) if best_by == "CIDEr" else ("valid_perplexity", 1)
+    rows = [row for row in rows if math.isfinite(row.get(key, math.nan))]
+    return min(rows, key=lambda row: sign * row[key], default=None)
 
 
 def perplexity(loss):
