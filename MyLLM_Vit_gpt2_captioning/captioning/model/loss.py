@@ -49,7 +49,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 target = targets[start : start + rows, None]  # (rows, 1)
                 logits = F.linear(x, head)  # (rows, V padded)
                 logits[:, V:] = -torch.inf
-                log_probs = logits.log_softmax(-1, dtype=torch.float32)  # (rows, V padded)
+                if logits.dtype == torch.float32:  # in place: no second tensor of this size
+                    log_probs = logits.sub_(logits.logsumexp(-1, keepdim=True))  # (rows, V padded)
+                else:
+                    log_probs = logits.log_softmax(-1, dtype=torch.float32)  # (rows, V padded)
                 total -= (1 - smoothing) * log_probs.gather(1, target).sum()
                 if smoothing:
                     total -= smoothing * log_probs[:, :V].mean(-1).sum()
