@@ -203,7 +203,7 @@ def test_no_photo_of_a_data_set_below_is_taken(tmp_path):
     assert rows_of_table(tmp_path, "image,caption", ["a.jpg", "0.jpg"]) == ["0.jpg"]
 
 
-@pytest.mark.parametrize("name", ["..\\..\\secret.jpg", "x\\..\\..\\secret.jpg", "/root/secret.jpg"])
+@pytest.mark.parametrize("name", ["..\\..\\secret.jpg", "x\\..\\..\\secret.jpg", "/etc/secret.jpg"])
 def test_a_leading_path_never_leads_out(photos, name):
     save_photo(photos / "secret.jpg")
     with pytest.raises(
