@@ -137,6 +137,8 @@ def test_what_the_photo_is_worth(script, tiny_model, batch):
     assert found["loss with another photo"] == pytest.approx(
         tiny_model(images.roll(1, 0), ids, labels).item(), rel=1e-5
     )
+    worth = found["loss with another photo"] - found["loss with the own photo"]
+    assert found["worth of the photo"] == pytest.approx(worth, abs=1e-5)
     first = labels.clone()
     first[:, 1:] = -100
     assert found["loss of the first word"] == pytest.approx(tiny_model(images, ids, first).item(), rel=1e-5)

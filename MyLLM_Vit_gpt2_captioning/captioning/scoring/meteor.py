@@ -79,9 +79,8 @@ def normalize(caption):
     """A caption, tokenized or not -> list of lowercased words, as the program's -norm makes them."""
     text = caption.lower().translate(_QUOTES)
     text = re.sub(r"''|``", '"', text)
-    text = re.sub(
-        r"([^\W_])-([^\W_])", r"\1 \2", text
-    )  # "t-shirt"; letters are consumed: "tug-o-war" keeps its second one
+    # "t-shirt"; the letters beside a hyphen are consumed, so "tug-o-war" keeps its second one.
+    text = re.sub(r"([^\W_])-([^\W_])", r"\1 \2", text)
     text = re.sub(r"([^\w\s.',-]|_|\.{2,})", r" \1 ", text)
     text = re.sub(r"(?<!\d),|,(?!\d)", " , ", text)  # not the comma of 3,000
     text = re.sub(r"([^\W\d_])'([^\W\d_])|(\d)'(s)", r"\1\3 \n\2\4", text)  # "dog's" -> "dog" "'s"

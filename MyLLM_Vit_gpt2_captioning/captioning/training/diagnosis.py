@@ -189,7 +189,6 @@ def find(m, model_config, train_config):
         gap = m["loss with another photo"] - m["loss with the own photo"]
         right = m["captions that their own photo suits clearly better"]
         wrong = m["captions that another photo suits clearly better"]
-        m["worth of the photo"] = gap
         seen = "with another photo's captions the loss is {loss with another photo:.2f} instead of "
         seen += "{loss with the own photo:.2f}"
         if gap < 0.01 * m["loss with the own photo"] and after_an_epoch:

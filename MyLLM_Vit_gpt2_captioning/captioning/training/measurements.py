@@ -162,6 +162,7 @@ def of_model(model, batch):
     numbers = {
         "loss with the own photo": own.sum() / labels_of.sum(),
         "loss with another photo": other.sum() / labels_of.sum(),
+        "worth of the photo": gap.sum() / labels_of.sum(),
         "loss of the first word": first[real].mean(),
         "captions that another photo suits clearly better": (decisive & (gap < 0)).sum() / real.sum(),
         "captions that their own photo suits clearly better": (decisive & (gap > 0)).sum() / real.sum(),
