@@ -17,17 +17,17 @@ def check_same_images(systems):
                 )
 
 
-def compare_systems(systems, references):
+def compare_systems(systems, references, more_parts=lambda captions: []):
     """systems: two or more {name: {image: caption}} of the same images; references: {image: [captions]} -> [(first
     name, other name, result of `intervals.compare`), ...]: every other system against the first.
 
-    Raises ValueError when the images of the systems differ.
+    `more_parts`: {image: caption} -> `intervals.Part`s of further scores. Raises ValueError when the images of the
+    systems differ.
     """
     check_same_images(systems)
-    (first, captions), *others = systems.items()
-    references = {image: references[image] for image in captions}
-    parts = metrics.parts(captions, references)
-    return [(first, name, intervals.compare(parts, metrics.parts(other, references))) for name, other in others]
+    references = {image: references[image] for image in next(iter(systems.values()))}
+    (first, own), *others = [(name, metrics.parts(c, references) + more_parts(c)) for name, c in systems.items()]
+    return [(first, name, intervals.compare(own, parts)) for name, parts in others]
 
 
 def most_changed(systems, references, count):

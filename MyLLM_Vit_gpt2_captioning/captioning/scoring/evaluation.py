@@ -26,17 +26,24 @@ def predict(
     return captions, finished
 
 
-def score(candidates, references, finished=None, java=None, java_meteor=False):
-    """All scores of captions in one dict: those of `metrics.score_captions`, their 95% intervals over images under
+def score(candidates, references, finished=None, java=None, java_meteor=False, objects=None):
+    """All scores of captions in one dict: those of `metrics.score_captions`, with `objects` (a
+    `hallucination.PhotoObjects`) what captions name that is not in the photo, their 95% intervals over images under
     "intervals", the counts of `describe_captions`, and under "shuffled" the scores with every caption given to another
-    image, which must be far lower.
+    image, which must be far lower (CHAIRi and CHAIRs: higher).
 
     candidates {image: caption}, references {image: [captions]}; the other arguments as in `metrics`.
     """
     scores = metrics.score_captions(candidates, references, java, java_meteor=java_meteor, intervals=True)
+    named = objects.parts(candidates) if objects else []
+    scores |= {name: value for part in named for name, value in part.total().items()}
+    scores["intervals"] |= intervals.intervals(named) if named else {}
     scores |= metrics.describe_captions(candidates, finished)
     if len(candidates) > 1:
+        shuffled = metrics.shuffle(candidates)
         scores["shuffled"] = metrics.shuffled_scores(candidates, references)
+        named = objects.parts(shuffled) if objects else []
+        scores["shuffled"] |= {name: value for part in named for name, value in part.total().items()}
     return scores
 
 

@@ -31,9 +31,13 @@ class Part:
 
 def mean_part(name, values):
     """The `Part` of a score that is a mean over images, from the value of each."""
-    values = np.asarray(values, dtype=float)
-    rows = np.stack([values, np.ones_like(values)], axis=1)
-    return Part((name,), rows, lambda sums: sums[..., :1] / sums[..., 1:])
+    return ratio_part(name, values, np.ones(len(values)))
+
+
+def ratio_part(name, counts, of):
+    """The `Part` of a score that is a sum over images, of `counts`, divided by another, `of`; 0 where that is 0."""
+    rows = np.stack([counts, of], axis=1).astype(float)
+    return Part((name,), rows, lambda sums: sums[..., :1] / np.maximum(sums[..., 1:], np.finfo(float).tiny))
 
 
 def resampled(systems, resamples=RESAMPLES, seed=0):

@@ -78,18 +78,21 @@ def _parts(candidates, references, meteor):
     return found
 
 
-def shuffled_scores(candidates, references, seed=0):
-    """`score_captions` without METEOR and SPICE, with every caption given to another image.
-
-    This is the score that captions get without any look at their image. Raises ValueError for fewer than two
-    candidates.
-    """
+def shuffle(candidates, seed=0):
+    """{image id: caption} -> the same, every caption with another image. Raises ValueError for fewer than two."""
     images = list(candidates)
     if len(images) < 2:
         raise ValueError(f"captions of {len(images)} images cannot be given to other images")
     random.Random(seed).shuffle(images)  # each caption then goes to the next image, the last to the first
-    shuffled = {image: candidates[other] for image, other in zip(images, images[1:] + images[:1], strict=True)}
-    scores = score_captions(shuffled, references, java=False, meteor=False)
+    return {image: candidates[other] for image, other in zip(images, images[1:] + images[:1], strict=True)}
+
+
+def shuffled_scores(candidates, references, seed=0):
+    """`score_captions` without METEOR and SPICE, with the captions shuffled as `shuffle` does.
+
+    This is the score that captions get without any look at their image.
+    """
+    scores = score_captions(shuffle(candidates, seed), references, java=False, meteor=False)
     return {name: value for name, value in scores.items() if name != "SPICE"}
 
 
