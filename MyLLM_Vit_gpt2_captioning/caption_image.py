@@ -358,7 +358,7 @@ class Captioner:
             levels = self.model.levels(pixels)  # encoded once for captions and log-probabilities
             ids = generate_ids(self.model, levels, sequences, **vars(self.options))  # (B * num, T + new)
             if self.known:
-                judged = self.known.judge(self.model, self.tokenizer, levels, ids, prompt_length)
+                judged = self.known.judge(self.model, self.tokenizer, levels, ids, prompt_length, pixels)
                 log_probs = [one.evidence.log_probability for one in judged]
             elif self.args.json:
                 log_probs = log_probabilities(self.model, levels, ids, prompt_length).tolist()

@@ -37,6 +37,7 @@ from captioning.pages import html_pages
 from captioning.scoring import calibration
 from captioning.scoring.comparison import compare_systems, comparison_rows, most_changed
 from captioning.scoring.evaluation import as_table, cider_of_each, exact_answers, predict, score, table_rows
+from captioning.scoring.hallucination import OBJECT_NAMES, PhotoObjects
 from captioning.training import diagnosis, measurements
 from MyLLM_Vit_gpt2_captioning import (
     DATA_DIR,
@@ -69,11 +70,18 @@ def main(argv=None):
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="(default: CHECKPOINT/evaluation_SPLIT)")
     parser.add_argument("--cache_dir", type=Path, metavar="FOLDER", help="use the token cache in this folder")
     parser.add_argument("--calibrate", action="store_true", help="teach the captioner in this folder its confidence")
+    parser.add_argument("--shifted", action="store_true", help="with --calibrate: from shifted photos, too; slower")
     parser.add_argument("--diagnose", action="store_true", help="look for faults of captioner and dataset instead")
+    parser.add_argument("--instances", type=Path, metavar="FILE", help="COCO's objects of the photos, if not found")
+    parser.add_argument(
+        "--object_names", type=Path, default=OBJECT_NAMES, metavar="FILE", help="names of objects, other than our table"
+    )
     parser.add_argument("--java_meteor", action="store_true", help="METEOR from its Java program, to compare")
     add_decoding_arguments(parser)
     args = parser.parse_args(argv)
     try:
+        if args.shifted and not args.calibrate:
+            raise ValueError("--shifted goes with --calibrate: how a captioner's confidence is made is stored with it")
         if args.diagnose:
             return diagnose(args)
         if args.calibrate:
@@ -96,6 +104,7 @@ def evaluate_split(args):
     images, finished, judged = list(references), None, {}
     if args.predictions and "prompt" in rows:
         raise ValueError(f"{args.data} asks questions; --predictions scores captions")
+    objects = PhotoObjects(references, args.data, args.object_names, args.instances)
     if args.predictions:
         candidates = read_predictions(args.predictions, images)
     else:
@@ -104,13 +113,13 @@ def evaluate_split(args):
             return score_answers(rows, caption, options, args.data, output)
         captions, finished, judged = caption(images, **options)
         candidates = dict(zip(images, captions, strict=True))
-    scores = score(candidates, references, finished, java_meteor=args.java_meteor)
+    scores = score(candidates, references, finished, java_meteor=args.java_meteor, objects=objects)
     if judged:
         scores |= score_confidence(images, captions, list(references.values()), judged, args.data, output)
     predictions = [dict(image_id=image_id(image), caption=caption) for image, caption in candidates.items()]
     _write(output, scores, predictions, judged)
     title = f"{args.predictions or args.checkpoint}: {args.split}"
-    write_page(output / "page.html", title, scores, candidates, references, judged)
+    write_page(output / "page.html", title, scores, candidates, references, judged, objects.absent(candidates))
     print(f"scores, predictions and a page to look at: {output}")
     return scores
 
@@ -145,6 +154,7 @@ def compare(args):
     if "prompt" in rows:
         raise ValueError(f"{args.data} asks questions; --compare compares captions")
     references = rows.groupby("image", sort=False)["caption"].agg(list).to_dict()
+    objects = PhotoObjects(references, args.data, args.object_names, args.instances)
     images, systems = list(references), {}
     for name in args.compare:
         if name.endswith(".json"):
@@ -152,7 +162,7 @@ def compare(args):
         else:
             captions, *_ = load_predictor(args, images, name)(images, **options)
             systems[name] = dict(zip(images, captions, strict=True))
-    results = compare_systems(systems, references)
+    results = compare_systems(systems, references, objects.parts)
     changed = [
         (image, [(name, caption, f"{cider:.2f}") for name, caption, cider in captions], references[image])
         for image, captions in most_changed(systems, references, SHOWN)
@@ -216,7 +226,7 @@ def calibrate_captioner(args):
     model, tokenizer, autocast, batches = load_model(args, images)
     truth = list(references.values()), shapes.true_scenes(args.data), prompts
     with autocast():
-        known = calibration.calibrate(model, tokenizer, images, *truth, **batches)
+        known = calibration.calibrate(model, tokenizer, images, *truth, **batches, shifted=args.shifted)
     known.save(args.checkpoint)
     print(f"{calibration.describe(known)}: stored in {Path(args.checkpoint) / CONFIG_FILE}")
     return known
@@ -313,19 +323,22 @@ def _write_json(path, content):
     write_atomically(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
-def write_page(path, title, scores, candidates, references, judged):
-    """Write a page with the scores and the photos whose captions are best and worst by CIDEr; for a calibrated
-    captioner with the diagrams of its confidence, and the captions of which it is least sure."""
+def write_page(path, title, scores, candidates, references, judged, absent):
+    """Write a page with the scores, the photos whose captions are best and worst by CIDEr and those whose captions
+    name what is `absent`, {image: [things]}; for a calibrated captioner with the diagrams of its confidence, and the
+    captions of which it is least sure."""
     each = cider_of_each(candidates, references)
     order = sorted(candidates, key=lambda image: -each[image])
     sure = {image: judged[i][0].caption for i, image in enumerate(candidates)} if judged else {}
 
     def photos(chosen):
         shown = {i: f"confidence {sure[i]:.2f}, " if sure else "" for i in chosen}
+        shown |= {i: f"not seen: {', '.join(absent[i])}; {shown[i]}" for i in chosen if i in absent}
         return [(i, candidates[i], references[i], f"{shown[i]}CIDEr {each[i]:.3f}, {i.name}") for i in chosen]
 
     best, worst = order[:SHOWN], order[SHOWN:][::-1][:SHOWN]
     sections = {"Best by CIDEr": photos(best), "Worst by CIDEr": photos(worst)}
+    sections["Name what is not there"] = photos(sorted(absent, key=each.get)[:SHOWN])
     sections["Least sure"] = photos(sorted(sure, key=sure.get)[:SHOWN])
     diagram = (path.parent / DIAGRAM).read_bytes() if judged else None
     sections = {heading: shown for heading, shown in sections.items() if shown}

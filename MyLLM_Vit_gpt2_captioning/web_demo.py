@@ -183,10 +183,11 @@ def caption_photo(model, tokenizer, photo, options, prompt="", known=None):
     prompt = encode_prompt(tokenizer, prompt)[: model.config.seq_len - 2]
     autocast, _ = mixed_precision(torch.device(device))
     with autocast():
-        levels = model.levels(preprocess(photo, **model.preprocessing)[None].to(device))
+        pixels = preprocess(photo, **model.preprocessing)[None].to(device)  # (1, 3, H, W)
+        levels = model.levels(pixels)
         rows = generate_ids(model, levels, torch.tensor([prompt], device=device), **options)  # (captions, T)
         log_probs = log_probabilities(model, levels, rows, len(prompt))  # (captions,)
-        judged = known.judge(model, tokenizer, levels, rows, len(prompt)) if known else [None] * len(rows)
+        judged = known.judge(model, tokenizer, levels, rows, len(prompt), pixels) if known else [None] * len(rows)
     captions = []
     for row, log_prob, one in zip(rows, log_probs.tolist(), judged, strict=True):
         ids = trim(row, len(prompt), model.config.eos_token_id).tolist()

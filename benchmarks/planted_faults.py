@@ -2,6 +2,8 @@
 200 steps, an epoch, is a row of the table: what was found first and second, and whether that is the fault.
 
     python benchmarks/planted_faults.py                       all faults, and healthy runs with three seeds
+    python benchmarks/planted_faults.py --flickr8k FOLDER --encoder_weights FILE
+                          the same on 1,300 photos of Flickr8k, with the encoder and settings of recipe flickr8k_frozen
     python benchmarks/planted_faults.py --only learning       those whose name contains the text
     python benchmarks/planted_faults.py --cost                the share of a run's time that the diagnosis takes
 """
@@ -32,6 +34,12 @@ SMALL = [
     "--recipe", "shapes", "--embed_dim", "64", "--num_heads", "2", "--depth", "2", "--encoder_options",
     json.dumps(ENCODER), "--lr", "2e-3", "--epochs", "4", "--score_images", "100", "--demo_images", "1", "--device",
     "cpu", "--num_workers", "0",
+]  # fmt: skip
+PHOTOS, PHOTO_LR = dict(train=1200, val=100), 6e-4
+ON_PHOTOS = [
+    "--recipe", "flickr8k_frozen", "--cache_views", "1", "--batch_size", "30", "--lr", str(PHOTO_LR), "--epochs", "4",
+    "--ema_decay", "0", "--vocab_size", "1500", "--score_images", "100", "--demo_images", "1", "--device", "cpu",
+    "--num_workers", "0",
 ]  # fmt: skip
 
 
@@ -98,41 +106,73 @@ def overflow(trainer):
     trainer.objective.loss = loss
 
 
-PRETRAINED = ["--encoder_weights", "pretrained", "--freeze_epochs_gpt", "0", "--freeze_epochs_all", "0"]
-FAULTS = {  # name: (what it changes, name of the finding)
-    "learning rate x 100": (dict(options=["--lr", "0.2"]), "the learning rate is too high"),
-    "learning rate / 1000": (dict(options=["--lr", "2e-6"]), "the learning rate is too low"),
-    "[EOS] is never a target": (dict(batch=no_end), "the end of captions is not learned"),
-    "[BOS] is missing in training": (dict(batch=no_begin), "captions do not begin with [BOS]"),
-    "captions shuffled among photos": (dict(df=partial(shuffled, every=1)), "the photo makes no difference"),
-    "half the captions shuffled": (dict(df=partial(shuffled, every=2)), "many captions belong to other photos"),
-    "pixels in 0..255": (
-        dict(options=["--preprocessing", json.dumps(dict(mean=[0.0] * 3, std=[1 / 255] * 3))]),
-        "the encoder gets pixels of the wrong size",
-    ),
-    "cross-attention's output held at zero": (dict(trainer=silent_cross_attention), "cross-attention adds nothing"),
-    "the encoder returns a constant": (dict(trainer=constant_encoder), "the encoder sees no difference between photos"),
-    "the encoder trained with a rate that destroys it": (
-        dict(options=[*PRETRAINED, "--pretrained_lr_scale", "20"]),
-        "the pretrained encoder is overwritten",
-    ),
-    "captions truncated to 3 tokens": (dict(options=["--seq_len", "3"]), "captions are cut off"),
-    "the same caption for 30% of the photos": (dict(df=same_caption), "many photos have the same caption"),
-    "validation photos also in training": (dict(files=copied_photos), "validation photos are in training too"),
-    "label smoothing 0.9": (dict(options=["--label_smoothing", "0.9"]), "label smoothing is too strong"),
-    "dropout 0.9": (dict(options=["--mlp_dropout", "0.9", "--residual_dropout", "0.9"]), "dropout is too strong"),
-    "overflow in every third step": (dict(trainer=overflow), "steps are left out"),
-    "a word list of 10 words": (
-        dict(options=["--tokenizer", "word", "--vocab_size", "10"]),
-        "most captions are full of <unk>",
-    ),
-}
+UNFROZEN = ["--freeze_epochs_gpt", "0", "--freeze_epochs_all", "0", "--pretrained_lr_scale", "20"]
+NEVER_CACHED = ["--cache_tokens", "false"]
+
+
+def faults(photos):
+    """{name: (what it changes, name of the finding)}; `photos`: on Flickr8k, not on Shapes."""
+    lr, words = (PHOTO_LR, 50) if photos else (2e-3, 10)
+    never_cached = NEVER_CACHED if photos else []
+    trained = (
+        [*UNFROZEN, "--trainable_stages", "all", *never_cached]
+        if photos
+        else ["--encoder_weights", "pretrained", *UNFROZEN]
+    )
+    return {
+        "learning rate x 100": (dict(options=["--lr", str(100 * lr)]), "the learning rate is too high"),
+        "learning rate / 1000": (dict(options=["--lr", str(lr / 1000)]), "the learning rate is too low"),
+        "[EOS] is never a target": (dict(batch=no_end), "the end of captions is not learned"),
+        "[BOS] is missing in training": (dict(batch=no_begin), "captions do not begin with [BOS]"),
+        "captions shuffled among photos": (dict(df=partial(shuffled, every=1)), "the photo makes no difference"),
+        "half the captions shuffled": (dict(df=partial(shuffled, every=2)), "many captions belong to other photos"),
+        "pixels in 0..255": (
+            dict(options=["--preprocessing", json.dumps(dict(mean=[0.0] * 3, std=[1 / 255] * 3))]),
+            "the encoder gets pixels of the wrong size",
+        ),
+        "cross-attention's output held at zero": (dict(trainer=silent_cross_attention), "cross-attention adds nothing"),
+        "the encoder returns a constant": (
+            dict(trainer=constant_encoder, options=never_cached),
+            "the encoder sees no difference between photos",
+        ),
+        "the encoder trained with a rate that destroys it": (
+            dict(options=trained),
+            "the pretrained encoder is overwritten",
+        ),
+        "captions truncated to 3 tokens": (dict(options=["--seq_len", "3"]), "captions are cut off"),
+        "the same caption for 30% of the photos": (dict(df=same_caption), "many photos have the same caption"),
+        "validation photos also in training": (dict(files=copied_photos), "validation photos are in training too"),
+        "label smoothing 0.9": (dict(options=["--label_smoothing", "0.9"]), "label smoothing is too strong"),
+        "dropout 0.9": (dict(options=["--mlp_dropout", "0.9", "--residual_dropout", "0.9"]), "dropout is too strong"),
+        "overflow in every third step": (dict(trainer=overflow), "steps are left out"),
+        f"a word list of {words} words": (
+            dict(options=["--tokenizer", "word", "--vocab_size", str(words)]),
+            "most captions are full of <unk>",
+        ),
+    }
+
+
 HEALTHY = {f"none, seed {seed}": (dict(options=["--seed", str(seed)]), None) for seed in range(3)}
 
 
-def run(folder, options=(), df=None, files=None, batch=None, trainer=None):
-    """Train for STEPS steps with a fault -> the Trainer's `Diagnosis`."""
-    argv = [*SMALL, "--data_dir", str(folder / "shapes"), "--model_path", str(folder / "run"), *options]
+def write_photos(flickr8k, folder):
+    """The first photos of Flickr8k's splits (links) and their captions, to `folder`."""
+    (folder / "images").mkdir(parents=True)
+    lines = (flickr8k / "captions.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+    chosen = set()
+    for split, count in PHOTOS.items():
+        names = (flickr8k / f"{split}.txt").read_text().split()[:count]
+        (folder / f"{split}.txt").write_text("\n".join(names) + "\n")
+        chosen.update(names)
+    for name in chosen:
+        (folder / "images" / name).symlink_to((flickr8k / "images" / name).absolute())
+    kept = [line for line in lines[1:] if line.split(",", 1)[0] in chosen]
+    (folder / "captions.txt").write_text("".join([lines[0], *kept]), encoding="utf-8")
+
+
+def run(folder, settings, options=(), df=None, files=None, batch=None, trainer=None):
+    """Train for STEPS steps with a fault, on the dataset in `folder`/data -> the Trainer's `Diagnosis`."""
+    argv = [*settings, "--data_dir", str(folder / "data"), "--model_path", str(folder / "run"), *options]
     model_config, train_config, _ = script.read_configs(argv)
     torch.manual_seed(train_config.seed)
     rows = script.load_data(train_config, script.DATA_DIR)
@@ -182,7 +222,7 @@ def print_cost(folder):
 
     for name in ("begin", "step", "epoch"):
         setattr(Diagnosis, name, timed(getattr(Diagnosis, name)))
-    argv = ["--recipe", "shapes", "--data_dir", str(folder / "shapes"), "--epochs", "2", "--device", "cpu"]
+    argv = ["--recipe", "shapes", "--data_dir", str(folder / "data"), "--epochs", "2", "--device", "cpu"]
     model_config, train_config, _ = script.read_configs([*argv, "--model_path", str(folder / "run")])
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         trainer = script.build_trainer(model_config, train_config, script.load_data(train_config, script.DATA_DIR))
@@ -196,27 +236,32 @@ def main(argv=None):
     parser.add_argument("--only", default="", metavar="TEXT", help="faults whose name contains this")
     parser.add_argument("--verbose", action="store_true", help="also print all that was measured")
     parser.add_argument("--cost", action="store_true", help="measure what the diagnosis costs instead")
+    parser.add_argument("--flickr8k", type=Path, metavar="FOLDER", help="Flickr8k, in the place of Shapes")
+    parser.add_argument("--encoder_weights", metavar="FILE", help="of tf_efficientnet_lite0, for --flickr8k")
     args = parser.parse_args(argv)
-    if args.cost:
-        with tempfile.TemporaryDirectory() as folder:
-            shapes.write_dataset(Path(folder) / "shapes", SCENES)
-            print_cost(Path(folder))
-        return
-    print("| planted | found first | found second | named |\n| --- | --- | --- | --- |")
-    right = {}
     with tempfile.TemporaryDirectory() as folder:
-        shapes.write_dataset(Path(folder) / "shapes", SCENES)
-        for name, (fault, expected) in (HEALTHY | FAULTS).items():
+        folder, settings = Path(folder), SMALL
+        if args.flickr8k:
+            write_photos(args.flickr8k, folder / "data")
+            weights = ["--encoder_weights", args.encoder_weights] if args.encoder_weights else []
+            settings = [*ON_PHOTOS, *weights, "--cache_dir", str(folder / "cache")]
+        else:
+            shapes.write_dataset(folder / "data", SCENES)
+        if args.cost:
+            return print_cost(folder)
+        print("| planted | found first | found second | named |\n| --- | --- | --- | --- |")
+        right, planted = {}, faults(bool(args.flickr8k))
+        for name, (fault, expected) in (HEALTHY | planted).items():
             if args.only in name:
-                right[name] = row(Path(folder), name, fault, expected, args.verbose)
-    planted = [right[name] for name in FAULTS if name in right]
-    print(f"\n{sum(planted)} of {len(planted)} faults named among the first two findings")
+                right[name] = row(folder, settings, name, fault, expected, args.verbose)
+    named = [right[name] for name in planted if name in right]
+    print(f"\n{sum(named)} of {len(named)} faults named among the first two findings")
 
 
-def row(folder, name, fault, expected, verbose):
+def row(folder, settings, name, fault, expected, verbose):
     """Run with a fault and print its row -> whether the fault was named, or none where there was none."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        diagnosis = run(folder, **fault)
+        diagnosis = run(folder, settings, **fault)
     found = [finding.name for finding in diagnosis.findings]
     right = expected in found[:2] if expected else not found
     print(f"| {name} | {' | '.join([*found, '-', '-'][:2])} | {'yes' if right else 'NO'} |", flush=True)

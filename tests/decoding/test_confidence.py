@@ -89,11 +89,39 @@ def test_without_a_photo_the_photo_does_not_matter(example):
     with torch.no_grad():
         for layer in no_attention:
             layer.weight.zero_()
-    with_photo, without = known.log_probabilities(model, pixels, ids, 1)
+    with_photo, without, _ = known.log_probabilities(model, pixels, ids, 1)
     with torch.no_grad():
         for layer, weight in zip(no_attention, before, strict=True):
             layer.weight.copy_(weight)
     assert torch.allclose(with_photo, without, atol=1e-5)
+
+
+def test_shifted_copies_of_the_photo(example, tmp_path):
+    """A word's probability is then the mean over the photo and four copies; the caption's stays the photo's."""
+    model, tokenizer = example
+    pixels = torch.stack([preprocess(scene, **model.preprocessing) for scene in SCENES[:2]])
+    prompt = torch.tensor([search.encode_prompt(tokenizer, "")] * 2)
+    ids = generate_ids(model, pixels, prompt, deterministic=True)
+    plain, known = known_of(model), known_of(model)
+    known.shifted = True
+    step = round(pixels.size(-1) * confidence.SHIFT)
+    left = torch.cat([pixels[..., step:], pixels[..., -1:].expand(-1, -1, -1, step)], dim=-1)
+    *_, copies = known.log_probabilities(model, pixels, ids, 1, pixels)
+    at_left = token_log_probabilities(model, model.encoder_states(left), ids, 1)
+    assert len(copies) == 4 and any(torch.allclose(copy, at_left, atol=1e-5) for copy in copies)
+    asked = [known_one.judge(model, tokenizer, model.levels(pixels), ids, 1, pixels) for known_one in (plain, known)]
+    for before, after, *rows in zip(*asked, *copies, strict=True):
+        assert after.evidence.log_probability == before.evidence.log_probability
+        assert np.array_equal(after.evidence.with_photo, before.evidence.with_photo)
+        assert np.array_equal(before.evidence.agreed, before.evidence.with_photo)
+        first = [before.evidence.with_photo[0], *(row[0].item() for row in rows)]  # each word of Shapes is a token
+        assert after.evidence.agreed[0] == pytest.approx(np.log(np.exp(first).mean()), abs=1e-5)
+    with pytest.raises(ValueError, match="looks at shifted photos, not at cached tokens: no --cache_dir"):
+        known.judge(model, tokenizer, model.levels(pixels), ids, 1)
+    folder = calibrated_copy(SHAPES, tmp_path / "calibrated")
+    assert not Confidence.load(folder).shifted
+    known.save(folder)
+    assert Confidence.load(folder).shifted
 
 
 def test_log_odds():

@@ -3,7 +3,8 @@
 The decoder is asked twice about a finished caption: how likely is each word with the photo, and how likely is it
 without one? A word that is likely both times was guessed, one that only the photo makes likely was seen. "Without a
 photo" means that each decoder block attends to a single token, the mean of all image tokens of the photos that the
-captioner was calibrated on. Neither question changes a caption; each costs one pass over it.
+captioner was calibrated on. Neither question changes a caption; each costs one pass over it. A captioner that was
+calibrated with `shifted` copies of the photo is asked about these, too: a word on which they disagree is unsure.
 
 Log-probabilities are no probabilities of being right. `scoring/calibration.py` learns from validation photos, whose
 captions can be judged, what they are worth; the result, a `Confidence`, is part of the captioner's config.json.
@@ -24,6 +25,7 @@ from captioning.decoding.search import Options, caption_batches, token_log_proba
 
 KEY = "confidence"  # in config.json
 MAX_LOG_ODDS = 12.0  # beyond it, differences say nothing
+SHIFT = 1 / 24  # of the photo's side, by which its copies are moved
 SEEN = 2.0  # a word that the photo makes this many times as likely counts as seen, another one as guessed
 HOW_TO_CALIBRATE = "evaluate_captions.py CAPTIONER --data DATASET --split val --calibrate"
 
@@ -35,6 +37,7 @@ class Evidence:
     words: list[str]
     with_photo: np.ndarray  # (words,)
     without: np.ndarray  # (words,)
+    agreed: np.ndarray  # (words,): of the mean probability with the photo and its shifted copies
     end: float  # of EOS, with the photo; 0 where the caption was cut off
     log_probability: float  # of all tokens behind the prompt, with the photo
     positions: list[list[int]]  # of each word's tokens in the ids
@@ -71,7 +74,8 @@ class Confidence:
 
     `no_photo` (depth, embed_dim): the token that each decoder block attends to when there is no photo; `usual`: how
     often a word is right, whatever the photo, as log-odds, under "" those of a word that is not in the table; `word`
-    and `caption`: a `Calibration` each; `about`: on how many photos all this was learnt, and what "right" means there.
+    and `caption`: a `Calibration` each; `about`: on how many photos all this was learnt, and what "right" means there;
+    `shifted`: whether the photo's shifted copies are looked at.
     """
 
     no_photo: torch.Tensor
@@ -79,6 +83,7 @@ class Confidence:
     word: Calibration
     caption: Calibration
     about: dict
+    shifted: bool = False
 
     @classmethod
     def load(cls, folder):
@@ -92,7 +97,9 @@ class Confidence:
                 stored["no_photo_shape"]
             )
             calibrations = [Calibration(**stored[name]) for name in ("word", "caption")]
-            return cls(torch.from_numpy(vectors.copy()), stored["usual"], *calibrations, stored["about"])
+            known = cls(torch.from_numpy(vectors.copy()), stored["usual"], *calibrations, stored["about"])
+            known.shifted = bool(stored.get("shifted", False))
+            return known
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}: its {KEY} cannot be read ({error!r}); calibrate the captioner again: {HOW_TO_CALIBRATE}"
@@ -105,6 +112,7 @@ class Confidence:
         vectors = self.no_photo.detach().cpu().float().numpy().astype("<f4")
         config[KEY] = {
             "about": self.about,
+            "shifted": self.shifted,
             "word": vars(self.word),
             "caption": vars(self.caption),
             "usual": {word: round(value, 3) for word, value in self.usual.items()},
@@ -114,24 +122,28 @@ class Confidence:
         }
         write_atomically(path, lambda draft: draft.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
 
-    def judge(self, model, tokenizer, images, ids, prompt_length):
+    def judge(self, model, tokenizer, images, ids, prompt_length, pixels=None):
         """Finished captions -> a list of `Judged`, one a caption; arguments as in `log_probabilities`."""
-        evidence = evidence_of(
-            tokenizer, *self.log_probabilities(model, images, ids, prompt_length), ids, prompt_length
-        )
+        asked = self.log_probabilities(model, images, ids, prompt_length, pixels)
         judged = []
-        for one in evidence:
+        for one in evidence_of(tokenizer, *asked, ids, prompt_length):
             of_words = self.word(word_features(one, self.usual))
             of_caption = self.caption(caption_features(one, of_words))
             judged.append(Judged(float(of_caption[0]), of_words.tolist(), one))
         return judged
 
     @torch.inference_mode()
-    def log_probabilities(self, model, images, ids, prompt_length):
-        """-> those of `search.token_log_probabilities` with the photo and without it, (B * K, new) each."""
+    def log_probabilities(self, model, images, ids, prompt_length, pixels=None):
+        """-> those of `search.token_log_probabilities` with the photo and without it, (B * K, new) each, and a list of
+        those with its shifted copies, which are made of `pixels` (B, 3, H, W) and empty unless `shifted`.
+
+        `images`: pixels or the image tokens of `model.levels`. Raises ValueError where `shifted` needs pixels and there
+        are none.
+        """
         states = model.encoder_states(images)
         without = no_photo_states(self.no_photo, states)
-        return tuple(token_log_probabilities(model, s, ids, prompt_length) for s in (states, without))
+        both = [token_log_probabilities(model, s, ids, prompt_length) for s in (states, without)]
+        return *both, of_shifted_copies(model, pixels, ids, prompt_length) if self.shifted else []
 
 
 class JudgedCaptions(dict):
@@ -143,8 +155,8 @@ class JudgedCaptions(dict):
         super().__init__()
         self.known, self.model, self.tokenizer = known, model, tokenizer
 
-    def __call__(self, indices, levels, ids, prompt_length):
-        judged = self.known.judge(self.model, self.tokenizer, levels, ids, prompt_length)
+    def __call__(self, indices, levels, ids, prompt_length, pixels):
+        judged = self.known.judge(self.model, self.tokenizer, levels, ids, prompt_length, pixels)
         count = len(judged) // len(indices)
         self.update((i, judged[n * count : (n + 1) * count]) for n, i in enumerate(indices))
 
@@ -168,18 +180,39 @@ def no_photo_states(no_photo, like):
     return [vector.to(states).view(1, 1, -1) for vector, states in zip(no_photo, like, strict=True)]
 
 
-def evidence_of(tokenizer, with_photo, without, ids, prompt_length):
-    """Log-probabilities of the tokens (rows, new) with the photo and without it, ids (rows, T) -> `Evidence` of each
-    row; the words of the prompt, which nobody chose, are not in it."""
+@torch.inference_mode()
+def of_shifted_copies(model, pixels, ids, prompt_length):
+    """`search.token_log_probabilities` with four copies of the photos in `pixels` (B, 3, H, W), moved left, right, up
+    and down by SHIFT of their side; what comes in at the edge repeats it. -> list of (B * K, new)."""
+    if pixels is None:
+        raise ValueError(
+            "the confidence of this captioner looks at shifted photos, not at cached tokens: no --cache_dir"
+        )
+    places = [torch.arange(side, device=pixels.device) for side in pixels.shape[-2:]]  # rows, columns
     found = []
-    for row, a, b in zip(ids.tolist(), with_photo.double().cpu().numpy(), without.double().cpu().numpy(), strict=True):
+    for axis, index in zip((-2, -1), places, strict=True):
+        step = max(1, round(len(index) * SHIFT))
+        for by in (step, -step):
+            copy = pixels.index_select(axis, (index + by).clamp(0, len(index) - 1))
+            found.append(token_log_probabilities(model, model.encoder_states(copy), ids, prompt_length))
+    return found
+
+
+def evidence_of(tokenizer, with_photo, without, copies, ids, prompt_length):
+    """Log-probabilities of the tokens (rows, new) with the photo, without it, and a list of those with its copies; ids
+    (rows, T) -> `Evidence` of each row; the words of the prompt, which nobody chose, are not in it."""
+    found = []
+    of_all = torch.stack([without, with_photo, *copies], dim=1).double().cpu().numpy()  # (rows, 2 + copies, new)
+    for row, log_probs in zip(ids.tolist(), of_all, strict=True):
         words = [(word, positions) for word, positions in group_words(tokenizer, row) if positions[0] >= prompt_length]
-        sums = np.array([[of[[p - prompt_length for p in at]].sum() for of in (a, b)] for _, at in words])
-        sums = sums.reshape(-1, 2)  # (words, 2)
+        sums = [log_probs[:, [p - prompt_length for p in at]].sum(1) for _, at in words]
+        sums = np.array(sums).reshape(len(words), len(log_probs))  # (words, 2 + copies)
+        agreed = np.logaddexp.reduce(sums[:, 1:], axis=1) - np.log(len(log_probs) - 1)
         end = words[-1][1][-1] + 1 - prompt_length if words else 0
-        of_end, total = float(a[end]) if end < len(a) else 0.0, float(a.sum())
+        own = log_probs[1]
+        of_end, total = float(own[end]) if end < len(own) else 0.0, float(own.sum())
         texts, places = [word for word, _ in words], [at for _, at in words]
-        found.append(Evidence(texts, sums[:, 0], sums[:, 1], of_end, total, places))
+        found.append(Evidence(texts, sums[:, 1], sums[:, 0], agreed, of_end, total, places))
     return found
 
 
@@ -195,10 +228,10 @@ def as_usual(words, usual):
 
 
 def word_features(evidence, usual):
-    """`Evidence` -> what the calibration of words looks at, (words, 3): log-odds with the photo and without it, and how
-    often the word is right. Without the last, a word that has equally good alternatives ("there" for "a" at the
-    beginning) would look as unsure as a colour that cannot be made out."""
-    return np.stack([log_odds(evidence.with_photo), log_odds(evidence.without), as_usual(evidence.words, usual)], 1)
+    """`Evidence` -> what the calibration of words looks at, (words, 3): log-odds with the photo (and its copies) and
+    without it, and how often the word is right. Without the last, a word that has equally good alternatives ("there"
+    for "a" at the beginning) would look as unsure as a colour that cannot be made out."""
+    return np.stack([log_odds(evidence.agreed), log_odds(evidence.without), as_usual(evidence.words, usual)], 1)
 
 
 def caption_features(evidence, of_words):

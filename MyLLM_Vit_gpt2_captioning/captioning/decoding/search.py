@@ -315,8 +315,9 @@ def caption_batches(model, tokenizer, images, options, batch_size=64, prompt="",
     The order is any: images whose prompts have equally many tokens share a batch. `options`: an `Options`.
     `load_batch(images)` turns a list of images into input of the model, for example `TokenCache.batch`; by default they
     are preprocessed, on an accelerator those of the next batch while it works. `observe(indices of the images, their
-    input of the model, ids of `generate_ids`, length of the prompt)` is called for each batch. Other arguments as in
-    `caption_images`. Raises ValueError when there are not as many prompts as images.
+    image tokens of `model.levels`, ids of `generate_ids`, length of the prompt, their pixels or None where `load_batch`
+    gave tokens)` is called for each batch. Other arguments as in `caption_images`. Raises ValueError when there are not
+    as many prompts as images.
     """
     device, are_questions = next(model.parameters()).device, not isinstance(prompt, str)
     max_length = model.config.seq_len - 2  # the same truncation as in training
@@ -344,13 +345,14 @@ def caption_batches(model, tokenizer, images, options, batch_size=64, prompt="",
         for batch, pixels_or_tokens in zip(batches, inputs, strict=True):
             sequences = torch.tensor([prompt_ids[i] for i in batch], device=device)  # (B, T)
             length = sequences.size(1)
-            inputs_of_model = to_device(pixels_or_tokens, device)
+            inputs_of_model, pixels = to_device(pixels_or_tokens, device), None
             if observe is not None and not isinstance(inputs_of_model, list):
+                pixels = inputs_of_model
                 with torch.inference_mode():  # encoded once, for the captions and for what is observed
-                    inputs_of_model = model.levels(inputs_of_model)
+                    inputs_of_model = model.levels(pixels)
             rows = generate_ids(model, inputs_of_model, sequences, **vars(options))
             if observe is not None:
-                observe(batch, inputs_of_model, rows, length)
+                observe(batch, inputs_of_model, rows, length, pixels)
             rows = rows.tolist()
             texts = [tokenizer.decode(row[length if are_questions else 1 :]).strip() for row in rows]
             finished = [model.config.eos_token_id in row[length:] for row in rows]

@@ -70,40 +70,42 @@ class _Observer:
     """What `search.caption_batches` shows of captions: ids, log-probabilities with the photo, and beside them the mean
     of all image tokens."""
 
-    def __init__(self, model):
-        self.model, self.batches, self.sums, self.images = model, [], 0, 0
+    def __init__(self, model, shifted):
+        self.model, self.shifted, self.batches, self.sums, self.images = model, shifted, [], 0, 0
 
     @torch.inference_mode()
-    def __call__(self, indices, levels, ids, prompt_length):
+    def __call__(self, indices, levels, ids, prompt_length, pixels):
         states = self.model.encoder_states(levels)
         means = torch.stack([tokens.float().mean((0, 1)) for tokens in states])  # (depth, embed_dim)
         self.sums, self.images = self.sums + len(indices) * means, self.images + len(indices)
         log_probs = token_log_probabilities(self.model, states, ids, prompt_length)
-        self.batches.append((indices, [tokens[:0] for tokens in states], ids, prompt_length, log_probs))
+        copies = confidence.of_shifted_copies(self.model, pixels, ids, prompt_length) if self.shifted else []
+        self.batches.append((indices, [tokens[:0] for tokens in states], ids, prompt_length, log_probs, copies))
 
     def evidence(self, tokenizer):
         """-> (mean image token of each decoder block (depth, embed_dim), {index of an image: `Evidence`})."""
         no_photo, found = self.sums / self.images, {}
-        for indices, like, ids, prompt_length, with_photo in self.batches:
+        for indices, like, ids, prompt_length, with_photo, copies in self.batches:
             states = confidence.no_photo_states(no_photo, like)
             without = token_log_probabilities(self.model, states, ids, prompt_length)
-            rows = confidence.evidence_of(tokenizer, with_photo, without, ids, prompt_length)
+            rows = confidence.evidence_of(tokenizer, with_photo, without, copies, ids, prompt_length)
             found |= dict(zip(indices, rows, strict=True))
         return no_photo, found
 
 
-def calibrate(model, tokenizer, images, references, scenes, prompts="", load_batch=None, batch_size=64):
+def calibrate(model, tokenizer, images, references, scenes, prompts="", load_batch=None, batch_size=64, shifted=False):
     """Caption photos greedily and learn from which of the captions are right -> `Confidence`.
 
     `images`: paths; `references`: a list of true captions (or answers) for each; `scenes` as in `judge`;
-    `prompts`: a question for each, or "". At most MAX_IMAGES of them are captioned. Raises ValueError when there are
-    too few right or wrong captions or words to learn from.
+    `prompts`: a question for each, or "". At most MAX_IMAGES of them are captioned. `shifted`: the confidence also
+    looks at four shifted copies of the photo, which `load_batch` must not replace by tokens. Raises ValueError when
+    there are too few right or wrong captions or words to learn from.
     """
     from captioning.scoring.evaluation import predict
 
     images, references = images[:MAX_IMAGES], references[:MAX_IMAGES]
     prompts = prompts[:MAX_IMAGES] if isinstance(prompts, list) else prompts
-    observer = _Observer(model)
+    observer = _Observer(model, shifted)
     options = dict(title="calibration", load_batch=load_batch, observe=observer, batch_size=batch_size)
     captions, _ = predict(model, tokenizer, images, prompts, **options)
     if not observer.images:
@@ -123,7 +125,7 @@ def calibrate(model, tokenizer, images, references, scenes, prompts="", load_bat
     of_captions = [confidence.caption_features(one, word(seen)) for one, seen in zip(evidence, of_words, strict=True)]
     about = {"images": len(images), "captions right": float(right.mean()), "meaning": MEANING[kind]}
     usual = usual_log_odds(words, right_words, range(len(images)))
-    return Confidence(no_photo, usual, word, fit(of_captions, right, "captions"), about)
+    return Confidence(no_photo, usual, word, fit(of_captions, right, "captions"), about, shifted)
 
 
 def usual_log_odds(words, right, chosen):
