@@ -171,6 +171,22 @@ def test_workers_leave_signals_to_the_main_process():
         assert list(loader) == [0, 1, 2, 3]
 
 
+HOLDS_ON_TO_A_WORKER = """
+from captioning.data.workers import Loader
+loader = Loader([1, 2], num_workers=1, persistent_workers=True)
+batches = iter(loader)
+print(next(batches))
+"""
+
+
+def test_workers_end_with_the_process():
+    """They leave SIGTERM alone, with which multiprocessing would end them: a process that still has workers must end."""
+    environment = os.environ | {"PYTHONPATH": str(REPO_ROOT / "MyLLM_Vit_gpt2_captioning")}
+    command = [sys.executable, "-c", HOLDS_ON_TO_A_WORKER]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "tensor([1])\n", "")
+
+
 def test_a_worker_that_is_killed(make_trainer, tmp_path, monkeypatch):
     """Not raised wherever the process is, but where it waits for the worker's batch; and the run is saved."""
     before = signal.getsignal(signal.SIGCHLD)
