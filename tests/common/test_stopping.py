@@ -180,7 +180,7 @@ print(next(batches))
 
 
 def test_workers_end_with_the_process():
-    """They leave SIGTERM alone, with which multiprocessing would end them: a process that still has workers must end."""
+    """They leave SIGTERM alone, with which multiprocessing would end them before it waits for them."""
     environment = os.environ | {"PYTHONPATH": str(REPO_ROOT / "MyLLM_Vit_gpt2_captioning")}
     command = [sys.executable, "-c", HOLDS_ON_TO_A_WORKER]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -10,7 +10,6 @@ import torch.utils.data
 
 from captioning.common.stopping import leave_signals_to_the_main_process
 
-
 _running = weakref.WeakSet()  # iterators with worker processes
 
 
