@@ -17,24 +17,24 @@ def check_same_images(systems):
                 )
 
 
-def compare_systems(systems, references):
+def compare_systems(systems, references, by="words"):
     """systems: two or more {name: {image: caption}} of the same images; references: {image: [captions]} -> [(first
-    name, other name, result of `intervals.compare`), ...]: every other system against the first.
+    name, other name, result of `intervals.compare`), ...]: every other system against the first. `by` as in `metrics`.
 
     Raises ValueError when the images of the systems differ.
     """
     check_same_images(systems)
     (first, captions), *others = systems.items()
     references = {image: references[image] for image in captions}
-    parts = metrics.parts(captions, references)
-    return [(first, name, intervals.compare(parts, metrics.parts(other, references))) for name, other in others]
+    parts = metrics.parts(captions, references, by)
+    return [(first, name, intervals.compare(parts, metrics.parts(other, references, by))) for name, other in others]
 
 
-def most_changed(systems, references, count):
+def most_changed(systems, references, count, by="words"):
     """The images with different captions whose CIDEr differs most -> [(image, [(name, caption, CIDEr), ...]), ...]."""
     images = list(next(iter(systems.values())))
     references = {image: references[image] for image in images}
-    ciders = {name: cider_of_each(captions, references) for name, captions in systems.items()}
+    ciders = {name: cider_of_each(captions, references, by) for name, captions in systems.items()}
 
     def spread(image):
         values = [cider[image] for cider in ciders.values()]
