@@ -34,13 +34,13 @@ from captioning.common.precision import choose_algorithms, mixed_precision
 from captioning.common.progress import progress_bar
 from captioning.common.stopping import Stopped, listening, stop_if_asked
 from captioning.data import batching, shapes, sources
-from captioning.data.built_in import data_paths, default_recipe, load_data
+from captioning.data.built_in import cleaning_of, data_paths, default_recipe, load_data
 from captioning.data.shards import streaming
 from captioning.data.token_cache import read_tokens_from_disk
 from captioning.data.unreadable_photos import UnreadablePhotos
 from captioning.decoding.cached_decoder import BlockCache
 from captioning.decoding.search import caption_images, generate_ids, trim
-from captioning.images.augmentation import CaptionsOfPicture, TrainingTransforms, ValidationTransforms
+from captioning.images.augmentation import CaptionsOfPicture, TrainingTransforms, ValidationTransforms, opening_of
 from captioning.images.preprocessing import normalize_pixels
 from captioning.model import checkpoint, hugging_face, loading
 from captioning.model.encoders import build_encoder, meta_device_for, preprocessing_of, run_block
@@ -52,7 +52,7 @@ from captioning.pages import plots
 from captioning.scoring.calibration import calibrate_run
 from captioning.sharing import upload
 from captioning.training import run_folder, schedule, sweep
-from captioning.training.cross_entropy import CrossEntropy
+from captioning.training.cross_entropy import CrossEntropy, check_batches
 from captioning.training.out_of_memory import explained
 from captioning.training.run_log import RunLog, perplexity
 from captioning.training.run_state import RunState, dataset_digest
@@ -99,7 +99,8 @@ class ModelConfig(Config):
     positions: str = "learned"  # "learned" as GPT-2's, or "sinusoidal" (from scratch only)
     activation: str = "gelu"  # of the MLP: "gelu" as GPT-2's, or "relu" (from scratch only)
     post_norm: bool = False  # norms behind each residual sum as in the first Transformer (from scratch only)
-    tokenizer: str = "gpt2"  # "gpt2" (HF_GPT2_REPO), or "bpe" or "word", trained on the training captions
+    caption_case: str = "lower"  # of captions and prompts: "lower", "lower_turkish" (with its two letters I), "keep"
+    tokenizer: str = "gpt2"  # "gpt2" (HF_GPT2_REPO), or "bpe", "word" or "character", trained on the captions
     eos_token_id: int = 50256  # ends captions; set from the tokenizer
     unk_token_id: int = -1  # token for unknown words, never generated; set from the tokenizer, -1: none
     encoder: str = "vit_base_patch16_224"  # nearly any timm model, or a transformers ViT or CLIP (hub id or folder)
@@ -151,6 +152,7 @@ class TrainConfig(Config):
     dataset: str = "flickr30k"  # what --download puts into data_dir: flickr8k, flickr30k or coco2017
     score_every: int = 1  # epochs between scores of captions of the same validation photos; 0: never
     score_images: int = 200  # validation photos that are captioned for these scores
+    score_tokens: str = "words"  # that scores count; "characters" for languages without spaces between words
     best_by: str = "perplexity"  # decides which epoch is kept: "perplexity", or "CIDEr" of those captions
     keep_epoch_checkpoints: bool = False  # also keep the weights of every epoch, named by epoch and validation loss
     push_every_epoch: bool = False  # upload each new best checkpoint to HF_REPO_ID in the background
@@ -217,7 +219,7 @@ def _load_flickr_dataframe(data_dir, image_dir, captions_file=None):
     """Read `data_dir`/results.csv (Flickr30k), or any other dataset that `sources.load` recognises there -> DataFrame
     with a row a caption: image (Path in `image_dir`), caption (lowercased, stripped, "" where missing), split
     (train/val/test, by image) and, for questions, prompt. Raises FileNotFoundError or ValueError for a bad file."""
-    return sources.load(data_dir, captions_file, image_dir, unescape=train_config.unescape_captions)
+    return sources.load(data_dir, captions_file, image_dir, **cleaning_of(model_config, train_config))
 
 
 def build_transforms(img_size=224, norm_mean=None, norm_std=None, crop_scale=0.8, resample="bicubic", normalized=True):
@@ -276,7 +278,7 @@ class Dataset(torch.utils.data.Dataset):
         seed = [self.seed, int(self.epoch), row]
         if self.token_caches:
             return self.token_caches[np.random.default_rng(seed).integers(len(self.token_caches))][path]
-        pixels = self.unreadable_photos.load(path, getattr(self.tfms, "least_side", None))  # (H, W, 3) uint8
+        pixels = self.unreadable_photos.load(path, **opening_of(self.tfms))  # (H, W, 3) uint8
         return self.tfms(image=pixels, captions=self.captions_of[path], seed=seed)["image"]
 
     def _items(self, rows):
@@ -315,10 +317,10 @@ def collate_fn(batch, tokenizer=None, captions_per_image=1):
 
 
 def build_tokenizer(model_config, captions):
-    """The tokenizer of the captioner to start from, or the one that `model_config.tokenizer` names; "bpe" and "word"
+    """The tokenizer of the captioner to start from, or the one that `model_config.tokenizer` names; the others
     are trained on `captions`."""
     if model_config.start_from:
-        return CaptionTokenizer(stored_config(model_config.start_from)[0])
+        return loading.stored_tokenizer(stored_config(model_config.start_from)[0])
     if model_config.tokenizer == "gpt2":
         return tokenizer
     return CaptionTokenizer.train(captions, model_config.vocab_size, model_config.tokenizer)
@@ -329,10 +331,10 @@ def build_dataloaders(df, tokenizer, model_config, train_config):
     model_config, config = complete_configs(model_config, train_config)
     photo = preprocessing_of(model_config)
     loaders = []
-    transforms = build_transforms(
-        photo["img_size"], photo["mean"], photo["std"], config.crop_scale, photo["resample"], normalized=False
-    )
+    size_and_norm = photo["img_size"], photo["mean"], photo["std"]
+    transforms = build_transforms(*size_and_norm, config.crop_scale, photo["resample"], normalized=False)
     for split, tfms in zip(("train", "val"), transforms, strict=True):
+        tfms.grey16 = photo.get("grey16", "full")  # how photos with 16 bits of grey are opened
         rows, folder = df[df["split"] == split], split == "train" and streaming.streamed_folder(df)
         if rows.empty and not folder:
             raise ValueError(f"{config.data_dir}: no usable caption is in the {split} split")
@@ -341,7 +343,7 @@ def build_dataloaders(df, tokenizer, model_config, train_config):
         dataset.repeats_count = training  # validation counts every caption exactly once
         collate = partial(collate_fn, tokenizer=tokenizer, captions_per_image=K)
         if folder:
-            loaders.append(streaming.build_stream_loader(folder, dataset, collate, config))
+            loaders.append(streaming.build_stream_loader(folder, dataset, collate, config, model_config.caption_case))
         else:
             loaders.append(batching.build_caption_loader(dataset, collate, config, training))
     return tuple(loaders)
@@ -553,9 +555,7 @@ class VisionGPT2Model(nn.Module):
 
         Raises ValueError when it does not fit, or when the decoder is built unlike GPT-2.
         """
-        for key in ("positions", "activation", "post_norm"):
-            if getattr(self.config, key) != getattr(model_config, key):
-                raise ValueError(f"GPT-2 has no {key} {getattr(self.config, key)}: set --decoder_weights scratch")
+        hugging_face.check_built_like_gpt2(self.config, model_config)
         load_hf_gpt2_weights(self.gpt, sd_hf, new_layers=self.NEW_LAYERS)
 
     @classmethod
@@ -610,7 +610,7 @@ class VisionGPT2Model(nn.Module):
 def load_captioner(source):
     """A trained captioner (folder or hub id, ours or Hugging Face's) -> (model in eval mode, its tokenizer)."""
     folder, _ = stored_config(source)
-    model, tok = VisionGPT2Model.from_pretrained(folder), CaptionTokenizer(folder)
+    model, tok = VisionGPT2Model.from_pretrained(folder), loading.stored_tokenizer(folder)
     check_eos(tok, model.config)
     return model, tok
 
@@ -652,6 +652,7 @@ class Trainer:
         self.autocast, self.scaler = mixed_precision(self.device, config.precision)
         if config.cache_tokens:
             read_tokens_from_disk(self.model, dls, config)
+        check_batches(self.model, self.train_dl)
         self.start_schedule(config.lr, config.epochs * len(self.train_dl))
         if config.compile:
             self.model.loss = torch.compiler.disable(self.model.loss)  # the number of chunks changes with the batch
@@ -853,8 +854,7 @@ class Trainer:
             self.best = best  # only now: an interrupted save has kept the files of the epoch before
             self.uploads.push()
         if self.train_config.keep_epoch_checkpoints and self.processes.is_main:
-            weights = self.eval_model.state_dict()
-            checkpoint.save_epoch(self.model_path, weights, epoch + 1, self.metrics[-1]["valid_loss"])
+            checkpoint.save_epoch(self.model_path, self.eval_model, epoch + 1, self.metrics[-1]["valid_loss"])
         self.log.time(epoch, training=trained - start, evaluation=time.monotonic() - trained)
         self.clean()
         self.state.finish_epoch(epoch, self.state_dict)
@@ -951,8 +951,8 @@ def build_trainer(model_cfg, train_cfg, df):
     """Tokenizer, loaders, model and Trainer for the captions in `df`. Where files cannot be downloaded, raises
     FileNotFoundError that says which the run needs, and how to give local copies."""
     try:
-        tok = build_tokenizer(model_cfg, streaming.training_texts(df, train_cfg.unescape_captions))
-        trained = model_cfg.tokenizer in ("bpe", "word") and not model_cfg.start_from
+        tok = build_tokenizer(model_cfg, streaming.training_texts(df, **cleaning_of(model_cfg, train_cfg)))
+        trained = model_cfg.tokenizer != "gpt2" and not model_cfg.start_from
         if trained or len(tok) > model_cfg.vocab_size:  # a vocab_size above GPT-2's stays: padded for speed
             model_cfg = replace(model_cfg, vocab_size=len(tok))
         return Trainer(model_cfg, train_cfg, build_dataloaders(df, tok, model_cfg, train_cfg))
@@ -967,12 +967,11 @@ def main(argv=None):
     with run_folder.writing(train_cfg.model_path):
         with listening("the same command starts again"):
             torch.manual_seed(train_cfg.seed)
-            df = load_data(train_cfg, DATA_DIR, download)
+            df = load_data(train_cfg, DATA_DIR, download, model_cfg)
             trainer = build_trainer(model_cfg, train_cfg, df)
             if trainer.processes.is_main:
                 run_folder.set_aside(train_cfg.model_path, trainer.state.resumed)
-                configs = dict(model_config=trainer.model.config, train_config=trainer.train_config)
-                recipes.write_recipe(train_cfg.model_path, **configs)
+                recipes.write_recipe(train_cfg.model_path, trainer.model.config, trainer.train_config)
             result = trainer.run_training()
         trainer.load_best_model()
         trainer.processes.destroy()

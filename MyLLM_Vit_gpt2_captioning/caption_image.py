@@ -39,7 +39,7 @@ from captioning.common.stopping import Stopped, listening, stop_if_asked
 from captioning.decoding import attention_maps, confidence
 from captioning.decoding.search import Options, generate_ids, log_probabilities, trim
 from captioning.images.preprocessing import preprocess
-from captioning.model.tokenizer import encode_prompt
+from captioning.model.tokenizer import read_prompt
 from captioning.pages import html_pages, plots
 from MyLLM_Vit_gpt2_captioning import OUTPUT_DIR, load_captioner, stored_config, train_config
 
@@ -329,7 +329,9 @@ class Captioner:
         self.device = next(model.parameters()).device
         generator = torch.Generator(self.device).manual_seed(args.seed)  # one generator for all batches
         self.options = replace(options, seed=generator)
-        self.prompt = encode_prompt(tokenizer, args.prompt)[: model.config.seq_len - 2]
+        self.prompt = read_prompt(tokenizer, args.prompt, model.config)
+        if self.prompt.unknown:
+            print_to_stderr(f"warning: {self.prompt.warning()}")
         self.autocast, _ = mixed_precision(torch.device(train_config.device), args.precision)
 
     def load(self, photos):
@@ -337,7 +339,7 @@ class Captioner:
         loaded, errors = {}, []
         for photo in photos:
             try:
-                image, thumbnail = photo.load(), None
+                image, thumbnail = photo.load(self.model.preprocessing.get("grey16", "full")), None
                 if self.args.grid or self.args.attention or self.args.words:
                     thumbnail = image.copy()
                     thumbnail.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
@@ -352,8 +354,8 @@ class Captioner:
         `Judged` of its captions) for each; the log-probabilities are None without --json, and there is no `Judged`
         where the confidence is not asked for."""
         pixels = torch.stack([pixels for pixels, _ in loaded.values()]).to(self.device)  # (B, 3, H, W)
-        sequences = torch.tensor([self.prompt] * len(loaded), device=self.device)  # (B, T)
-        prompt_length, log_probs, judged = len(self.prompt), None, []
+        sequences = torch.tensor([self.prompt.ids] * len(loaded), device=self.device)  # (B, T)
+        prompt_length, log_probs, judged = len(self.prompt.ids), None, []
         with self.autocast():
             levels = self.model.levels(pixels)  # encoded once for captions and log-probabilities
             ids = generate_ids(self.model, levels, sequences, **vars(self.options))  # (B * num, T + new)
@@ -364,7 +366,7 @@ class Captioner:
                 log_probs = log_probabilities(self.model, levels, ids, prompt_length).tolist()
         num = len(ids) // len(loaded)
         for i, (photo, rows) in enumerate(zip(loaded, ids.cpu().view(len(loaded), -1, ids.size(1)), strict=True)):
-            captions = [self.tokenizer.decode(row[1:]).strip() for row in rows.tolist()]
+            captions = [self.prompt.caption(self.tokenizer, row) for row in rows.tolist()]
             first = trim(rows[0], prompt_length, self.model.config.eos_token_id)
             own = slice(i * num, (i + 1) * num)
             yield photo, captions, log_probs and [round(value, 4) for value in log_probs[own]], first, judged[own]

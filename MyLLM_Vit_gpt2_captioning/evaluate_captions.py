@@ -21,7 +21,7 @@ the photos whose captions changed most.
 import json
 import re
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -30,6 +30,7 @@ from captioning.command_line.decoding_options import add_decoding_arguments, dec
 from captioning.common.files import CONFIG_FILE, write_atomically
 from captioning.common.precision import mixed_precision
 from captioning.data import batching, shapes, sources
+from captioning.data.annotation_folders import read_image_ids
 from captioning.data.conventions import SPLITS
 from captioning.data.token_cache import TokenCache, fill_caches
 from captioning.decoding.confidence import Confidence, JudgedCaptions
@@ -38,6 +39,7 @@ from captioning.scoring import calibration
 from captioning.scoring.comparison import compare_systems, comparison_rows, most_changed
 from captioning.scoring.evaluation import as_table, cider_of_each, exact_answers, predict, score, table_rows
 from captioning.scoring.hallucination import OBJECT_NAMES, PhotoObjects
+from captioning.scoring.tokenization import TOKENS
 from captioning.training import diagnosis, measurements
 from MyLLM_Vit_gpt2_captioning import (
     DATA_DIR,
@@ -76,6 +78,12 @@ def main(argv=None):
     parser.add_argument(
         "--object_names", type=Path, default=OBJECT_NAMES, metavar="FILE", help="names of objects, other than our table"
     )
+    parser.add_argument(
+        "--score_tokens",
+        choices=TOKENS,
+        default=train_config.score_tokens,
+        help="what scores count; characters for languages without spaces between words (default: %(default)s)",
+    )
     parser.add_argument("--java_meteor", action="store_true", help="METEOR from its Java program, to compare")
     add_decoding_arguments(parser)
     args = parser.parse_args(argv)
@@ -102,24 +110,28 @@ def evaluate_split(args):
     output = args.output or (parent if parent.is_dir() else Path(parent.name)) / f"evaluation_{args.split}"
     references = rows.groupby("image", sort=False)["caption"].agg(list).to_dict()
     images, finished, judged = list(references), None, {}
+    ids = image_ids(args, images)
     if args.predictions and "prompt" in rows:
         raise ValueError(f"{args.data} asks questions; --predictions scores captions")
     objects = PhotoObjects(references, args.data, args.object_names, args.instances)
     if args.predictions:
-        candidates = read_predictions(args.predictions, images)
+        candidates = read_predictions(args.predictions, ids)
     else:
         caption = load_predictor(args, images)
         if "prompt" in rows:
-            return score_answers(rows, caption, options, args.data, output)
+            return score_answers(rows, caption, options, args.data, output, ids)
         captions, finished, judged = caption(images, **options)
         candidates = dict(zip(images, captions, strict=True))
-    scores = score(candidates, references, finished, java_meteor=args.java_meteor, objects=objects)
+    java_meteor, by = args.java_meteor, args.score_tokens
+    scores = score(candidates, references, finished, java_meteor=java_meteor, objects=objects, by=by)
     if judged:
-        scores |= score_confidence(images, captions, list(references.values()), judged, args.data, output)
-    predictions = [dict(image_id=image_id(image), caption=caption) for image, caption in candidates.items()]
+        scores |= score_confidence(
+            images, captions, list(references.values()), judged, args.data, output, by=args.score_tokens
+        )
+    predictions = [dict(image_id=ids[image], caption=caption) for image, caption in candidates.items()]
     _write(output, scores, predictions, judged)
     title = f"{args.predictions or args.checkpoint}: {args.split}"
-    write_page(output / "page.html", title, scores, candidates, references, judged, objects.absent(candidates))
+    write_page(output / "page.html", title, scores, candidates, references, judged, objects.absent(candidates), by)
     print(f"scores, predictions and a page to look at: {output}")
     return scores
 
@@ -132,6 +144,7 @@ def diagnose(args):
     df = sources.drop_unusable(sources.load(args.data, args.captions_file, args.image_dir), args.data)
     photo = model.preprocessing
     _, tfms = build_transforms(photo["img_size"], photo["mean"], photo["std"], resample=photo["resample"])
+    tfms.grey16 = photo.get("grey16", "full")
     training, split = (Dataset(part, tfms, tokenizer, 1, config.seq_len) for part in (df[df["split"] == "train"], rows))
     first = list({image: row for row, image in reversed(list(enumerate(split.images)))}.values())[: measurements.PHOTOS]
     batch = collate_fn(split.__getitems__(first), tokenizer)
@@ -158,14 +171,14 @@ def compare(args):
     images, systems = list(references), {}
     for name in args.compare:
         if name.endswith(".json"):
-            systems[name] = read_predictions(Path(name), images)
+            systems[name] = read_predictions(Path(name), image_ids(args, images))
         else:
             captions, *_ = load_predictor(args, images, name)(images, **options)
             systems[name] = dict(zip(images, captions, strict=True))
-    results = compare_systems(systems, references, objects.parts)
+    results = compare_systems(systems, references, args.score_tokens, objects.parts)
     changed = [
         (image, [(name, caption, f"{cider:.2f}") for name, caption, cider in captions], references[image])
-        for image, captions in most_changed(systems, references, SHOWN)
+        for image, captions in most_changed(systems, references, SHOWN, args.score_tokens)
     ]
     tables = [comparison_rows(*result) for result in results]
     print("\n\n".join(map(html_pages.text_table, tables)))
@@ -226,34 +239,36 @@ def calibrate_captioner(args):
     model, tokenizer, autocast, batches = load_model(args, images)
     truth = list(references.values()), shapes.true_scenes(args.data), prompts
     with autocast():
-        known = calibration.calibrate(model, tokenizer, images, *truth, **batches, shifted=args.shifted)
+        options = dict(shifted=args.shifted, by=args.score_tokens)
+        known = calibration.calibrate(model, tokenizer, images, *truth, **batches, **options)
     known.save(args.checkpoint)
     print(f"{calibration.describe(known)}: stored in {Path(args.checkpoint) / CONFIG_FILE}")
     return known
 
 
-def score_answers(rows, caption, options, data, output):
-    """Answer the questions in `rows`, write scores and predictions to `output` -> {"exact answers": share, ...}."""
+def score_answers(rows, caption, options, data, output, ids):
+    """Answer the questions in `rows`, write scores and predictions to `output` -> {"exact answers": share, ...}. `ids`
+    as `image_ids` gives them."""
     references = rows.groupby(["image", "prompt"], sort=False)["caption"].agg(list).to_dict()
     images, questions = map(list, zip(*references, strict=True))
     answers, _, judged = caption(images, questions, **options)
     entries = zip(images, questions, answers, strict=True)
-    predictions = [dict(image_id=image_id(i), question=q, caption=a) for i, q, a in entries]
+    predictions = [dict(image_id=ids[i], question=q, caption=a) for i, q, a in entries]
     scores = exact_answers(answers, references.values())
     if judged:
         scores |= score_confidence(images, answers, list(references.values()), judged, data, output, are_answers=True)
     return _write(output, scores, predictions, judged)
 
 
-def score_confidence(images, captions, references, judged, data, output, are_answers=False):
+def score_confidence(images, captions, references, judged, data, output, are_answers=False, by="words"):
     """How good the confidence of captions is -> scores; draws the diagrams to `output`. `judged`: {number of an image:
     [its `Judged`]}; other arguments as in `calibration.judge`, with the scenes in `data`."""
     of_each = [judged[i][0] for i in range(len(images))]
     words = [one.evidence.words for one in of_each]
-    truth = calibration.judge(images, captions, words, references, shapes.true_scenes(data), are_answers)
+    truth = calibration.judge(images, captions, words, references, shapes.true_scenes(data), are_answers, by)
     scores = calibration.measure_captions(of_each, truth, output / DIAGRAM)
     if not are_answers:
-        cider = cider_of_each(dict(enumerate(captions)), dict(enumerate(references)))
+        cider = cider_of_each(dict(enumerate(captions)), dict(enumerate(references)), by)
         surest = sorted(cider, key=lambda i: -of_each[i].caption)[: -(-len(cider) // 2)]
         scores["CIDEr of the surer half"] = sum(cider[i] for i in surest) / len(surest)
     return scores
@@ -262,8 +277,10 @@ def score_confidence(images, captions, references, judged, data, output, are_ans
 def read_split(args):
     """DataFrame of the usable rows of the split. Raises ValueError when there is none."""
     source = args.captions_file or sources.find_captions(args.data, args.image_dir)
-    unescape = train_config.unescape_captions
-    df = sources.load(args.data, args.captions_file, args.image_dir, [args.split], unescape)
+    cleaning = dict(unescape=train_config.unescape_captions)
+    if not (args.predictions or args.compare):  # answers are compared letter for letter
+        cleaning["case"] = stored_config(args.checkpoint)[1].caption_case
+    df = sources.load(args.data, args.captions_file, args.image_dir, [args.split], **cleaning)
     df = sources.drop_unusable(df, source)
     rows = df[df["split"] == args.split]
     if rows.empty:
@@ -274,21 +291,64 @@ def read_split(args):
     return rows
 
 
+def image_ids(args, images):
+    """{path of an image: its id in a results file}: that of the annotation file, where it has ids, else `image_id`."""
+    source = args.captions_file or sources.find_captions(args.data, args.image_dir)
+    given = {}  # {name of the file without folders: [(its name in the annotation file, its id), ...]}
+    for name, number in read_image_ids(source).items():
+        given.setdefault(PurePosixPath(name).name, []).append((PurePosixPath(name), number))
+    ids = {}
+    for image in images:
+        entries = given.get(image.name, [])
+        if len(entries) > 1:  # of several with this name, that whose folders are those of the path
+            entries = [(name, number) for name, number in entries if image.parts[-len(name.parts) :] == name.parts]
+        ids[image] = entries[0][1] if len(entries) == 1 else image_id(image)
+    return ids
+
+
 def image_id(path):
-    """The id of an image in a results file: COCO's number if the file's name contains one (000000000139.jpg and
+    """The id of an image by its name: COCO's number if the file's name contains one (000000000139.jpg and
     COCO_val2014_000000000139.jpg -> 139), else the name."""
     number = re.fullmatch(r"(?:COCO_\w+_)?(\d{12})", path.stem)
     return int(number[1]) if number else path.name
 
 
-def read_predictions(path, images):
-    """A results file -> {image: caption}; images without a caption are left out.
+class ImageFinder:
+    """The images of a split, by what results files call them: the id, as a number or a text; the name, with folders of
+    it, and without its ending; the number in the name. `ids` as `image_ids` gives them."""
 
-    Raises ValueError that names the file and the entry for a wrong format, an unknown image or a repeated one.
+    def __init__(self, ids):
+        self.by = [{}, {}, {}, {}]  # by id, name, name without ending, number in it
+        for image, number in ids.items():
+            digits = re.search(r"(\d+)$", image.stem)
+            names = (str(number), image.name, image.stem, str(int(digits[1])) if digits else None)
+            for table, name in zip(self.by, names, strict=True):
+                table.setdefault(name, []).append(image)
+
+    def find(self, name):
+        """The images that `name`, a str or an int, may mean: one where it is clear."""
+        parts = PurePosixPath(str(name).strip().replace("\\", "/")).parts
+        last = parts[-1] if parts else ""
+        number = str(int(last)) if last.isascii() and last.isdigit() else None
+        for table, wanted in zip(self.by, (str(name).strip(), last, last, number), strict=True):
+            found = table.get(wanted, []) if wanted is not None else []
+            if len(parts) > 1 and table is self.by[1]:  # folders have to agree where that tells images apart
+                agreeing = [image for image in found if image.parts[-len(parts) :] == parts]
+                found = agreeing or found
+            if found:
+                return found
+        return []
+
+
+def read_predictions(path, ids):
+    """A results file -> {image: caption}; images without a caption are left out. `ids` as `image_ids` gives them.
+
+    Raises ValueError that names the file and the entry for a wrong format, an unknown image, one that may be two
+    images, or a repeated one.
     """
-    known = {image_id(image): image for image in images} | {image.name: image for image in images}
+    finder = ImageFinder(ids)
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
         entries = [(entry["image_id"], entry["caption"]) for entry in entries]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f'{path}: expected [{{"image_id": ..., "caption": ...}}, ...] ({error!r})') from error
@@ -298,11 +358,17 @@ def read_predictions(path, images):
             raise ValueError(
                 f"{path}, entry {number}: image_id {name!r} and caption {caption!r} must be a name and a text"
             )
-        if name not in known:
+        found = finder.find(name)
+        if not found:
             raise ValueError(f"{path}, entry {number}: the image {name!r} is not in this split")
-        if known[name] in candidates:
+        if len(found) > 1:
+            raise ValueError(
+                f"{path}, entry {number}: the image {name!r} may be {found[0]} or {found[1]}; give its id, or its name "
+                "with the folder"
+            )
+        if found[0] in candidates:
             raise ValueError(f"{path}, entry {number}: the image {name!r} comes twice")
-        candidates[known[name]] = caption
+        candidates[found[0]] = caption
     return candidates
 
 
@@ -323,11 +389,11 @@ def _write_json(path, content):
     write_atomically(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
-def write_page(path, title, scores, candidates, references, judged, absent):
+def write_page(path, title, scores, candidates, references, judged, absent, by="words"):
     """Write a page with the scores, the photos whose captions are best and worst by CIDEr and those whose captions
     name what is `absent`, {image: [things]}; for a calibrated captioner with the diagrams of its confidence, and the
     captions of which it is least sure."""
-    each = cider_of_each(candidates, references)
+    each = cider_of_each(candidates, references, by)
     order = sorted(candidates, key=lambda image: -each[image])
     sure = {image: judged[i][0].caption for i, image in enumerate(candidates)} if judged else {}
 

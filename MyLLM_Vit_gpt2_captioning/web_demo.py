@@ -35,7 +35,7 @@ from captioning.decoding.confidence import Confidence
 from captioning.decoding.search import generate_ids, log_probabilities, trim
 from captioning.images.preprocessing import load_image, preprocess
 from captioning.model import checkpoint
-from captioning.model.tokenizer import encode_prompt
+from captioning.model.tokenizer import read_prompt
 from captioning.pages.html_pages import shade
 
 SCENES = script.REPO_ROOT / "examples" / "shapes"
@@ -180,19 +180,20 @@ def caption_photo(model, tokenizer, photo, options, prompt="", known=None):
     is `known`, also its `confidence` and that of its words, `word_confidences` (None for a word of the prompt).
     """
     device = script.train_config.device
-    prompt = encode_prompt(tokenizer, prompt)[: model.config.seq_len - 2]
+    prompt = read_prompt(tokenizer, prompt, model.config)
+    length = len(prompt.ids)
     autocast, _ = mixed_precision(torch.device(device))
     with autocast():
         pixels = preprocess(photo, **model.preprocessing)[None].to(device)  # (1, 3, H, W)
         levels = model.levels(pixels)
-        rows = generate_ids(model, levels, torch.tensor([prompt], device=device), **options)  # (captions, T)
-        log_probs = log_probabilities(model, levels, rows, len(prompt))  # (captions,)
-        judged = known.judge(model, tokenizer, levels, rows, len(prompt), pixels) if known else [None] * len(rows)
+        rows = generate_ids(model, levels, torch.tensor([prompt.ids], device=device), **options)  # (captions, T)
+        log_probs = log_probabilities(model, levels, rows, length)  # (captions,)
+        judged = known.judge(model, tokenizer, levels, rows, length, pixels) if known else [None] * len(rows)
     captions = []
     for row, log_prob, one in zip(rows, log_probs.tolist(), judged, strict=True):
-        ids = trim(row, len(prompt), model.config.eos_token_id).tolist()
+        ids = trim(row, length, model.config.eos_token_id).tolist()
         words = [printable(word) for word, _ in group_words(tokenizer, ids)]
-        captions.append(dict(ids=ids, words=words, caption=tokenizer.decode(ids[1:]).strip(), log_probability=log_prob))
+        captions.append(dict(ids=ids, words=words, caption=prompt.caption(tokenizer, ids), log_probability=log_prob))
         if one:
             of_prompt = [None] * (len(words) - len(one.words))
             captions[-1] |= dict(confidence=one.caption, word_confidences=of_prompt + one.words)
@@ -216,6 +217,39 @@ def errors_shown_on_page(photo):
         text = str(error).partition("; replace the file")[0]  # the rest is advice for the owner of a dataset
         text = text.replace(photo, Path(photo).name).replace(f"{script.REPO_ROOT}{os.sep}", "")
         raise gradio.Error(text, print_exception=False) from error
+
+
+def check_inputs(components, values):
+    """Raise gradio.Error with the reason for values, as a program sends them, that do not fit the `components`."""
+    import gradio as gr
+
+    for component, value in zip(components, values, strict=False):
+        if isinstance(component, gr.Image) and not (value is None or isinstance(value, dict)):
+            raise gr.Error(
+                f"{component.label}: expected a file, as handle_file(path or URL) of gradio_client makes it, not "
+                f"{printable(repr(value)[:40])}",
+                print_exception=False,
+            )
+        if isinstance(component, (gr.Slider, gr.Number)):
+            step = component.step if isinstance(component, gr.Slider) else 1
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or (step == 1 and value != int(value)):
+                kind = "a whole number" if step == 1 else "a number"
+                raise gr.Error(
+                    f"{component.label}: expected {kind}, not {printable(repr(value)[:40])}", print_exception=False
+                )
+
+
+def with_reasons(page):
+    """The page, on which what a program sends is checked before Gradio reads it: its own errors have no reason."""
+    preprocess = page.preprocess_data
+
+    async def checked(block_fn, inputs, *args, **options):
+        check_inputs(block_fn.inputs, inputs)
+        return await preprocess(block_fn, inputs, *args, **options)
+
+    page.preprocess_data = checked
+    return page
 
 
 def _add_photo_and_captions():
@@ -293,6 +327,7 @@ def build(sources):
     def write_captions(photo, model, method, number, prompt, beams, penalty, temperature, top_k, top_p, seed):
         if photo is None:
             return [], None
+        number, beams, top_k, seed = int(number), int(beams), int(top_k), int(seed)  # JSON has no whole numbers
         sampling, beam_search = method == "sampling", method == "beam search"
         args = SimpleNamespace(
             sample=sampling,
@@ -308,7 +343,10 @@ def build(sources):
                 raise ValueError(f"the prompt has more than {MAX_PROMPT} characters")
             options = decoding_options(args) | dict(num_return_sequences=1 if method == "greedy" else number)
             known = captioners.confidence(model)
-            captions = caption_photo(*captioners.load(model), photo, options, prompt or "", known)
+            captioner = captioners.load(model)
+            if warning := read_prompt(captioner[1], prompt or "", captioner[0].config).warning():
+                gr.Warning(warning)
+            captions = caption_photo(*captioner, photo, options, prompt or "", known)
         rows = [caption.pop("ids") for caption in captions]
         for caption in captions:
             caption |= shown_with(caption)
@@ -366,7 +404,7 @@ def build(sources):
             api_visibility="private",
             queue=False,
         )
-    return page.queue(max_size=MAX_QUEUE)
+    return with_reasons(page.queue(max_size=MAX_QUEUE))
 
 
 class OnlyOwnHosts:

@@ -408,6 +408,87 @@ def test_captions_beside_a_photo(tmp_path, content, captions, prompts):
     assert sample == ("a/b.JPG", jpeg() if captions else None, captions, prompts)
 
 
+# --- which members are a sample ---------------------------------------------------------------------------------------
+
+
+def names_and_problems(tmp_path, names):
+    """Names of members, captions being their name -> [(photo, captions)], [problem] as `read_samples` sees them."""
+    problems, path = [], tmp_path / "0.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            content = jpeg() if name.endswith(("jpg", "JPG", "png")) else f'["{name}"]'.encode()
+            content = content if name.endswith(("jpg", "JPG", "png", "txt")) else b'{"captions": %s}' % content
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    samples = reading.read_samples(path, lambda name, reason: problems.append(f"{Path(name).name}: {reason}"))
+    return [(sample.name, sample.captions) for sample in samples], problems
+
+
+@pytest.mark.parametrize(
+    ("names", "samples"),
+    [
+        # several photos with one name up to the first dot, each with captions of its own
+        (["p.v1.7.JPG", "p.v1.7.json", "p.v1.8.JPG", "p.v1.8.json"], {"p.v1.7.JPG": "p.v1.7", "p.v1.8.JPG": "p.v1.8"}),
+        (["p.v1.JPG", "p.v2.JPG", "p.v1.json", "p.v2.json"], {"p.v1.JPG": "p.v1", "p.v2.JPG": "p.v2"}),
+        # the layout's own: one photo, whatever else the sample has
+        (["p.v1.jpg", "p.json"], {"p.v1.jpg": "p"}),
+        (["p.mask.png", "p.jpg", "p.json", "p.meta.json"], {"p.jpg": "p"}),
+        (["p.meta.json", "p.jpg", "p.json"], {"p.jpg": "p"}),
+        (["a/1.jpg", "a/1.json", "b/1.jpg", "b/1.json"], {"a/1.jpg": "a/1", "b/1.jpg": "b/1"}),
+        # a photo without captions beside others that have theirs
+        (["p.v1.jpg", "p.v1.json", "p.v2.jpg"], {"p.v1.jpg": "p.v1", "p.v2.jpg": None}),
+    ],
+)  # fmt: skip
+def test_names_tell_samples_apart(tmp_path, names, samples):
+    expected = [(name, [f"{text}.json"] if text else []) for name, text in samples.items()]
+    assert names_and_problems(tmp_path, names) == (expected, [])
+
+
+@pytest.mark.parametrize(
+    ("names", "kept", "problem"),
+    [
+        (["a.jpg", "b.jpg", "a.json", "b.json"], 2, "0.tar: 2 samples are torn apart: their photos and captions do not "
+         "lie side by side; the first: a. Write the tar again with its members sorted by name (tar --sort=name)"),
+        (["a.jpg", "a.json", "b.jpg", "b.json", "a.jpg", "a.json"], 2, "0.tar: 2 members have the name of another one, "
+         "and only the first of a name is read; the first: a.jpg. Write the tar again with a name of its own for each "
+         "photo"),
+        (["a.jpg", "a.json", "a.jpg", "a.json"], 1, "0.tar: 2 members have the name of another one, and only the first "
+         "of a name is read; the first: a.jpg. Write the tar again with a name of its own for each photo"),
+        (["a.left.jpg", "a.right.jpg", "a.json"], 0, "a: has 2 photos, and nothing says whose its captions are: name "
+         "them like their photo, a.left.json"),
+        (["a.jpg", "a.json", ".b.jpg"], 1, ".b.jpg: its name begins with a dot, which says that it is hidden"),
+    ],
+)  # fmt: skip
+def test_samples_that_cannot_be_told_apart_are_named(tmp_path, names, kept, problem):
+    samples, problems = names_and_problems(tmp_path, names)
+    assert len(samples) == kept and problems == [problem]
+    assert all(captions in ([], [f"{Path(name).stem}.json"]) for name, captions in samples)
+
+
+def test_photos_that_training_does_not_see_are_told_at_every_start_and_by_the_check(make_loader, tmp_path, capsys):
+    """A shard whose photos come first and their captions behind them."""
+    folder = make_shards(tmp_path / "shards", [[1] * 3, [1] * 3])
+    content = members(0, 0, 1) | members(0, 1, 1) | members(0, 2, 1)
+    torn = dict(sorted(content.items(), key=lambda item: item[0].endswith("json")))
+    write_tar(folder / "train-000000.tar", torn)
+    for _ in range(2):
+        assert len(make_loader(folder).dataset) == 3
+        said = capsys.readouterr().out
+        assert said.count("train-000000.tar: 3 samples are torn apart") == 1 and "left out 3 photos without" in said
+    with pytest.raises(SystemExit):
+        prepare_data.main(["--check", str(folder), "--report", str(tmp_path / "report")])
+    said = capsys.readouterr().out
+    assert "error: damaged shards, and samples in them: 1" in said
+    assert "shards with photos that have no usable caption beside them: 1" in said
+    assert "- train-000000.tar (3 photos)" in said
+    write_tar(folder / "val-000000.tar", torn)
+    capsys.readouterr()
+    with pytest.raises(ValueError, match="no photo of its val shards has a usable caption beside it"):
+        sources.load(folder, shard_splits=["val"])
+    assert capsys.readouterr().out.count("warning") == 1
+
+
 # --- hostile tars -----------------------------------------------------------------------------------------------------
 
 
@@ -434,9 +515,9 @@ def test_hostile_names_and_links_do_nothing(tmp_path):
     (sample,) = reading.read_samples(path, lambda *problem: problems.append(problem), with_photos=True)
     assert sample.name == "fine.jpg" and sample.photo == jpeg(3)
     assert [(Path(name).name, reason) for name, reason in problems] == [
+        ("huge", "its .txt has 2,097,152 bytes"),
         ("l", "has no photo"),
         ("d", "has no photo"),
-        ("huge", "its .txt has 2,097,152 bytes"),
     ]
     with pytest.raises(ValueError, match=r"fine.txt: not a readable image \(cannot identify image file '.*fine.txt'\)"):
         load_image(path / "fine.txt")

@@ -1,5 +1,8 @@
 """Writing captions: cache and batch change nothing, draws follow their distribution, options mean what they say."""
 
+import re
+
+import numpy as np
 import pytest
 import torch
 
@@ -260,3 +263,17 @@ def test_caption_images_takes_all_options(script, tiny_model, bpe):
     assert draws == script.caption_images(tiny_model, bpe, [photos[0]] * 4, 6, 1.0, False, batch_size=2, seed=1)
     in_batches = script.caption_images(tiny_model, bpe, photos, 6, batch_size=2)
     assert in_batches == script.caption_images(tiny_model, bpe, photos, 6)
+
+
+def test_more_beams_than_fit_are_refused_in_one_line(script, tiny_model, bpe, monkeypatch):
+    image = np.zeros((8, 8, 3), dtype=np.uint8)
+    with pytest.raises(ValueError) as refused:
+        script.caption_images(tiny_model, bpe, [image], num_beams=100_000)
+    vocabulary = tiny_model.config.vocab_size
+    assert str(refused.value).startswith(f"num_beams is 100,000, but must be at most {vocabulary}, the size of the voc")
+    monkeypatch.setattr(search, "device_memory", lambda device: 5_000_000)
+    with pytest.raises(ValueError, match=r"num_beams 250 with 2 images .*: at most \d+ beams") as refused:
+        script.caption_images(tiny_model, bpe, [image] * 2, num_beams=250)
+    fits = int(re.search(r"at most (\d+) beams", str(refused.value))[1])
+    assert 1 < fits < 250
+    script.caption_images(tiny_model, bpe, [image] * 2, num_beams=min(fits, 20), max_tokens=2)

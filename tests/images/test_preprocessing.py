@@ -1,12 +1,16 @@
 """Photos as they are decoded, and what validation makes of them."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
-from captioning.images.preprocessing import load_image, preprocess
+from captioning.images.augmentation import opening_of
+from captioning.images.photo_batches import photo_batches
+from captioning.images.preprocessing import load_image, normalize, preprocess
 
 
 def test_validation_transform_is_the_plain_preprocessing(script, photo):
@@ -89,3 +93,33 @@ def test_bad_images_are_named(tmp_path):
         load_image(tmp_path / "broken.jpg")
     with pytest.raises(FileNotFoundError, match=r"gone\.jpg: no such image"):
         load_image(tmp_path / "gone.jpg")
+
+
+def test_16_bits_of_grey_by_the_range_of_the_photo(script, tiny_config, tmp_path):
+    """An X-ray of 12 bits in a file of 16 is nearly black, unless it is scaled."""
+    values = np.linspace(0, 4095, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(values).save(tmp_path / "x_ray.png")
+    dark = np.asarray(load_image(tmp_path / "x_ray.png"))
+    scaled = np.asarray(load_image(tmp_path / "x_ray.png", grey16="range"))
+    assert dark.max() == 15 and (scaled.min(), scaled.max()) == (0, 255)
+    assert np.asarray(load_image(Image.fromarray(np.full((4, 4), 900, np.uint16)), grey16="range")).max() == 0
+    config = script.complete(tiny_config, script.model_config)
+    config.preprocessing = {"grey16": "range"}
+    model = script.VisionGPT2Model(config)
+    model.save_pretrained(tmp_path / "captioner")
+    stored = json.loads((tmp_path / "captioner" / "config.json").read_text())
+    assert stored["preprocessing"]["grey16"] == "range"
+    assert script.VisionGPT2Model.from_pretrained(tmp_path / "captioner").preprocessing["grey16"] == "range"
+    assert "grey16" not in script.VisionGPT2Model(tiny_config).preprocessing
+    config.preprocessing = {"grey16": "most"}
+    with pytest.raises(ValueError, match="preprocessing: grey16 'most' is neither full nor range"):
+        script.VisionGPT2Model(config)
+    photo, path = model.preprocessing, tmp_path / "x_ray.png"
+    seen = preprocess(path, **photo)
+    assert seen.max() - seen.min() > 10 * (preprocess(path, **(photo | {"grey16": "full"}))).std()
+    [batch] = photo_batches([[path]], photo["img_size"], photo["resample"], "cpu", "range")
+    assert torch.equal(normalize(batch, photo["mean"], photo["std"])[0], seen)
+    for tfms in script.build_transforms(photo["img_size"]):
+        assert opening_of(tfms).keys() == {"least_side"}
+        tfms.grey16 = "range"
+        assert np.array_equal(np.asarray(load_image(path, **opening_of(tfms))), scaled)

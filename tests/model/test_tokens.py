@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from captioning.data import unreadable_photos
+from captioning.decoding.attention_maps import group_words
 from captioning.decoding.search import generate_ids
-from captioning.model.tokenizer import END_OF_TEXT, CaptionTokenizer
+from captioning.model.tokenizer import END_OF_TEXT, CaptionTokenizer, read_prompt, split_characters, unknown_words
 from conftest import CAPTIONS
 
 
@@ -203,3 +204,109 @@ def test_a_long_prompt_leaves_room_for_an_answer(script, bpe):
     ids = script.encode_caption(bpe, "yes", 8, "two young men stand on the left side of a house ?")
     assert len(ids) == 8
     assert ids[-1] == bpe.eos_token_id
+
+
+# --- which tokenizer --------------------------------------------------------------------------------------------------
+
+
+def test_the_tokenizer_of_another_captioner_is_refused(script, tiny_model, bpe, tmp_path):
+    """As many tokens, the same special ones, other words: captions would come out as fluent nonsense."""
+    other = CaptionTokenizer.train([caption[::-1] for caption in CAPTIONS], len(bpe))
+    assert len(other) == len(bpe) and other.eos_token_id == bpe.eos_token_id
+    tiny_model.save_pretrained(tmp_path, bpe)
+    assert script.load_captioner(tmp_path)[1].encode("a dog") == bpe.encode("a dog")
+    (tmp_path / "tokenizer.json").write_text(other.to_json())
+    starting = SimpleNamespace(start_from=str(tmp_path))
+    for load in (lambda: script.load_captioner(tmp_path), lambda: script.build_tokenizer(starting, [])):
+        with pytest.raises(ValueError, match=r"its tokenizer\.json is not the one that the captioner was trained with"):
+            load()
+    (tmp_path / "tokenizer.json").write_text(bpe.to_json().replace("  ", ""))  # other bytes, the same words
+    assert script.load_captioner(tmp_path)[1].fingerprint == bpe.fingerprint
+    stored = (tmp_path / "config.json").read_text().replace("tokenizer_fingerprint", "_")
+    (tmp_path / "config.json").write_text(stored)  # of an early version, which has none
+    (tmp_path / "tokenizer.json").write_text(other.to_json())
+    script.load_captioner(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("constant", "value"),
+    [("tokenizer", "word"), ("vocab_size", 77), ("depth", 3), ("activation", "relu"), ("encoder", "resnet18"),
+     ("unk_token_id", 3), ("decoder_weights", "openai-community/gpt2"), ("encoder_weights", "weights.pth")],
+)  # fmt: skip
+def test_a_constant_that_the_captioner_to_start_from_decides_is_refused(
+    script, tiny_model, bpe, tmp_path, constant, value
+):
+    tiny_model.save_pretrained(tmp_path / "m0", bpe)
+    given = ["--start_from", str(tmp_path / "m0"), "--emb_dropout", "0.5"]
+    stored = tiny_model.config
+    model, *_ = script.read_configs([*given, f"--{constant}", str(getattr(stored, constant))])  # what it has anyway
+    assert model.depth == stored.depth and model.emb_dropout == 0.5
+    with pytest.raises(ValueError, match=f"^{constant} is {value!r}, but .*captioner in start_from, .*m0") as refused:
+        script.read_configs([*given, f"--{constant}", str(value)])
+    assert "\n" not in str(refused.value) and f"leave {constant} out" in str(refused.value)
+
+
+def test_words_that_a_word_list_lacks_are_counted(script, tiny_config, tiny_train_config, flickr, words, capsys):
+    df = script._load_flickr_dataframe(flickr, flickr / "flickr30k_images")
+    capsys.readouterr()
+    known = CaptionTokenizer.train(df["caption"], 500, "word")
+    script.build_dataloaders(df, known, tiny_config, tiny_train_config)
+    script.build_dataloaders(df, CaptionTokenizer.train(df["caption"], 300), tiny_config, tiny_train_config)
+    assert "warning" not in capsys.readouterr().out
+    german = df.assign(caption="ein roter hund rennt .")
+    script.build_dataloaders(german, known, tiny_config, tiny_train_config)
+    assert "warning: 80% of the words in the training captions are not in the tokenizer" in capsys.readouterr().out
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_cleaned_like_captions(script, tiny_model, bpe):
+    """`A Small` is two words that the model has never seen; `a small` is what its captions begin with."""
+    image, options = torch.zeros(32, 32, 3, dtype=torch.uint8).numpy(), dict(max_tokens=5)
+    plain = script.caption_images(tiny_model, bpe, [image], prompt="a red dog", **options)
+    assert plain[0].startswith("a red dog")
+    for prompt in ("A Red Dog", "  a  RED\tdog ", "a red \x07dog"):
+        assert script.caption_images(tiny_model, bpe, [image], prompt=prompt, **options) == plain
+        assert read_prompt(bpe, prompt, tiny_model.config) == ("a red dog", script.encode_prompt(bpe, "a red dog"), [])
+    answer = script.caption_images(tiny_model, bpe, [image], prompt=["a red dog"], **options)
+    assert script.caption_images(tiny_model, bpe, [image], prompt=["A  Red dog"], **options) == answer
+    tiny_model.config.caption_case = "keep"
+    assert script.caption_images(tiny_model, bpe, [image], prompt="A Red Dog", **options)[0].startswith("A Red Dog")
+
+
+def test_a_prompt_does_not_vanish_where_a_word_list_lacks_its_words(script, tiny_config, capsys):
+    tokenizer = CaptionTokenizer.train(CAPTIONS, 40, "word")
+    tiny_config.vocab_size, tiny_config.eos_token_id = len(tokenizer), tokenizer.eos_token_id
+    tiny_config.unk_token_id = tokenizer.unk_token_id
+    model, image = script.VisionGPT2Model(tiny_config).eval(), torch.zeros(32, 32, 3, dtype=torch.uint8).numpy()
+    for _ in range(2):
+        [caption] = script.caption_images(model, tokenizer, [image], prompt="A Zebra, a quagga", max_tokens=3)
+        assert caption.startswith("a zebra, a quagga")
+    warning = "captioner's word list lacks these words of the prompt, which it reads as <unk>: zebra, quagga"
+    assert capsys.readouterr().err.count(warning) == 1  # once
+    assert unknown_words(tokenizer, "a dog") == []
+    [caption] = script.caption_images(model, tokenizer, [image], prompt="A Dog", max_tokens=3)
+    assert caption.startswith("a dog") and capsys.readouterr().err == ""
+    script.caption_images(model, tokenizer, [image] * 2, prompt=["is it a Gnu ?", "is it a dog ?"], max_tokens=3)
+    assert "as <unk>: is, it, gnu" in capsys.readouterr().err
+
+
+# --- languages without spaces -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["一只狗在草地上奔跑。", "一只 iphone 手机", "สุนัขวิ่งบนหญ้า", "犬がスーパーで走る。", "a man's t-shirt , 3 dogs ."],
+)
+def test_characters_are_tokens_of_a_language_without_spaces(text, tmp_path):
+    tokenizer = CaptionTokenizer.train([text], 200, "character")
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    loaded = CaptionTokenizer(tmp_path)
+    ids = loaded.encode(text)
+    assert loaded.decode(ids) == text and tokenizer.unk_token_id not in ids
+    assert [tokenizer.decode([i]) for i in ids] == split_characters(text)
+    assert [word for word, _ in group_words(loaded, [loaded.bos_token_id, *ids])] == split_characters(text)
+    assert len(ids) > 4 and loaded.has_characters
+    assert not CaptionTokenizer.train([text], 300, "word").has_characters
+    assert not CaptionTokenizer.train([text], 300).has_characters

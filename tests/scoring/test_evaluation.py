@@ -1,6 +1,7 @@
 """Evaluating a captioner: the command, its files and page, somebody else's predictions, scores during training."""
 
 import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -117,8 +118,6 @@ def test_an_empty_split_is_an_error(captioner, flickr):
 
 
 def test_coco_numbers_its_images():
-    from pathlib import Path
-
     assert evaluate_captions.image_id(Path("train2017/000000000139.jpg")) == 139
     assert evaluate_captions.image_id(Path("val2014/COCO_val2014_000000391895.jpg")) == 391895
     assert evaluate_captions.image_id(Path("1234.jpg")) == "1234.jpg"
@@ -257,3 +256,48 @@ def test_compare_refuses_what_cannot_be_compared(flickr, tmp_path):
         with pytest.raises(SystemExit, match="two or more different systems"):
             evaluate_captions.main([*arguments, *systems])
     assert not (tmp_path / "out").exists()
+
+
+def test_ids_are_those_of_the_annotation_file(captioner, flickr, tmp_path):
+    """What pycocotools compares: COCO's `images` may have ids that no file name has."""
+    photos = flickr / "flickr30k_images"
+    images = [dict(id=700 + i, file_name=f"{1000 + i}.jpg") for i in range(4)]
+    annotations = [dict(id=i, image_id=700 + i, caption=f"caption {i}") for i in range(4)]
+    file = tmp_path / "captions_val2017.json"
+    file.write_text(json.dumps(dict(images=images, annotations=annotations)))
+    arguments = ["--data", str(flickr), "--captions_file", str(file), "--image_dir", str(photos), "--split", "val"]
+    evaluate_captions.main([str(captioner), *arguments])
+    written = captioner / "evaluation_val" / "predictions.json"
+    assert [entry["image_id"] for entry in json.loads(written.read_text())] == [700, 701, 702, 703]
+    forms = [700, "701", "val2017/1002.jpg", "1003"]  # as a number, as a text, with a folder, without the ending
+    results = tmp_path / "results.json"
+    text = json.dumps([dict(image_id=name, caption=f"caption {i}") for i, name in enumerate(forms)])
+    results.write_text("\ufeff" + text, encoding="utf-8")
+    scores = evaluate_captions.main(["--predictions", str(results), *arguments])
+    assert scores["BLEU-1"] == pytest.approx(1) and scores["missing candidates"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        (139, ["a/COCO_val2014_000000000139.jpg"]),
+        ("139", ["a/COCO_val2014_000000000139.jpg"]),
+        ("COCO_val2014_000000000139", ["a/COCO_val2014_000000000139.jpg"]),
+        ("val2014\\COCO_val2014_000000000139.jpg", ["a/COCO_val2014_000000000139.jpg"]),
+        ("1.jpg", ["a/1.jpg", "b/1.jpg"]),
+        ("b/1.jpg", ["b/1.jpg"]),
+        (7, ["b/photo_007.png"]),
+        ("photo_008", []),
+    ],
+)
+def test_forms_of_an_image_id(name, found):
+    paths = [Path(p) for p in ("a/COCO_val2014_000000000139.jpg", "a/1.jpg", "b/1.jpg", "b/photo_007.png")]
+    finder = evaluate_captions.ImageFinder({path: evaluate_captions.image_id(path) for path in paths})
+    assert [path.as_posix() for path in finder.find(name)] == found
+
+
+def test_a_results_file_that_may_mean_two_images_is_refused(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps([dict(image_id="1.jpg", caption="a dog")]))
+    with pytest.raises(ValueError, match=r"entry 0: the image '1.jpg' may be a/1.jpg or b/1.jpg; give its id"):
+        ids = {Path("a/1.jpg"): "1.jpg", Path("b/1.jpg"): "1.jpg"}
+        evaluate_captions.read_predictions(tmp_path / "results.json", ids)

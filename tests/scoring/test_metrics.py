@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from captioning.scoring import metrics
+from captioning.scoring import metrics, ptb_tokenization, tokenization
 from captioning.scoring.metrics import CiderD, describe_captions, score_captions, shuffled_scores
 from captioning.scoring.ptb_tokenization import PUNCTUATION, tokenize
 
@@ -695,3 +695,36 @@ def test_hard_cases(kind):
     texts, expected = zip(*HARD_CASES[kind], strict=True)
     tokens = tokenize([caption for text in texts for caption in (text, ".")])[::2]
     assert dict(zip(texts, tokens, strict=True)) == dict(zip(texts, expected, strict=True))
+
+
+# --- languages without spaces -----------------------------------------------------------------------------------------
+
+CHINESE = {1: ["一只棕色的狗在草地上奔跑", "狗在跑"], 2: ["两个孩子在海滩上玩耍"], 3: ["一个男人骑着自行车"]}
+THAI = {1: ["สุนัขสีน้ำตาลวิ่งบนหญ้า"], 2: ["เด็กสองคนเล่นบนชายหาด"], 3: ["ผู้ชายขี่จักรยาน"]}
+
+
+@pytest.mark.parametrize("references", [CHINESE, THAI])
+def test_a_caption_that_equals_its_reference_scores_full(references, capsys):
+    references = {image: captions[:1] for image, captions in references.items()}
+    candidates = {image: captions[0] for image, captions in references.items()}
+    by_words = metrics.score_captions(candidates, references, java=False, meteor=False)
+    assert by_words["BLEU-4"] < 0.01 and by_words["CIDEr"] == pytest.approx(2.5)
+    said = capsys.readouterr().err
+    assert "100% of the letters of the reference captions are of a script without spaces" in said
+    assert "--score_tokens characters" in said
+    scores = metrics.score_captions(candidates, references, java=False, meteor=False, by="characters")
+    assert scores["BLEU-4"] == pytest.approx(1) and scores["CIDEr"] == pytest.approx(10)
+    assert metrics.shuffled_scores(candidates, references, by="characters")["CIDEr"] < 1
+    assert metrics.describe_captions(candidates, by="characters")["mean length in characters"] > 8
+    assert capsys.readouterr().err == ""
+
+
+def test_english_by_characters_is_english_by_words():
+    texts = ["A man's t-shirt, and 3 dogs!", "a dog"]
+    assert tokenization.tokenize(texts, "characters") == ["a man's t-shirt and 3 dogs", "a dog"]
+    assert tokenization.tokenize(texts) == ptb_tokenization.tokenize(texts)
+
+
+def test_one_foreign_word_is_no_reason_to_warn(capsys):
+    metrics.score_captions({1: "a"}, {1: ["a bowl of \u9eba noodles", "ein größeres bild"]}, java=False, meteor=False)
+    assert capsys.readouterr().err == ""

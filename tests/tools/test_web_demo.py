@@ -319,16 +319,39 @@ def test_files_of_the_machine_are_not_served(demo):
         assert call(demo[1], path) == "error"
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (dict(photo="/tmp/photo.jpg"), "Photo: expected a file, as handle_file(path or URL) of gradio_client makes it, "
+         "not '/tmp/photo.jpg'"),
+        (dict(photo="data:image/png;base64," + "A" * 99), "not 'data:image/png;base64,AAAAAAAAAAAAAAAAA"),
+        (dict(beams="4"), "Beams: expected a whole number, not '4'"),
+        (dict(number=2.5), "Captions: expected a whole number, not 2.5"),
+        (dict(temperature=None), "Temperature: expected a number, not None"),
+        (dict(seed=True), "Seed: expected a whole number, not True"),
+    ],
+)  # fmt: skip
+def test_a_program_is_told_what_is_wrong_with_what_it_sends(demo, change, reason):
+    assert reason in answer_to(demo[1], change.pop("photo", {"path": str(SCENES[0])}), **change)
+
+
 def call(url, path):
     """Send `path` as an uploaded photo's, without uploading it -> how the answer is called."""
     photo = {"path": path, "meta": {"_type": "gradio.FileData"}}
-    values = [photo, "examples/shapes", "greedy", 1, "", 4, 1.0, 1.0, 0, 1.0, 0]
+    return re.search(r"event: (complete|error)", answer_to(url, photo))[1]
+
+
+def answer_to(url, photo, **options):
+    """Send a photo and options to the API -> the text of the answer."""
+    defaults = dict(model="examples/shapes", method="greedy", number=1, prompt="", beams=4, penalty=1.0)
+    defaults |= dict(temperature=1.0, top_k=0, top_p=1.0, seed=0)
+    values = [photo, *(defaults | options).values()]
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{url}gradio_api/call/caption", json.dumps({"data": values}).encode(), headers)
     with urllib.request.urlopen(request) as answer:
         event = json.load(answer)["event_id"]
     with urllib.request.urlopen(f"{url}gradio_api/call/caption/{event}") as answer:
-        return re.search(r"event: (complete|error)", answer.read().decode())[1]
+        return answer.read().decode()
 
 
 def test_only_its_own_addresses_are_answered(demo):

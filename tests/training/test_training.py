@@ -1,5 +1,6 @@
 """The Trainer: what trains, what does not, what is measured and what is kept."""
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from captioning.model.stages import norm_of_one_value
 from captioning.training import out_of_memory, schedule
 from conftest import TINY_ENCODER
 from helpers.runs import change_loss
@@ -498,3 +500,29 @@ def test_a_batch_too_large_for_the_gpu(trainer, monkeypatch):
 def test_what_to_change_when_memory_is_short(script, changes, remedy):
     said = out_of_memory.advice(script.TrainConfig(**changes), 24 * 2**30, 0)
     assert remedy in said and "24.0 GiB of memory: try" in said
+
+
+def test_a_batch_of_one_photo_that_batch_norm_cannot_train_on_is_refused_before_training(
+    script, tiny_config, tiny_train_config, bpe, monkeypatch
+):
+    """A CNN whose last feature map has one place at 32 pixels; 8 training photos leave one for the last batch of 7."""
+    config = script.complete(tiny_config, script.model_config)
+    config.encoder, config.encoder_options, config.coupling = "test_resnet", {"img_size": 32}, "final"
+    train = script.complete(tiny_train_config, script.train_config)
+    df = script._load_flickr_dataframe(train.data_dir, train.image_dir)
+
+    def make(batch_size, **changes):
+        train.batch_size, train.captions_per_image = batch_size, 1
+        model = dataclasses.replace(config, **changes)
+        one_each = df.drop_duplicates("image")
+        return script.Trainer(model, train, script.build_dataloaders(one_each, bpe, model, train))
+
+    monkeypatch.setattr(script.Trainer, "enter_stage", lambda self, epoch: None)
+    for batch_size in (7, 1):
+        with pytest.raises(ValueError, match=f"epoch has one photo, .* change batch_size {batch_size} so that"):
+            make(batch_size)
+    model = make(4).model
+    assert "bn" in norm_of_one_value(model)
+    model.config.encoder_weights, model.config.trainable_stages = "weights.pth", 0
+    assert norm_of_one_value(model) is None  # frozen: its norms stay as they are
+    make(7, encoder_options={"img_size": 64})

@@ -8,6 +8,7 @@ import math
 
 import torch
 
+from captioning.common.text import CASES
 from captioning.model import encoders
 
 
@@ -73,7 +74,8 @@ MODEL = {
     "decoder_weights": NotEmpty(),
     "positions": Choice(("learned", "sinusoidal")),
     "activation": Choice(("gelu", "relu")),
-    "tokenizer": Choice(("gpt2", "bpe", "word")),
+    "caption_case": Choice(CASES),
+    "tokenizer": Choice(("gpt2", "bpe", "word", "character")),
     "eos_token_id": AT_LEAST_0,
     "unk_token_id": Range(-1),
     "encoder": NotEmpty(),
@@ -111,6 +113,7 @@ TRAIN = {
     "dataset": Choice(("flickr8k", "flickr30k", "coco2017")),
     "score_every": AT_LEAST_0,
     "score_images": AT_LEAST_0,
+    "score_tokens": Choice(("words", "characters")),
     "best_by": Choice(("perplexity", "CIDEr")),
     "save_minutes": AT_LEAST_0,
     "scst_epochs": AT_LEAST_0,

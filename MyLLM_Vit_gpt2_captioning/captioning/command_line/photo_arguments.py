@@ -26,9 +26,9 @@ class PhotoArgument:
     name: str
     folder: Path | None = None
 
-    def load(self):
+    def load(self, grey16="full"):
         """-> `PIL.Image.Image`, upright RGB. Raises FileNotFoundError or ValueError that names the photo."""
-        return fetch_image(self.name) if _is_url(self.name) else load_image(self.name)
+        return fetch_image(self.name, grey16=grey16) if _is_url(self.name) else load_image(self.name, grey16=grey16)
 
     @property
     def name_in_folder(self):
@@ -70,7 +70,7 @@ def _is_photo(path):
     return is_photo_file(path) and not any(part.startswith(".") or is_litter(part) for part in path.parts)
 
 
-def fetch_image(url, max_bytes=MAX_BYTES, timeout=TIMEOUT, deadline=DEADLINE):
+def fetch_image(url, max_bytes=MAX_BYTES, timeout=TIMEOUT, deadline=DEADLINE, grey16="full"):
     """Download a photo -> `PIL.Image.Image`, upright RGB.
 
     Raises ValueError that names the URL when it cannot be downloaded, has more than `max_bytes`, takes more than
@@ -86,7 +86,7 @@ def fetch_image(url, max_bytes=MAX_BYTES, timeout=TIMEOUT, deadline=DEADLINE):
     if isinstance(content, Exception):
         raise ValueError(f"{url}: {content}") from content
     try:
-        return load_image(io.BytesIO(content))
+        return load_image(io.BytesIO(content), grey16=grey16)
     except ValueError as error:
         raise ValueError(f"{url}: not a readable image") from error
 

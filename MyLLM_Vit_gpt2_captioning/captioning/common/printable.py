@@ -2,6 +2,8 @@
 
 import html
 import re
+import sys
+from functools import cache
 
 # What is not a character to be seen: control characters, among them those that colour a terminal or ring its bell; ends
 # of lines; what turns the direction of a text around; half of a surrogate pair, which UTF-8 cannot encode.
@@ -13,6 +15,12 @@ MARKUP = re.compile(r"[\\`*\[\]<>|~&]|(?<!\w)_|_(?!\w)|:(?=//)")  # an underscor
 def printable(text):
     """A name or a caption -> the text with its control characters written out, an escape as \\x1b."""
     return UNSEEN.sub(lambda match: ascii(match[0])[1:-1], str(text))
+
+
+@cache
+def warn_once(text):
+    """Print a warning to stderr, each text once."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def in_markdown(text):

@@ -10,8 +10,10 @@ import json
 import re
 
 from captioning.common.printable import printable
-from captioning.data.conventions import NOT_UTF8, as_utf8, match_columns
+from captioning.common.text import NOT_UTF8, as_utf8
+from captioning.data.conventions import match_columns
 
+COCO_NAME = re.compile(r"captions_((train|val|test)\w*)")  # the folder of the photos, and the split
 # A character of UTF-8 that is not ASCII.
 UTF8_CHARACTER = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 
@@ -64,7 +66,7 @@ def _parse_json(text, place):
 
 def _read_coco(content, path):
     """COCO's captions_*.json, parsed. The split, and the folder of the photos, come from the file's name."""
-    match = re.fullmatch(r"captions_((train|val|test)\w*)", path.stem)
+    match = COCO_NAME.fullmatch(path.stem)
     folder, split = (f"{match[1]}/", match[2]) if match else ("", None)
     names = {image["id"]: image["file_name"] for image in content["images"]}
     rows = []
@@ -74,6 +76,17 @@ def _read_coco(content, path):
         name = names[annotation["image_id"]]
         rows.append((annotation["id"], name if "/" in name else folder + name, annotation.get("caption"), split))
     return to_frame(rows, "annotation", ("image", "caption", "split"))
+
+
+def read_coco_ids(path):
+    """COCO's captions_*.json -> {name of an image, with its folder: its id}; empty for other JSON."""
+    content = _parse_json(read_text(path, lambda text: None), path)
+    if not isinstance(content, dict) or not {"annotations", "images"} <= content.keys():
+        return {}
+    match = COCO_NAME.fullmatch(path.stem)
+    folder = f"{match[1]}/" if match else ""
+    names = {image["id"]: image["file_name"] for image in content["images"]}
+    return {name if "/" in name else folder + name: number for number, name in names.items()}
 
 
 def _read_karpathy(content, path):

@@ -6,6 +6,7 @@ from pathlib import Path
 from captioning.data.annotation_files import (
     decode,
     our_column_names,
+    read_coco_ids,
     read_flickr_tokens,
     read_json,
     read_json_lines,
@@ -45,9 +46,17 @@ def read_file(path, say=print, is_photo=lambda name: False):
     raise ValueError(f"{path}: unknown format; expected .csv, .tsv, .json, .jsonl, Flickr's .token or a folder")
 
 
-def read_folder(folder, shard_splits, say=print, is_photo=lambda name: False, unescape=True):
-    """Read the captions in a folder; of tar shards those of `shard_splits`, unescaped or not, as they are read. `say`
-    and `is_photo` as in `read_table`.
+def read_image_ids(source):
+    """The ids of the images in COCO's annotation files, one or those of a folder -> {name of an image: its id}; empty
+    for other formats."""
+    source = Path(source)
+    files = sorted(source.glob(COCO_FILES)) if source.is_dir() else [source] if source.suffix == ".json" else []
+    return {name: number for path in files for name, number in read_coco_ids(path).items()}
+
+
+def read_folder(folder, shard_splits, say=print, is_photo=lambda name: False, unescape=True, case="lower"):
+    """Read the captions in a folder; of tar shards those of `shard_splits`, with `unescape` and `case` as in
+    `read_samples`. `say` and `is_photo` as in `read_table`.
 
     Raises ValueError when the folder holds no captions, or a file in it cannot be read.
     """
@@ -60,7 +69,7 @@ def read_folder(folder, shard_splits, say=print, is_photo=lambda name: False, un
     if has_text_beside_photos(folder):
         return _read_side_by_side(folder, say)
     if reading.has_shards(folder):
-        return _read_shards(folder, shard_splits, unescape)
+        return _read_shards(folder, shard_splits, unescape, case)
     if files := files_of_splits(folder, is_photo):
         return pd.concat([_read_file_of_split(folder, *item, say, is_photo) for item in files.items()])
     raise ValueError(f"{folder}: no photo with a .txt file of the same name is in this folder")
@@ -145,8 +154,8 @@ def _read_side_by_side(folder, say):
     return to_frame(rows, "caption")
 
 
-def _read_shards(folder, splits, unescape):
-    rows = [(number, *row) for number, row in enumerate(reading.read_rows(folder, splits, unescape), 1)]
+def _read_shards(folder, splits, unescape, case):
+    rows = [(number, *row) for number, row in enumerate(reading.read_rows(folder, splits, unescape, case), 1)]
     df = to_frame(rows, "caption", ("image", "caption", "split", "prompt"))
     return df.drop(columns="prompt") if df["prompt"].isna().all() else df
 

@@ -12,6 +12,9 @@ from captioning.common.distributed import rank_and_world_size
 from captioning.data.unreadable_photos import CheckedLoader
 from captioning.model.tokenizer import encode_caption
 
+LOOKED_AT = 2000  # captions in which unknown words are counted
+UNKNOWN_SHARE = 0.2  # of the words, above which it is said
+
 
 class CaptionBatchSampler(Sampler):
     """Yields lists of row indices; rows b*K .. b*K+K-1 of a batch are captions of the same image.
@@ -61,6 +64,12 @@ class CaptionBatchSampler(Sampler):
 
     def __len__(self):
         return len(self._batch_starts(sum(map(self._groups, self.rows_of_image))))
+
+    def photos_in_smallest_batch(self):
+        """How many photos the smallest batch of any process has."""
+        groups = sum(map(self._groups, self.rows_of_image))
+        starts = self._batch_starts(groups)
+        return min(end - start for start, end in zip(starts, [*starts[1:], groups], strict=True)) // self.world_size
 
     def _groups(self, rows):
         """How many groups the captions of an image make."""
@@ -112,6 +121,9 @@ def build_caption_loader(dataset, collate_fn, config, training):
         window=config.length_window,
         leave_out=training,
     )
+    if training:
+        every = max(1, len(dataset.captions) // LOOKED_AT)
+        warn_of_unknown_words(dataset.tokenizer, dataset.captions[::every])
     return build_loader(dataset, sampler, collate_fn, config)
 
 
@@ -144,6 +156,22 @@ def warn_of_cut_captions(dataset):
         print(
             f"warning: {cut:,} of {len(captions):,} captions ({cut / len(captions):.0%}) have more than seq_len "
             f"{dataset.max_length} tokens and are cut off there; --seq_len {max(lengths)} would hold them all"
+        )
+
+
+def warn_of_unknown_words(tokenizer, captions):
+    """Say when more than a fifth of the words in these training captions is none that the tokenizer, a word list,
+    knows: the model would learn to write none of them."""
+    unknown = getattr(tokenizer, "unk_token_id", None)  # tokenizers of transformers may lack it
+    if unknown is None or unknown < 0:
+        return
+    ids = [number for caption in captions for number in tokenizer.encode(caption)]
+    share = ids.count(unknown) / max(1, len(ids))
+    if share > UNKNOWN_SHARE:
+        print(
+            f"warning: {share:.0%} of the words in the training captions are not in the tokenizer's word list and are "
+            "not learnt: train with --tokenizer bpe, which knows all words, or with a larger --vocab_size, and without "
+            "a captioner to start from that has a word list of other captions"
         )
 
 

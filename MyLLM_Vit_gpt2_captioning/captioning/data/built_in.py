@@ -47,11 +47,16 @@ def data_paths(recipe, chosen, defaults, data_folder):
     return paths
 
 
-def load_data(train_cfg, data_folder, download=False):
+def cleaning_of(model_cfg, train_cfg):
+    """How the captions of a run are cleaned, as arguments of `sources.load`."""
+    return dict(unescape=train_cfg.unescape_captions, case=model_cfg.caption_case)
+
+
+def load_data(train_cfg, data_folder, download=False, model_cfg=None):
     """The captions that the run trains on, rendered or downloaded first if need be -> DataFrame of usable rows.
 
-    `data_folder`: where the built-in datasets have their folders. Raises FileNotFoundError with the command that
-    fetches the public dataset when there is none.
+    `data_folder`: where the built-in datasets have their folders; `model_cfg` says in which case captions are,
+    lower by default. Raises FileNotFoundError with the command that fetches the public dataset when there is none.
     """
     data_dir = train_cfg.data_dir
     built_in = _built_in_name(data_dir, data_folder)
@@ -66,4 +71,5 @@ def load_data(train_cfg, data_folder, download=False):
 
                 downloads.fetch_dataset(train_cfg.dataset, data_dir)
     paths = data_dir, train_cfg.captions_file, train_cfg.image_dir
-    return sources.load_usable(*paths, train_cfg.dataset, train_cfg.unescape_captions, train_cfg.exclude)
+    cleaning = cleaning_of(model_cfg, train_cfg) if model_cfg else dict(unescape=train_cfg.unescape_captions)
+    return sources.load_usable(*paths, train_cfg.dataset, exclude=train_cfg.exclude, **cleaning)

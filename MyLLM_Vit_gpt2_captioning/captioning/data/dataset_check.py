@@ -21,8 +21,9 @@ from PIL import Image, UnidentifiedImageError
 from captioning.common.printable import in_markdown, printable
 from captioning.common.progress import progress_bar
 from captioning.common.stopping import stop_if_asked
+from captioning.common.text import NOT_UTF8
 from captioning.data import sources
-from captioning.data.conventions import NOT_UTF8, SPLITS, is_photo_file
+from captioning.data.conventions import SPLITS, is_photo_file
 from captioning.data.shards import reading
 from captioning.images import tar_members
 from captioning.images.preprocessing import load_image, open_image
@@ -65,9 +66,11 @@ def check_dataset(data_dir, report_dir, captions_file=None, image_dir=None, unes
     source = Path(captions_file) if captions_file else sources.find_captions(data_dir, image_dir)
     photos = read_photos(dict.fromkeys(df["image"]))
     problems = find_problems(df, photos, source, image_dir)
-    damage = reading.find_damage(data_dir) if source == Path(data_dir) and reading.has_shards(source) else []
-    if damage:
-        problems.insert(0, Problem("damaged shards, and samples in them", True, damage))
+    if source == Path(data_dir) and reading.has_shards(source):
+        damage, without_captions = reading.find_damage(data_dir)
+        kinds = [Problem("damaged shards, and samples in them", True, damage)]
+        kinds += [Problem("shards with photos that have no usable caption beside them", False, without_captions)]
+        problems = [problem for problem in kinds if problem.cases] + problems
     readable = [photo for photo in photos if not photo.fault]
     lines = [f"# Check of {data_dir}", "", f"Captions: `{source}`", ""]
     lines += _describe_splits(df) + _describe_captions(df) + _describe_photos(readable)

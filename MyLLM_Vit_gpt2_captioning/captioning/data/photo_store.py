@@ -19,8 +19,8 @@ from PIL import ExifTags, Image
 
 from captioning.common.files import read_json, write_atomically
 from captioning.common.locks import LOCK_FILE, after_other_writers
+from captioning.common.text import with_markup
 from captioning.data import resumable_work, sources
-from captioning.data.conventions import with_markup
 from captioning.data.unreadable_photos import print_left_out
 from captioning.images import tar_members
 from captioning.images.preprocessing import load_image, open_image
@@ -53,7 +53,7 @@ def write_store(
         raise ValueError(f"side {side}: a photo needs at least one pixel")
     if store.exists() and any(store.iterdir()) and not (store / MANIFEST_FILE).is_file():
         raise FileExistsError(f"{store} holds something other than a photo store: give another folder with --to")
-    df = sources.load(data_dir, captions_file, image_dir, unescape=unescape)
+    df = sources.load(data_dir, captions_file, image_dir, unescape=unescape, case="keep")
     for column in {"caption", "prompt"} & set(df.columns) if unescape else ():
         df[column] = df[column].map(with_markup)  # the store is read as any dataset is
     names = store_names(df["image"].unique(), quality)

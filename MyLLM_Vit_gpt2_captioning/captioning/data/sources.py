@@ -16,9 +16,9 @@ for questions about images, `prompt`.
 A file of another name is taken where it is the only one that holds captions, or the only one of its split. Photos are
 found under names of other systems, see photo_names.py; what a file says, and what was made of it, is printed.
 
-Captions are lowercased and stripped, and unescaped where they were written for a web page; a missing one is "". Splits
-are made by image, never by caption: two captions of one photo in different splits would let validation see a training
-photo.
+Captions are lowercased (unless another `case` is asked for) and stripped, and unescaped where they were written for a
+web page; a missing one is "". Splits are made by image, never by caption: two captions of one photo in different splits
+would let validation see a training photo.
 
 pandas is imported in the functions that make frames, so that captioning a photo does not wait for it.
 """
@@ -26,6 +26,7 @@ pandas is imported in the functions that make frames, so that captioning a photo
 from pathlib import Path
 
 from captioning.common.printable import printable
+from captioning.common.text import clean_text, without_markup
 from captioning.data import photo_names
 from captioning.data.annotation_folders import (
     COCO_FILES,
@@ -37,15 +38,7 @@ from captioning.data.annotation_folders import (
     read_folder,
     try_files,
 )
-from captioning.data.conventions import (
-    CAPTION_FAULTS,
-    KARPATHY_FILES,
-    KNOWN_FILES,
-    SPLIT_NAMES,
-    SPLITS,
-    clean_text,
-    without_markup,
-)
+from captioning.data.conventions import CAPTION_FAULTS, KARPATHY_FILES, KNOWN_FILES, SPLIT_NAMES, SPLITS
 from captioning.data.exclusions import without_excluded
 from captioning.data.shards import reading
 from captioning.data.splits import assign_splits
@@ -58,12 +51,13 @@ FILES_SHOWN = 10
 # --- a dataset --------------------------------------------------------------------------------------------------------
 
 
-def load(data_dir, captions_file=None, image_dir=None, shard_splits=SPLITS, unescape=True, say=print):
+def load(data_dir, captions_file=None, image_dir=None, shard_splits=SPLITS, unescape=True, say=print, case="lower"):
     """Read a dataset -> DataFrame with the columns image, caption, split and, where the file has one, prompt.
 
     `captions_file`: the annotation file or folder, found in `data_dir` when not given; `image_dir`: the folder of
     photos, likewise; `shard_splits`: the splits that are read of tar shards; `unescape`: whether captions that were
-    written for a web page are unescaped; `say` prints what was understood. The index says where a row stands: line,
+    written for a web page are unescaped; `case`: of captions and prompts, one of `text.CASES`; `say` prints what was
+    understood. The index says where a row stands: line,
     annotation id, ... as `index.name` says. Rows that training cannot use are still there: see `drop_unusable`; but
     rows with nothing in them are not. Raises FileNotFoundError when there is no annotation file, ValueError that names
     file and row when it cannot be understood, names an image outside the image folder, or one that may be two photos.
@@ -77,7 +71,7 @@ def load(data_dir, captions_file=None, image_dir=None, shard_splits=SPLITS, unes
     else:
         roots = photo_names.image_roots(data_dir, source, image_dir)
     photos = photo_names.PhotoFinder(roots)
-    df = read_captions(source, shard_splits, unescape, say, photos.is_photo)
+    df = read_captions(source, shard_splits, unescape, say, photos.is_photo, case)
     file_splits = df.pop("split") if "split" in df else None
     names = df["image"]
     df["image"] = photos.find_all(names, source, say)
@@ -146,18 +140,21 @@ def _nothing_found(source, data_dir, image_dir):
     return message + (f"\n    and {len(tried) - FILES_SHOWN:,} more" if len(tried) > FILES_SHOWN else "")
 
 
-def read_captions(path, shard_splits=SPLITS, unescape=True, say=print, is_photo=lambda name: False):
+def read_captions(path, shard_splits=SPLITS, unescape=True, say=print, is_photo=lambda name: False, case="lower"):
     """Read any of the formats above -> DataFrame with the columns image (name as in the file), caption, and split and
     prompt where the file has them. The other arguments as in `load` and `read_table`. Raises ValueError that names the
     file, and the row where one is wrong."""
     path = Path(path)
-    df = read_folder(path, shard_splits, say, is_photo, unescape) if path.is_dir() else read_file(path, say, is_photo)
+    if path.is_dir():
+        df = read_folder(path, shard_splits, say, is_photo, unescape, case)
+    else:
+        df = read_file(path, say, is_photo)
     df = _without_empty_rows(df, path, say)
     if df.empty:
         raise ValueError(f"{path}: holds no captions")
     if unescape and not (path.is_dir() and reading.has_shards(path)):  # their samples are unescaped when they are read
         df = _unescaped(df, path, say)
-    return _cleaned(df, path)
+    return _cleaned(df, path, case)
 
 
 def _without_empty_rows(df, path, say):
@@ -188,7 +185,7 @@ def _unescaped(df, path, say):
     return df
 
 
-def _cleaned(df, path):
+def _cleaned(df, path, case):
     """Names of images stripped, captions and prompts cleaned, splits under their usual names."""
     blank = df["image"].isna() | (df["image"].astype(str).str.strip() == "")
     if blank.any():
@@ -201,7 +198,7 @@ def _cleaned(df, path):
             raise ValueError(
                 f"{path}, {df.index.name} {df.index[row]}: the {column} is {df[column].iloc[row]!r}, not a text"
             )
-        df[column] = df[column].astype(object).fillna("").map(lambda value: clean_text(str(value)))
+        df[column] = df[column].astype(object).fillna("").map(lambda value: clean_text(str(value), case))
     if "split" in df:
         if df["split"].isna().all():
             return df.drop(columns="split")
@@ -219,7 +216,7 @@ def _cleaned(df, path):
 # --- rows that training can use ---------------------------------------------------------------------------------------
 
 
-def load_usable(data_dir, captions_file, image_dir, dataset, unescape=True, exclude=""):
+def load_usable(data_dir, captions_file, image_dir, dataset, unescape=True, exclude="", case="lower"):
     """`load` without the rows that training cannot use, or that the list `exclude` names; prints how many photos each
     split has. Of tar shards only the validation split is read, since training streams the others: see
     `streaming.streamed_folder`.
@@ -229,7 +226,7 @@ def load_usable(data_dir, captions_file, image_dir, dataset, unescape=True, excl
     """
     captions_file = captions_file or find_captions(data_dir, image_dir)
     try:
-        df = load(data_dir, captions_file, image_dir, shard_splits=["val"], unescape=unescape)
+        df = load(data_dir, captions_file, image_dir, shard_splits=["val"], unescape=unescape, case=case)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error}\nTo fetch {dataset}, add --download, or run\n"

@@ -6,8 +6,9 @@ import re
 from contextlib import suppress
 
 from captioning.common.printable import printable
+from captioning.common.text import clean_text
 from captioning.data.annotation_files import our_column_names, read_text
-from captioning.data.conventions import clean_text, match_columns
+from captioning.data.conventions import match_columns
 
 SEPARATORS = "|\t,;"  # in the order in which they are tried
 QUOTING = ",;"  # with these, quotation marks surround a field that holds the separator

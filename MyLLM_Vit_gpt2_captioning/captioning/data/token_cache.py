@@ -311,13 +311,10 @@ class _AugmentedView:
     """path -> image tensor (3, H, W) of one augmented view, the same in every run."""
 
     def __init__(self, preprocessing, view, captions_of):
-        names = ("img_size", "mean", "std")
-        self.transforms = TrainingTransforms(
-            *(preprocessing[name] for name in names), view["crop_scale"], preprocessing["resample"]
-        )
+        self.transforms = TrainingTransforms(crop_scale=view["crop_scale"], **preprocessing)
         self.view, self.captions_of = view, captions_of
 
     def __call__(self, path):
         seed = [self.view["view"], zlib.crc32(Path(path).name.encode())]
-        pixels = np.asarray(load_image(path))  # (H, W, 3)
+        pixels = np.asarray(load_image(path, grey16=self.transforms.grey16))  # (H, W, 3)
         return self.transforms(image=pixels, captions=self.captions_of.get(path, ()), seed=seed)["image"]

@@ -66,9 +66,9 @@ class UnreadablePhotos(UnreadableFlags):
     def __contains__(self, image):
         return bool(self.flags[self.index_of[image]])
 
-    def load(self, image, least_side=None):
-        """-> upright RGB pixels (H, W, 3) uint8; grey ones for an unreadable photo. `least_side` as in `load_image`."""
-        return self.load_or_grey(self.index_of[image], lambda: load_image(image, least_side))
+    def load(self, image, **opening):
+        """-> upright RGB pixels (H, W, 3) uint8; grey ones for an unreadable photo. `opening` as in `load_image`."""
+        return self.load_or_grey(self.index_of[image], lambda: load_image(image, **opening))
 
     def _check(self, count):
         unreadable = [image for image, flag in zip(self.images, self.flags.tolist(), strict=True) if flag]

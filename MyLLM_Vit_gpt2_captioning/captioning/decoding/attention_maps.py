@@ -19,7 +19,7 @@ from PIL import Image
 from captioning.common.files import write_atomically
 from captioning.common.printable import printable
 from captioning.images.preprocessing import preprocess, resize
-from captioning.model.tokenizer import encode_prompt
+from captioning.model.tokenizer import read_prompt
 
 
 def caption_ids(model, tokenizer, image, prompt="", **options):
@@ -30,7 +30,8 @@ def caption_ids(model, tokenizer, image, prompt="", **options):
     """
     device = next(model.parameters()).device
     pixels = preprocess(image, **model.preprocessing)[None].to(device)  # (1, 3, H, W)
-    ids = model.generate(pixels, torch.tensor([encode_prompt(tokenizer, prompt)], device=device), **options)
+    start = torch.tensor([read_prompt(tokenizer, prompt, model.config).ids], device=device)  # (1, T)
+    ids = model.generate(pixels, start, **options)
     return ids if isinstance(ids, list) else [ids]
 
 
@@ -111,7 +112,8 @@ def patch_maps(model, weights):
 def group_words(tokenizer, token_ids):
     """token_ids, a list that begins with BOS -> list of (word, positions of its tokens in `token_ids`).
 
-    The pieces of a BPE are joined to words; special tokens and everything after EOS are left out.
+    The pieces of a BPE are joined to words, characters that are tokens stay alone; special tokens and everything after
+    EOS are left out.
     """
     words = []  # the positions of each word
     for position in range(1, len(token_ids)):
@@ -119,7 +121,7 @@ def group_words(tokenizer, token_ids):
             break
         previous = tokenizer.decode(token_ids[position - 1 : position])
         added = tokenizer.decode(token_ids[position - 1 : position + 1])[len(previous) :]
-        if not words or added[:1].isspace():
+        if not words or added[:1].isspace() or getattr(tokenizer, "has_characters", False):
             words.append([])
         words[-1].append(position)
     return [(tokenizer.decode([token_ids[p] for p in positions]).strip(), positions) for positions in words]

@@ -4,17 +4,19 @@ The image is encoded once, cross-attention's keys and values are projected once 
 of an image, and with a KV cache each new token costs one token's work.
 """
 
+import os
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
+from captioning.common.printable import warn_once
 from captioning.data.batching import to_device
 from captioning.decoding.cached_decoder import decoder_for, next_token_logits
 from captioning.decoding.packed_weights import packed_linears
 from captioning.images.photo_batches import photo_batches
-from captioning.model.tokenizer import encode_prompt
+from captioning.model.tokenizer import read_prompt
 
 MAX_LOGITS = 2**24  # that are in memory at a time where finished captions are looked at
 SHRINK_BELOW = 0.8  # finished images leave the batch when this share or less is unfinished: copying the rest has a cost
@@ -118,6 +120,7 @@ def generate_ids(model, images, sequences, max_tokens=50, temperature=1.0, deter
     max_tokens = min(max_tokens, room)
     if max_tokens == 0:
         return sequences.repeat_interleave(options.num_return_sequences, dim=0)
+    check_beams(options.num_beams, model, len(sequences), sequences.size(1) + max_tokens)
     eos = model.config.eos_token_id
     rows_per_image = options.num_beams if options.num_beams > 1 else options.num_return_sequences
     with _eval_mode(model):
@@ -138,6 +141,35 @@ def generate_ids(model, images, sequences, max_tokens=50, temperature=1.0, deter
                 generator = torch.Generator(sequences.device).manual_seed(generator)
             next_token = partial(_sample, generator=generator)
         return _greedy_or_sampling(decoder, next_token, max_tokens, eos)
+
+
+def check_beams(num_beams, model, images, length):
+    """Raise ValueError for more beams than a vocabulary has first tokens, and for more than fit into the memory with
+    this many `images` at a time and captions of up to `length` tokens."""
+    config, device = model.config, next(model.parameters()).device
+    if num_beams == 1:
+        return
+    if num_beams > config.vocab_size:
+        raise ValueError(
+            f"num_beams is {num_beams:,}, but must be at most {config.vocab_size:,}, the size of the vocabulary: "
+            "beams begin with different tokens"
+        )
+    # Of a beam: keys and values of all blocks, twice while beams are chosen; scores of all tokens, a few times.
+    of_beam = 4 * images * (4 * config.depth * length * config.embed_dim + 4 * config.vocab_size)
+    memory = device_memory(device)
+    if num_beams * of_beam > memory:
+        raise ValueError(
+            f"num_beams {num_beams:,} with {images:,} images at a time needs about {num_beams * of_beam / 1e9:,.0f} GB "
+            f"of memory, and there are {memory / 1e9:,.0f} GB: at most {memory // of_beam:,} beams, or fewer images at "
+            "a time (batch_size)"
+        )
+
+
+def device_memory(device):
+    """Bytes of memory of a device, used or free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def until_first_eos(ids, eos):
@@ -298,9 +330,9 @@ def caption_images(
 ):
     """Paths, PIL images or arrays -> a list of captions; with `num_return_sequences` above 1 a list of lists.
 
-    With one `prompt` for all images every caption begins with it. A list of prompts, one an image, are questions: the
-    captions are then only what follows them, the answers. `load_batch` as in `caption_batches`, `options` as in
-    `Options`.
+    With one `prompt` for all images every caption begins with it, cleaned as captions are. A list of prompts, one an
+    image, are questions: the captions are then only what follows them, the answers. `load_batch` as in
+    `caption_batches`, `options` as in `Options`.
     """
     options = Options(max_tokens, temperature, deterministic, **options)
     captions = [None] * len(images)
@@ -320,16 +352,18 @@ def caption_batches(model, tokenizer, images, options, batch_size=64, prompt="",
     as many prompts as images.
     """
     device, are_questions = next(model.parameters()).device, not isinstance(prompt, str)
-    max_length = model.config.seq_len - 2  # the same truncation as in training
-    prompts = prompt if are_questions else [prompt] * len(images)
-    prompt_ids = [encode_prompt(tokenizer, text)[:max_length] for text in prompts]
+    texts = prompt if are_questions else [prompt] * len(images)
+    prompt_of = {text: read_prompt(tokenizer, text, model.config) for text in dict.fromkeys(texts)}
+    for unreadable in [of_text for of_text in prompt_of.values() if of_text.unknown][:1]:
+        warn_once(unreadable.warning())
+    prompts = [prompt_of[text] for text in texts]
     if len(prompts) != len(images):
         raise ValueError(f"{len(prompts)} prompts for {len(images)} images")
     if isinstance(options.seed, int):  # one generator for all batches
         options = replace(options, seed=torch.Generator(device).manual_seed(options.seed))
     count, by_length = options.num_return_sequences, {}  # prompts of one length make a batch without padding
-    for i, ids in enumerate(prompt_ids):
-        by_length.setdefault(len(ids), []).append(i)
+    for i, of_image in enumerate(prompts):
+        by_length.setdefault(len(of_image.ids), []).append(i)
     batches = [
         indices[start : start + batch_size]
         for indices in by_length.values()
@@ -340,10 +374,10 @@ def caption_batches(model, tokenizer, images, options, batch_size=64, prompt="",
         inputs = (load_batch(batch) for batch in image_batches)
     else:
         photo = model.preprocessing  # the model normalises, on its device
-        inputs = photo_batches(image_batches, photo["img_size"], photo["resample"], device)
+        inputs = photo_batches(image_batches, photo["img_size"], photo["resample"], device, photo.get("grey16", "full"))
     with closing(inputs):
         for batch, pixels_or_tokens in zip(batches, inputs, strict=True):
-            sequences = torch.tensor([prompt_ids[i] for i in batch], device=device)  # (B, T)
+            sequences = torch.tensor([prompts[i].ids for i in batch], device=device)  # (B, T)
             length = sequences.size(1)
             inputs_of_model, pixels = to_device(pixels_or_tokens, device), None
             if observe is not None and not isinstance(inputs_of_model, list):
@@ -354,7 +388,10 @@ def caption_batches(model, tokenizer, images, options, batch_size=64, prompt="",
             if observe is not None:
                 observe(batch, inputs_of_model, rows, length, pixels)
             rows = rows.tolist()
-            texts = [tokenizer.decode(row[length if are_questions else 1 :]).strip() for row in rows]
+            if are_questions:
+                texts = [tokenizer.decode(row[length:]).strip() for row in rows]
+            else:
+                texts = [prompts[0].caption(tokenizer, row) for row in rows]
             finished = [model.config.eos_token_id in row[length:] for row in rows]
             for n, i in enumerate(batch):
                 yield i, texts[n * count : (n + 1) * count], finished[n * count : (n + 1) * count]

@@ -80,15 +80,22 @@ def resize_fast(pixels, side, resample):
     return image[0].permute(1, 2, 0).contiguous().numpy()
 
 
+def opening_of(transforms):
+    """How the photos for these transforms are opened, as arguments of `load_image`; they may be another library's."""
+    opening = dict(least_side=getattr(transforms, "least_side", None))
+    grey16 = getattr(transforms, "grey16", "full")
+    return opening if grey16 == "full" else opening | dict(grey16=grey16)
+
+
 class TrainingTransforms:
     """`transforms(image=array, captions=[...], seed=...)["image"]` -> float tensor (3, img_size, img_size), or uint8
     when it is normalised later, on the device."""
 
-    def __init__(self, img_size, mean, std, crop_scale=0.8, resample="bicubic", normalized=True):
+    def __init__(self, img_size, mean, std, crop_scale=0.8, resample="bicubic", normalized=True, grey16="full"):
         self.img_size, self.mean, self.std, self.crop_scale = img_size, mean, std, crop_scale
         self.resample, self.normalized = resample, normalized
         # For `load_image`: twice the pixels that the model sees, so that the crop is still reduced.
-        self.least_side = 2 * img_size
+        self.least_side, self.grey16 = 2 * img_size, grey16
 
     def __call__(self, image, captions=(), seed=None):
         """image (H, W, 3) uint8; `captions` are all captions of the picture; the same `seed` gives the same result."""
@@ -107,8 +114,9 @@ class TrainingTransforms:
 class ValidationTransforms:
     """The plain preprocessing, called like a training transform; pixel for pixel `preprocessing.preprocess`."""
 
-    def __init__(self, img_size, mean, std, resample="bicubic", normalized=True):
+    def __init__(self, img_size, mean, std, resample="bicubic", normalized=True, grey16="full"):
         self.img_size, self.mean, self.std, self.resample, self.normalized = img_size, mean, std, resample, normalized
+        self.grey16 = grey16  # for `load_image`
 
     def __call__(self, image, captions=(), seed=None):
         """image (H, W, 3) uint8 -> {"image": tensor (3, img_size, img_size)}; the rest is not used."""

@@ -14,9 +14,9 @@ from captioning.images.preprocessing import resize
 MAX_THREADS = 8
 
 
-def photo_batches(batches, img_size, resample, device):
+def photo_batches(batches, img_size, resample, device, grey16="full"):
     """Lists of images, as `load_image` takes them -> yields for each uint8 pixels (B, 3, img_size, img_size), as in
-    validation; in pinned memory where they go to a CUDA device.
+    validation; in pinned memory where they go to a CUDA device. `resample` and `grey16` as in `resize`.
 
     While an accelerator works on a batch the files of the next one are decoded, never more. On a CPU the cores belong
     to the model then, so that a batch is decoded when it is asked for. What `load_image` raises is raised when the
@@ -26,7 +26,7 @@ def photo_batches(batches, img_size, resample, device):
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
         try:
             for images in batches:
-                waiting.append(_start(pool, images, img_size, resample, device))
+                waiting.append(_start(pool, images, device, img_size, resample, grey16))
                 if len(waiting) > (device.type != "cpu"):
                     yield _finish(*waiting.popleft())
             while waiting:
@@ -35,7 +35,7 @@ def photo_batches(batches, img_size, resample, device):
             pool.shutdown(cancel_futures=True)
 
 
-def _start(pool, images, img_size, resample, device):
+def _start(pool, images, device, img_size, *how):
     """-> (pixels (B, 3, img_size, img_size) uint8, a function for each image that is done when its pixels are there).
 
     Only files are left to threads: an image that the caller holds may be there twice, and Pillow opens it lazily.
@@ -43,14 +43,14 @@ def _start(pool, images, img_size, resample, device):
     pixels = torch.empty(len(images), 3, img_size, img_size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     jobs = []
     for place, image in zip(pixels.numpy(), images, strict=True):
-        load = partial(_load, place, image, img_size, resample)
+        load = partial(_load, place, image, img_size, *how)
         jobs.append(pool.submit(load).result if isinstance(image, str | Path) else load)
     return pixels, jobs
 
 
-def _load(place, image, img_size, resample):
+def _load(place, image, img_size, *how):
     """Write the pixels to `place` (3, img_size, img_size), with NumPy: torch would start threads of its own here."""
-    place[:] = np.asarray(resize(image, img_size, resample)).transpose(2, 0, 1)
+    place[:] = np.asarray(resize(image, img_size, *how)).transpose(2, 0, 1)
 
 
 def _finish(pixels, jobs):

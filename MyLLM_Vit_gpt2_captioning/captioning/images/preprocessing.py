@@ -24,12 +24,12 @@ LARGEST = 600_000_000
 BYTES_OF_MODE = {"I": 4, "F": 4, "I;16": 2, "I;16B": 2, "I;16L": 2}  # others: one a band
 
 
-def load_image(source, least_side=None):
+def load_image(source, least_side=None, grey16="full"):
     """Open an image as upright 8-bit RGB.
 
     `source` is a path (or one into a tar, see tar_members.py), an opened file, an opened `PIL.Image.Image`, or an array
     (H, W, 3) of dtype uint8. With `least_side` a JPEG file may be decoded at 1/2, 1/4 or 1/8 of its size, which is much
-    faster, as long as both sides keep that many pixels.
+    faster, as long as both sides keep that many pixels. `grey16`: how 16 bits of grey become 8, see `_as_rgb`.
     Raises FileNotFoundError for a missing file, and ValueError that names the file when it is not a readable image.
     """
     if isinstance(source, np.ndarray):
@@ -38,7 +38,7 @@ def load_image(source, least_side=None):
     name = printable(name)
     try:
         if isinstance(source, Image.Image):
-            return _as_rgb(ImageOps.exif_transpose(source))  # phones store the turn beside the pixels
+            return _as_rgb(ImageOps.exif_transpose(source), grey16)  # phones store the turn beside the pixels
         image = open_image(tar_members.opened(source))
         size = math.prod(image.size) * BYTES_OF_MODE.get(image.mode, len(image.getbands()))
         if size > LARGEST:
@@ -47,7 +47,7 @@ def load_image(source, least_side=None):
             image.draft(None, (least_side, least_side))  # does nothing for other formats
         image.load()
         ImageOps.exif_transpose(image, in_place=True)  # the image was opened here, so no copy is needed
-        return image if image.mode == "RGB" and not image.has_transparency_data else _as_rgb(image)
+        return image if image.mode == "RGB" and not image.has_transparency_data else _as_rgb(image, grey16)
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such image") from None
     except Exception as error:  # a decoder may stumble over a damaged file in any way: TypeError, struct.error, ...
@@ -90,13 +90,22 @@ def _is_heic(source):
     return head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS
 
 
-def _as_rgb(image):
-    """An image of any mode -> 8-bit RGB, transparent parts on white, as pages show them."""
+def _as_rgb(image, grey16):
+    """An image of any mode -> 8-bit RGB, transparent parts on white, as pages show them.
+
+    With `grey16` "full", 16 bits of grey become 8 as they are: 0 is black and 65535 white. With "range" the darkest
+    value of the photo is black and the lightest white, for scanners that use a part of the 16 bits only: 12 bits in 16
+    would be nearly black.
+    """
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255: nearly all of it white
         values = np.array(image)  # uint16 or, with some formats, int32; changed in place, because it may be large
         if values.dtype != np.uint16:
             values.clip(0, 65535, out=values)
-        values //= 257
+        if grey16 == "range":
+            low, high = int(values.min()), int(values.max())
+            values = (values.astype(np.int64) - low) * 255 // max(1, high - low)
+        else:
+            values //= 257
         image = Image.fromarray(values.astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; save it with 8 bits a channel")
@@ -130,15 +139,15 @@ def normalize_pixels(images, preprocessing):
     return normalize(images, preprocessing["mean"], preprocessing["std"])
 
 
-def resize(source, img_size, resample="bicubic"):
+def resize(source, img_size, resample="bicubic", grey16="full"):
     """Any image that `load_image` takes -> RGB image of img_size x img_size pixels, as in validation.
 
     The whole photo is squeezed into the square (antialiased, `resample` is "bicubic" or "bilinear"): a caption may
-    speak of anything in it, so nothing is cropped away.
+    speak of anything in it, so nothing is cropped away. `grey16` as in `load_image`.
     """
-    return load_image(source).resize((img_size, img_size), Image.Resampling[resample.upper()])
+    return load_image(source, grey16=grey16).resize((img_size, img_size), Image.Resampling[resample.upper()])
 
 
-def preprocess(source, img_size, mean, std, resample="bicubic"):
+def preprocess(source, img_size, mean, std, resample="bicubic", grey16="full"):
     """Any image that `load_image` takes -> float tensor (3, img_size, img_size), as in validation."""
-    return normalize(to_tensor(resize(source, img_size, resample)), mean, std)
+    return normalize(to_tensor(resize(source, img_size, resample, grey16)), mean, std)

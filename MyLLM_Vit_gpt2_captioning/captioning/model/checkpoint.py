@@ -11,6 +11,7 @@ import json
 import math
 import pickle
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -53,14 +54,15 @@ def save_checkpoint(folder, state_dict, config, tokenizer=None, torch_file=True)
         write_atomically(folder / TORCH_FILE, lambda path: torch.save(state_dict, path))
     if tokenizer is not None:
         write_atomically(folder / TOKENIZER_FILE, lambda path: path.write_text(tokenizer.to_json(), encoding="utf-8"))
+        config = config | {"tokenizer_fingerprint": tokenizer.fingerprint}
     write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 
-def save_epoch(folder, state_dict, epoch, loss):
-    """Keep the weights of one epoch (counted from 1) beside the best ones: epochs/epoch_03_loss_2.345.safetensors."""
+def save_epoch(folder, model, epoch, loss):
+    """Keep an epoch's weights (counted from 1) beside the best ones: epochs/epoch_03_loss_2.345.safetensors."""
     epochs = Path(folder) / EPOCHS_FOLDER
     epochs.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     name = f"epoch_{epoch:02d}_loss_{loss:.3f}.safetensors"
     write_atomically(epochs / name, lambda path: path.write_bytes(save(weights)))
 
@@ -196,6 +198,17 @@ def _without_prefix(content):
     return content
 
 
+def some_of(problems, shown=6):
+    """Problems of a state_dict ("name: unknown", ...) -> some of each kind and how many more there are, a line each: a
+    wrong file has hundreds."""
+    kinds = {}
+    for problem in problems:
+        kinds.setdefault(problem.partition(": ")[2].partition(" ")[0], []).append(problem)
+    in_turn = [problem for of_each in zip_longest(*kinds.values()) for problem in of_each if problem]
+    more = [f"and {len(problems) - shown:,} more"] if len(problems) > shown else []
+    return "\n  ".join([*sorted(in_turn[:shown]), *more])
+
+
 def find_folder(source, files=(WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE)):
     """A checkpoint folder, or a hub id "user/repo" of which `files` are then downloaded -> Path of the folder.
 
@@ -220,7 +233,7 @@ def find_folder(source, files=(WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE)):
 def load_strictly(model, path):
     """Load the weights file `path`, or that of the checkpoint folder `path`, into `model`, all of it.
 
-    Raises ValueError that lists every key that is missing, unknown or of another shape; the model is then unchanged.
+    Raises ValueError that names keys that are missing, unknown or of another shape; the model is then unchanged.
     """
     path = weights_file(path) if Path(path).is_dir() else path
     stored, own = unwrapped(load_weights(path), path), model.state_dict()
@@ -237,7 +250,7 @@ def load_strictly(model, path):
         if stored[key].is_floating_point() != own[key].is_floating_point()
     ]
     if problems:
-        raise ValueError(f"{path} does not fit the model:\n  " + "\n  ".join(sorted(problems)) + f"\n{OTHER_COPY}")
+        raise ValueError(f"{path} does not fit the model:\n  {some_of(sorted(problems))}\n{OTHER_COPY}")
     check_finite(stored, path)
     load_weights_into(model, stored)
 

@@ -125,14 +125,16 @@ def preprocessing_of(config):
     else:
         img_size, mean, std = timm_data_config(config.encoder, config.encoder_options)
     defaults = dict(img_size=img_size, mean=mean, std=std, resample="bicubic")
-    unknown = config.preprocessing.keys() - defaults.keys()
+    unknown = config.preprocessing.keys() - defaults.keys() - {"grey16"}
     if unknown:
-        raise ValueError(f"preprocessing has no {', '.join(sorted(unknown))}; it has mean, std and resample")
+        raise ValueError(f"preprocessing has no {', '.join(sorted(unknown))}; it has mean, std, resample and grey16")
     chosen = defaults | config.preprocessing
     if chosen["img_size"] != img_size:
         raise ValueError(f"preprocessing: img_size is the encoder's, {img_size}; change it in encoder_options")
     if chosen["resample"] not in ("bicubic", "bilinear"):
         raise ValueError(f"preprocessing: resample {chosen['resample']!r} is neither bicubic nor bilinear")
+    if chosen.get("grey16", "full") not in ("full", "range"):
+        raise ValueError(f"preprocessing: grey16 {chosen['grey16']!r} is neither full nor range")
     for key in ("mean", "std"):
         value = chosen[key]
         is_triple = isinstance(value, (list, tuple)) and len(value) == 3

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 
 from captioning.common.files import CONFIG_FILE, TOKENIZER_FILE, read_json, write_atomically
-from captioning.model.checkpoint import check_finite, find_folder, load_config, load_weights, unwrapped
+from captioning.model.checkpoint import check_finite, find_folder, load_config, load_weights, some_of, unwrapped
 from captioning.model.tokenizer import END_OF_TEXT
 
 MODEL_TYPE = "vision-encoder-decoder"  # in the config.json of a VisionEncoderDecoderModel
@@ -141,7 +141,7 @@ def convert_from_hf(theirs, pairs, reference, source):
     """transformers' state_dict `theirs` -> our state_dict, strictly.
 
     Keys, shapes and dtypes are those of `reference`, a state_dict of the model to load. Raises ValueError that names
-    `source` and lists every key that is missing, unknown or wrongly shaped.
+    `source` and keys that are missing, unknown or wrongly shaped.
     """
     theirs, ours, problems = dict(theirs), {}, []
     for pair in pairs:
@@ -171,7 +171,7 @@ def convert_from_hf(theirs, pairs, reference, source):
     if not problems:
         problems = [f"{name}: nothing there for this layer" for name in reference.keys() - ours.keys()]
     if problems:
-        raise ValueError(f"{source} does not fit the model:\n  " + "\n  ".join(sorted(problems)))
+        raise ValueError(f"{source} does not fit the model:\n  {some_of(sorted(problems))}")
     return ours
 
 
@@ -539,6 +539,13 @@ def _hf_preprocessor(preprocessing):
         image_mean=list(preprocessing["mean"]),
         image_std=list(preprocessing["std"]),
     )
+
+
+def check_built_like_gpt2(config, gpt2):
+    """Raise ValueError where a decoder is built unlike GPT-2, whose model_config is `gpt2`, in what has no size."""
+    for key in ("positions", "activation", "post_norm"):
+        if getattr(config, key) != getattr(gpt2, key):
+            raise ValueError(f"GPT-2 has no {key} {getattr(config, key)}: set --decoder_weights scratch")
 
 
 def check_sizes(theirs, ours, repo):

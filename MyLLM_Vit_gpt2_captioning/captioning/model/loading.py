@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from captioning.common.config import attributes, complete
 from captioning.common.files import CONFIG_FILE
 from captioning.model import checkpoint, encoders, hugging_face
-from captioning.model.tokenizer import check_eos
+from captioning.model.tokenizer import CaptionTokenizer, check_eos, check_fingerprint
 
 
 def stored_config(source, defaults, read_decoder):
@@ -102,13 +102,49 @@ def complete_model_config(given, defaults, read_decoder):
 
     Constants that are not given are those of the captioner to start from (`start_from`), where there is one, else
     `defaults`. A whole `ModelConfig` gives all of them: to start from a captioner, give an object with `start_from` and
-    the constants that are to differ. Raises ValueError that names an unknown constant, and what `stored_config` raises.
+    the constants that are to differ. Raises ValueError that names an unknown constant, or one that the captioner
+    decides and that is to differ, and what `stored_config` raises.
     """
     values = attributes(given)
     if values.get("start_from") and not vars(defaults).keys() <= values.keys():
         _, defaults = stored_config(values["start_from"], defaults, read_decoder)
+        check_decided_by_captioner(values, defaults)
         values["preprocessing"] = defaults.preprocessing | values.get("preprocessing", {})
     return complete(values, defaults)
+
+
+# Constants that a captioner to start from decides, because its weights or its tokenizer do.
+DECIDED_BY_CAPTIONER = (
+    "embed_dim",
+    "num_heads",
+    "depth",
+    "vocab_size",
+    "positions",
+    "activation",
+    "post_norm",
+    "tokenizer",
+    "eos_token_id",
+    "unk_token_id",
+    "encoder",
+)
+WHOSE_WEIGHTS_ARE_LOADED = ("decoder_weights", "encoder_weights")
+
+
+def check_decided_by_captioner(given, stored):
+    """Raise ValueError for the first of the constants `given` (a dict) that has no effect, because the captioner to
+    start from, with the configuration `stored`, decides it, and has another one."""
+    for name, value in given.items():
+        own, start_from = getattr(stored, name, None), given["start_from"]
+        if name in DECIDED_BY_CAPTIONER and value != own:
+            raise ValueError(
+                f"{name} is {value!r}, but the captioner in start_from, {start_from}, has {own!r}, which cannot be "
+                f"changed: leave {name} out, or train a new captioner without start_from"
+            )
+        if name in WHOSE_WEIGHTS_ARE_LOADED and value not in ("pretrained", "scratch", own):
+            raise ValueError(
+                f"{name} is {value!r}, but all weights are those of the captioner in start_from, {start_from}: leave "
+                f"{name} out, or train a new captioner without start_from"
+            )
 
 
 def with_timm_encoder(config, gpt2_repo):
@@ -120,6 +156,14 @@ def with_timm_encoder(config, gpt2_repo):
         return dataclasses.replace(config, **encoders.resolve_encoder(config))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}\n\n{offline_help(config, gpt2_repo)}") from error
+
+
+def stored_tokenizer(folder):
+    """The tokenizer of the captioner in `folder`, ours or Hugging Face's. Raises FileNotFoundError or ValueError where
+    it is not there or not that of the captioner."""
+    tokenizer = CaptionTokenizer(folder)
+    check_fingerprint(tokenizer, checkpoint.load_config(folder))
+    return tokenizer
 
 
 def with_tokenizer(config, tokenizer):

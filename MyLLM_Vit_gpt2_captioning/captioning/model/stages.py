@@ -4,6 +4,9 @@ A run goes through the stages "new layers", "GPT-2 blocks" and "everything", as 
 parameters that start from random weights are never frozen.
 """
 
+import torch
+from torch import nn
+
 
 def stage_of(epoch, model, config):
     """The stage of an epoch, which counts from 0; `config`: the train_config."""
@@ -62,6 +65,34 @@ def train_only(model, names):
         parameter.requires_grad = name in names
     model.train(model.training)  # frozen modules go to eval mode
     print(f"frozen parameters: {sum(p.numel() for p in model.parameters() if not p.requires_grad):,}")
+
+
+@torch.no_grad()
+def norm_of_one_value(model):
+    """The name of the first BatchNorm that trains in some stage and has one value a channel of one photo, or None."""
+    trained = trainable_names("everything", model)
+    norms = {
+        module: name
+        for name, module in model.encoder.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"encoder.{name}.weight" in trained
+    }
+    if not norms:
+        return None
+    found = []
+
+    def look(norm, inputs):
+        if inputs[0].numel() == norm.num_features:
+            found.append(norms[norm])
+
+    hooks, was_training = [norm.register_forward_pre_hook(look) for norm in norms], model.training
+    side, device = model.preprocessing["img_size"], next(model.parameters()).device
+    try:
+        model.eval().levels(torch.zeros(1, 3, side, side, device=device))
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
 
 
 def keep_frozen_in_eval(model):

@@ -5,17 +5,36 @@ A BPE has one special token, `<|endoftext|>`, which is BOS, EOS and padding, as 
 names of Hugging Face tokenizers, but only the light `tokenizers` library is imported.
 """
 
+import hashlib
+import json
 import os
+import re
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
-from captioning.common.files import TOKENIZER_FILE
+from captioning.common.files import CONFIG_FILE, TOKENIZER_FILE
+from captioning.common.printable import printable
+from captioning.common.text import clean_text
 
 # Data workers are forked after the tokenizer was used; without this setting the library warns in each of them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
+# Letters of scripts that are written without spaces between words, as ranges that every library of regular expressions
+# knows: Thai, Lao, Myanmar, Khmer, Hiragana and Katakana, Han.
+CHARACTER_SCRIPTS = (
+    "[\u0e01-\u0e4e\u0e80-\u0ece\u1000-\u103f\u1050-\u109f\u1780-\u17d3\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003134f]"
+)
+# Words with inner apostrophes and hyphens ("man's", "t-shirt"), and single punctuation marks.
+WORDS = r"\w+(?:[-']\w+)*|[^\w\s]"
+# Each letter of such a script, with its marks and lengthening, and words of other scripts.
+CHARACTERS = (
+    rf"(?:(?=\w){CHARACTER_SCRIPTS})[\p{{M}}\u30fc\uff70]*"
+    rf"|(?:(?!{CHARACTER_SCRIPTS})\w)+(?:[-'](?:(?!{CHARACTER_SCRIPTS})\w)+)*|[^\w\s]"
+)
 START, END, PAD, UNKNOWN = "<start>", "<end>", "<pad>", "<unk>"
 
 
@@ -25,6 +44,22 @@ def _byte_level(model):
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def _split(pattern):
+    """A pre-tokenizer that gives the matches of a regular expression."""
+    return pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
+
+
+_characters = _split(CHARACTERS)
+# A space between two tokens that are such letters, or the punctuation of such scripts.
+_SPACELESS = CHARACTER_SCRIPTS[:-1] + "\u3001-\u3003\u3008-\u3011\uff01-\uff0f\uff1a-\uff20]"
+SPACE_BESIDE_CHARACTER = re.compile(rf"(?<={_SPACELESS}) (?={_SPACELESS})")
+
+
+def split_characters(text):
+    """A text -> its tokens as the tokenizer "character" splits it, list of str."""
+    return [token for token, _ in _characters.pre_tokenize_str(text)]
 
 
 def _load_file(path, load):
@@ -52,7 +87,8 @@ class CaptionTokenizer:
         """Train a tokenizer on captions, with at most `vocab_size` tokens, the special ones included.
 
         "bpe": byte-level like GPT-2's, the 256 bytes and the commonest merges. "word": the commonest words and
-        punctuation marks. Raises ValueError for another kind.
+        punctuation marks. "character": in place of words the letters of languages that are written without spaces.
+        Raises ValueError for another kind.
         """
         if kind == "bpe":
             backend = _byte_level(models.BPE())
@@ -62,16 +98,14 @@ class CaptionTokenizer:
                 show_progress=False,
                 initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             )
-        elif kind == "word":
+        elif kind in ("word", "character"):
             backend = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
-            # Words with inner apostrophes and hyphens ("man's", "t-shirt"), and single punctuation marks.
-            words = Regex(r"\w+(?:[-']\w+)*|[^\w\s]")
-            backend.pre_tokenizer = pre_tokenizers.Split(words, behavior="removed", invert=True)
+            backend.pre_tokenizer = _split(WORDS if kind == "word" else CHARACTERS)
             trainer = trainers.WordLevelTrainer(
                 vocab_size=vocab_size, special_tokens=[PAD, START, END, UNKNOWN], show_progress=False
             )
         else:
-            raise ValueError(f"tokenizer {kind!r} is not one of gpt2, bpe, word")
+            raise ValueError(f"tokenizer {kind!r} is not one of gpt2, bpe, word, character")
         backend.train_from_iterator(captions, trainer)
         return cls("trained on captions", backend)
 
@@ -118,11 +152,25 @@ class CaptionTokenizer:
 
     def decode(self, token_ids, skip_special_tokens=True):
         """Ids (list, array or 1-D tensor) -> text; bytes that are not valid UTF-8 become the replacement character."""
-        return self.backend.decode([int(i) for i in token_ids], skip_special_tokens=skip_special_tokens)
+        text = self.backend.decode([int(i) for i in token_ids], skip_special_tokens=skip_special_tokens)
+        return SPACE_BESIDE_CHARACTER.sub("", text) if self.has_characters else text
+
+    @cached_property
+    def has_characters(self):
+        """Whether letters of scripts without spaces are tokens: those of `train` with the kind "character"."""
+        splitter = self.backend.pre_tokenizer
+        return splitter is not None and len(splitter.pre_tokenize_str("\u4e00\u4e8c")) == 2
 
     def to_json(self):
         """The tokenizer as text: the content of `tokenizer.json`."""
         return self.backend.to_str(pretty=True)
+
+    @cached_property
+    def fingerprint(self):
+        """A hash of the vocabulary: tokens and their ids."""
+        vocabulary = self.backend.get_vocab()
+        text = json.dumps(sorted(vocabulary, key=vocabulary.get))
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def __len__(self):
         return self.backend.get_vocab_size()
@@ -176,6 +224,57 @@ def encode_caption(tokenizer, caption, max_length, prompt=""):
 def encode_prompt(tokenizer, prompt):
     """prompt -> list of ids [BOS] prompt, which generation continues."""
     return [tokenizer.bos_token_id, *tokenizer.encode(prompt.strip())]
+
+
+class Prompt(NamedTuple):
+    """What captions begin with, or a question, as the model reads it."""
+
+    text: str  # cleaned like the captions that the model was trained on
+    ids: list[int]  # [BOS] prompt, cut off so that the model can go on
+    unknown: list[str]  # its words that a word list lacks; the model reads them as <unk>
+
+    def caption(self, tokenizer, ids):
+        """Ids of a caption that begins with this prompt -> its text, in which the words that a word list lacks stand,
+        too."""
+        if not self.unknown:
+            return tokenizer.decode(ids[1:]).strip()
+        return f"{self.text} {tokenizer.decode(ids[len(self.ids) :]).strip()}".strip()
+
+    def warning(self):
+        """What to say of the words that the model cannot read; empty where it can read all."""
+        if not self.unknown:
+            return ""
+        words = printable(", ".join(self.unknown))
+        return f"the captioner's word list lacks these words of the prompt, which it reads as <unk>: {words}"
+
+
+def read_prompt(tokenizer, text, config):
+    """A text as a user gives it -> the `Prompt` of a captioner with this model_config."""
+    text = clean_text(text, config.caption_case)
+    ids = encode_prompt(tokenizer, text)[: config.seq_len - 2]  # the same truncation as in training
+    return Prompt(text, ids, unknown_words(tokenizer, text))
+
+
+def unknown_words(tokenizer, text):
+    """The words of a text that are not in a word list, each once; none for a BPE."""
+    if not isinstance(tokenizer, CaptionTokenizer) or tokenizer.unk_token_id < 0:
+        return []
+    unknown = tokenizer.unk_token_id
+    encoded = tokenizer.backend.encode(text, add_special_tokens=False)
+    places = [place for number, place in zip(encoded.ids, encoded.offsets, strict=True) if number == unknown]
+    words = dict.fromkeys(text[start:end] for start, end in places)
+    return [word for word in words if any(map(str.isalnum, word))]
+
+
+def check_fingerprint(tokenizer, stored):
+    """Raise ValueError when a captioner was trained with another tokenizer, by the content of its config.json,
+    `stored`: its ids would be other words. Captioners of Hugging Face, and early ones of ours, do not say which."""
+    expected = stored.get("tokenizer_fingerprint")
+    if expected and tokenizer.fingerprint != expected:
+        raise ValueError(
+            f"{tokenizer.source}: its {TOKENIZER_FILE} is not the one that the captioner was trained with, by the "
+            f"fingerprint in {CONFIG_FILE}; take both files from one run"
+        )
 
 
 def check_eos(tokenizer, config):

@@ -37,11 +37,11 @@ _WORD = re.compile(r"\w+(?:['-]\w+)*")
 # --- which captions and words are right -------------------------------------------------------------------------------
 
 
-def judge(images, captions, words, references, scenes, are_answers=False):
+def judge(images, captions, words, references, scenes, are_answers=False, by="words"):
     """Which captions and which of their words are right -> (a key of MEANING, bools (n,), a list of bools (words,)).
 
     images: n paths; captions: text of each; words: the words of each; references: the true captions, or answers, of
-    each; `scenes`: `shapes.true_scenes` of the dataset, which is empty for other datasets.
+    each; `scenes`: `shapes.true_scenes` of the dataset, which is empty for other datasets; `by` as in `metrics`.
     """
     if scenes and not are_answers:
         true = [scenes[Path(image).name] for image in images]
@@ -59,7 +59,7 @@ def judge(images, captions, words, references, scenes, are_answers=False):
     if are_answers:
         right = [text in true for text, true in zip(captions, references, strict=True)]
         return "questions", np.array(right, dtype=bool), right_words
-    cider = cider_of_each(dict(enumerate(captions)), dict(enumerate(references)))
+    cider = cider_of_each(dict(enumerate(captions)), dict(enumerate(references)), by)
     return "photos", np.array([cider[i] >= RIGHT_CIDER for i in range(len(captions))], dtype=bool), right_words
 
 
@@ -93,7 +93,9 @@ class _Observer:
         return no_photo, found
 
 
-def calibrate(model, tokenizer, images, references, scenes, prompts="", load_batch=None, batch_size=64, shifted=False):
+def calibrate(
+    model, tokenizer, images, references, scenes, prompts="", load_batch=None, batch_size=64, shifted=False, by="words"
+):
     """Caption photos greedily and learn from which of the captions are right -> `Confidence`.
 
     `images`: paths; `references`: a list of true captions (or answers) for each; `scenes` as in `judge`;
@@ -114,7 +116,7 @@ def calibrate(model, tokenizer, images, references, scenes, prompts="", load_bat
     evidence = [evidence[i] for i in range(len(images))]
     are_answers = bool(prompts and any(prompts))
     words = [one.words for one in evidence]
-    kind, right, right_words = judge(images, captions, words, references, scenes, are_answers)
+    kind, right, right_words = judge(images, captions, words, references, scenes, are_answers, by)
     # A word's usual share must not know the caption it is used for: for fitting it comes from the other photos.
     of_words = [None] * len(images)
     for fold in range(FOLDS):
@@ -174,7 +176,8 @@ def calibrate_run(model, tokenizer, dataset, config):
     load_batch = dataset.token_caches[0].batch if dataset.token_caches else None
     scenes = shapes.true_scenes(config.data_dir)
     try:
-        known = calibrate(model, tokenizer, images, list(references.values()), scenes, prompts, load_batch)
+        truth = list(references.values()), scenes, prompts
+        known = calibrate(model, tokenizer, images, *truth, load_batch, by=config.score_tokens)
     except (OSError, ValueError) as error:  # the run is over, and its captioner is whole without
         print(f"the captioner is not calibrated and has no confidence: {error}")
         return

@@ -17,24 +17,24 @@ def check_same_images(systems):
                 )
 
 
-def compare_systems(systems, references, more_parts=lambda captions: []):
+def compare_systems(systems, references, by="words", more_parts=lambda captions: []):
     """systems: two or more {name: {image: caption}} of the same images; references: {image: [captions]} -> [(first
-    name, other name, result of `intervals.compare`), ...]: every other system against the first.
+    name, other name, result of `intervals.compare`), ...]: every other system against the first. `by` as in `metrics`.
 
     `more_parts`: {image: caption} -> `intervals.Part`s of further scores. Raises ValueError when the images of the
     systems differ.
     """
     check_same_images(systems)
     references = {image: references[image] for image in next(iter(systems.values()))}
-    (first, own), *others = [(name, metrics.parts(c, references) + more_parts(c)) for name, c in systems.items()]
+    (first, own), *others = [(name, metrics.parts(c, references, by) + more_parts(c)) for name, c in systems.items()]
     return [(first, name, intervals.compare(own, parts)) for name, parts in others]
 
 
-def most_changed(systems, references, count):
+def most_changed(systems, references, count, by="words"):
     """The images with different captions whose CIDEr differs most -> [(image, [(name, caption, CIDEr), ...]), ...]."""
     images = list(next(iter(systems.values())))
     references = {image: references[image] for image in images}
-    ciders = {name: cider_of_each(captions, references) for name, captions in systems.items()}
+    ciders = {name: cider_of_each(captions, references, by) for name, captions in systems.items()}
 
     def spread(image):
         values = [cider[image] for cider in ciders.values()]

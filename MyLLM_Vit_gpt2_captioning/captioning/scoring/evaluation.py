@@ -4,7 +4,7 @@ from captioning.common.progress import progress_bar
 from captioning.common.stopping import stop_if_asked
 from captioning.decoding.search import Options, caption_batches
 from captioning.scoring import intervals, metrics
-from captioning.scoring.ptb_tokenization import tokenize
+from captioning.scoring.tokenization import tokenize
 
 
 def predict(
@@ -26,7 +26,7 @@ def predict(
     return captions, finished
 
 
-def score(candidates, references, finished=None, java=None, java_meteor=False, objects=None):
+def score(candidates, references, finished=None, java=None, java_meteor=False, objects=None, by="words"):
     """All scores of captions in one dict: those of `metrics.score_captions`, with `objects` (a
     `hallucination.PhotoObjects`) what captions name that is not in the photo, their 95% intervals over images under
     "intervals", the counts of `describe_captions`, and under "shuffled" the scores with every caption given to another
@@ -34,14 +34,14 @@ def score(candidates, references, finished=None, java=None, java_meteor=False, o
 
     candidates {image: caption}, references {image: [captions]}; the other arguments as in `metrics`.
     """
-    scores = metrics.score_captions(candidates, references, java, java_meteor=java_meteor, intervals=True)
+    scores = metrics.score_captions(candidates, references, java, java_meteor=java_meteor, intervals=True, by=by)
     named = objects.parts(candidates) if objects else []
     scores |= {name: value for part in named for name, value in part.total().items()}
     scores["intervals"] |= intervals.intervals(named) if named else {}
-    scores |= metrics.describe_captions(candidates, finished)
+    scores |= metrics.describe_captions(candidates, finished, by)
     if len(candidates) > 1:
         shuffled = metrics.shuffle(candidates)
-        scores["shuffled"] = metrics.shuffled_scores(candidates, references)
+        scores["shuffled"] = metrics.shuffled_scores(candidates, references, by=by)
         named = objects.parts(shuffled) if objects else []
         scores["shuffled"] |= {name: value for part in named for name, value in part.total().items()}
     return scores
@@ -74,12 +74,12 @@ def evaluate(model, dataloader, tokenizer, device=None, java=False, **options):
     return score(dict(zip(images, captions, strict=True)), dataset.captions_of, finished, java)
 
 
-def score_subset(model, tokenizer, dataset, count, processes, load_batch=None):
+def score_subset(model, tokenizer, dataset, count, processes, load_batch=None, by="words"):
     """Caption the first `count` images of a `Dataset`, or answer its first `count` questions, together with the other
     `processes` (a `ProcessGroup`); images in `unreadable_photos` are left out.
 
     -> ({(image, question or ""): reference captions}, captions, {"CIDEr", "BLEU-4", "METEOR"} or {"exact_answers"});
-    METEOR is missing where its tables are not installed.
+    METEOR is missing where its tables are not installed. `by`: the tokens that scores count, as in `metrics`.
     """
     references, flags = {}, dataset.unreadable_photos.flags
     flags.copy_(processes.all_reduce_any(flags))  # each process has loaded other photos
@@ -94,7 +94,7 @@ def score_subset(model, tokenizer, dataset, count, processes, load_batch=None):
         scores = {"exact_answers": exact_answers(captions, references.values())["exact answers"]}
     else:
         by_image = dict(zip(images, references.values(), strict=True))
-        scores = metrics.score_captions(dict(zip(images, captions, strict=True)), by_image, java=False)
+        scores = metrics.score_captions(dict(zip(images, captions, strict=True)), by_image, java=False, by=by)
         scores = {name: scores[name] for name in ("CIDEr", "BLEU-4", "METEOR") if isinstance(scores[name], float)}
     return references, captions, scores
 
@@ -128,9 +128,9 @@ def as_table(scores):
     return "\n".join(line(*row).rstrip() for row in rows)
 
 
-def cider_of_each(candidates, references):
+def cider_of_each(candidates, references, by="words"):
     """{image: caption}, {image: [captions]} -> {image: its CIDEr}, with document frequencies from these references."""
     images = list(candidates)
-    tokenized = [tokenize(references[image]) for image in images]
-    scores = metrics.CiderD(tokenized).scores(tokenize([candidates[image] for image in images]), tokenized)
+    tokenized = [tokenize(references[image], by) for image in images]
+    scores = metrics.CiderD(tokenized).scores(tokenize([candidates[image] for image in images], by), tokenized)
     return dict(zip(images, map(float, scores), strict=True))

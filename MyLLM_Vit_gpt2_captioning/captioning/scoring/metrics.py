@@ -19,13 +19,13 @@ import numpy as np
 
 from captioning.scoring import intervals as bootstrap
 from captioning.scoring import meteor as meteor_program
-from captioning.scoring.ptb_tokenization import tokenize
+from captioning.scoring.tokenization import tokenize, warn_of_sentences_as_words
 
 MAX_N = 4  # longest n-grams of BLEU and CIDEr
 NEEDS_JAVA = "not available: needs Java"
 
 
-def score_captions(candidates, references, java=None, meteor=True, java_meteor=False, intervals=False):
+def score_captions(candidates, references, java=None, meteor=True, java_meteor=False, intervals=False, by="words"):
     """candidates: {image id: caption}; references: {image id: [caption, ...]} -> {name of the score: value}.
 
     Scores are corpus scores over all images of `references`, from 0 to 1 (CIDEr from 0 to 10). METEOR and SPICE are
@@ -33,9 +33,9 @@ def score_captions(candidates, references, java=None, meteor=True, java_meteor=F
     `meteor` False leaves METEOR out, `java_meteor` takes it from the Java program. With `intervals`, "intervals" holds
     95% intervals over images, {name: [low, high]}. An image without candidate is scored with an empty caption, and
     "missing candidates" counts such images. Raises ValueError that names the ids for candidates of images that
-    `references` lacks and for images without references.
+    `references` lacks and for images without references. `by`: the tokens, as in `tokenization.tokenize`.
     """
-    tokenized, tokenized_references = _tokenized(candidates, references)
+    tokenized, tokenized_references = _tokenized(candidates, references, by)
     parts = _parts(tokenized, tokenized_references, meteor and not java_meteor)
     scores = {name: value for part in parts for name, value in part.total().items()}
     if java_meteor:
@@ -49,17 +49,20 @@ def score_captions(candidates, references, java=None, meteor=True, java_meteor=F
     return scores
 
 
-def parts(candidates, references):
+def parts(candidates, references, by="words"):
     """The `intervals.Part`s of captions: the statistics of each image, in the order of `references`, from which BLEU,
     ROUGE-L, CIDEr and, where its tables are installed, METEOR are computed. Arguments and errors: `score_captions`."""
-    return _parts(*_tokenized(candidates, references), meteor=True)
+    return _parts(*_tokenized(candidates, references, by), meteor=True)
 
 
-def _tokenized(candidates, references):
+def _tokenized(candidates, references, by):
     """-> (tokenized candidates, [[tokenized reference, ...], ...]), in the order of `references`."""
     _check_images(candidates, references)
-    tokenized = tokenize([candidates.get(image, "") for image in references])
-    all_references = iter(tokenize([caption for captions in references.values() for caption in captions]))
+    tokenized = tokenize([candidates.get(image, "") for image in references], by)
+    texts = [caption for captions in references.values() for caption in captions]
+    if by == "words":
+        warn_of_sentences_as_words(texts)
+    all_references = iter(tokenize(texts, by))
     return tokenized, [[next(all_references) for _ in captions] for captions in references.values()]
 
 
@@ -87,16 +90,16 @@ def shuffle(candidates, seed=0):
     return {image: candidates[other] for image, other in zip(images, images[1:] + images[:1], strict=True)}
 
 
-def shuffled_scores(candidates, references, seed=0):
+def shuffled_scores(candidates, references, seed=0, by="words"):
     """`score_captions` without METEOR and SPICE, with the captions shuffled as `shuffle` does.
 
     This is the score that captions get without any look at their image.
     """
-    scores = score_captions(shuffle(candidates, seed), references, java=False, meteor=False)
+    scores = score_captions(shuffle(candidates, seed), references, java=False, meteor=False, by=by)
     return {name: value for name, value in scores.items() if name != "SPICE"}
 
 
-def describe_captions(candidates, finished=None):
+def describe_captions(candidates, finished=None, by="words"):
     """Counts of {image id: caption} -> {name of the count: value}.
 
     `finished`: for each caption, in the same order, whether it ended with EOS; without it "ended with EOS" is left out.
@@ -105,10 +108,10 @@ def describe_captions(candidates, finished=None):
     """
     if not candidates:
         raise ValueError("no captions to describe")
-    captions = [caption.split() for caption in tokenize(list(candidates.values()))]
+    captions = [caption.split() for caption in tokenize(list(candidates.values()), by)]
     counts = {
         "captions": len(captions),
-        "mean length in words": sum(map(len, captions)) / len(captions),
+        f"mean length in {by}": sum(map(len, captions)) / len(captions),
         "distinct captions": len({caption.strip() for caption in candidates.values()}),
         "vocabulary used": len({word for caption in captions for word in caption}),
     }

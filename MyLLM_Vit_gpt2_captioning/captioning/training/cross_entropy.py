@@ -8,6 +8,21 @@ epoch; `captions_per_image`; and the methods `count`, `captions_in`, `to_device`
 
 from captioning.data import batching
 from captioning.model.loss import IGNORED_LABEL, label_places
+from captioning.model.stages import norm_of_one_value
+
+
+def check_batches(model, loader):
+    """Raise ValueError when a batch of the training `loader` may have a single photo, of which a BatchNorm that trains
+    sees a single value a channel: it cannot be normalised, and training would end there, maybe after an hour."""
+    if loader.batch_sampler.photos_in_smallest_batch() > 1:
+        return
+    if norm := norm_of_one_value(model):
+        raise ValueError(
+            f"a batch of an epoch has one photo, of which {norm} sees one value a channel (img_size "
+            f"{model.preprocessing['img_size']}), and BatchNorm cannot train on one value: change batch_size "
+            f"{loader.batch_sampler.groups_per_batch * loader.batch_sampler.captions_per_image} so that the last batch "
+            "of an epoch has more, give a larger img_size in encoder_options, or set trainable_stages to 0"
+        )
 
 
 class CrossEntropy:

@@ -239,7 +239,7 @@ def _best_and_worst(log, dataset):
         wrong = [key for key in keys if captions[key] not in truth[key]]
         groups, shown = {"Right answers": right[:SHOWN], "Wrong answers": wrong[:SHOWN]}, {}
     else:
-        each = cider_of_each(captions, truth)
+        each = cider_of_each(captions, truth, log.config.score_tokens)
         order = sorted(keys, key=lambda key: -each[key])
         groups = {"Best captions": order[:SHOWN], "Worst captions": order[SHOWN:][::-1][:SHOWN]}
         shown = {key: f"CIDEr {each[key]:.2f}" for key in keys}

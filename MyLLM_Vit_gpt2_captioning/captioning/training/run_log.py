@@ -157,7 +157,7 @@ class RunLog:
         load_batch = dataset.token_caches[0].batch if dataset.token_caches else None
         with cuda_graphs_disabled():  # a few batches, in the middle of training, which needs the memory
             references, captions, scores = score_subset(
-                model, tokenizer, dataset, config.score_images, self.processes, load_batch
+                model, tokenizer, dataset, config.score_images, self.processes, load_batch, config.score_tokens
             )
         samples = list(references.items())[:SAMPLES]  # [((image, question), its true captions), ...]
         self.samples[epoch + 1] = captions[: len(samples)]

@@ -251,10 +251,10 @@ def check_same_run(path, saved, current):
     """
     then, now = saved["config"], current["config"]
     changed = {
-        (name, key): (then[name].get(key), now[name].get(key))
+        (name, key): (then[name][key], now[name].get(key))
         for name in now
-        for key in sorted(now[name].keys() | then[name].keys())
-        if without_tuples(then[name].get(key)) != without_tuples(now[name].get(key))
+        for key in sorted(then[name])  # a constant that came later has a default that does what was done before
+        if without_tuples(then[name][key]) != without_tuples(now[name].get(key))
     }
     refused = [
         f"{name}.{key}: it was {old!r}, now it is {new!r}"

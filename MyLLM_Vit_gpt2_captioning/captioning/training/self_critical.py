@@ -38,8 +38,9 @@ class SelfCritical:
         """
         # Here, so that captioning a photo does not wait for it: the tokenizer's rules are large when they are compiled.
         from captioning.scoring.metrics import CiderD
-        from captioning.scoring.ptb_tokenization import tokenize
+        from captioning.scoring.tokenization import tokenize
 
+        self.by = config.score_tokens
         self.model, self.tokenizer = model, dataset.tokenizer
         self.samples, self.baseline, self.draws = config.scst_samples, config.scst_baseline, config.scst_draws
         if any(dataset.prompts):
@@ -48,7 +49,7 @@ class SelfCritical:
             )
         self.photos = list(dataset.captions_of)
         texts = [caption for photo in self.photos for caption in dataset.captions_of[photo]]
-        words = iter(tokenize(texts))
+        words = iter(tokenize(texts, self.by))
         self.references = [[f"{next(words)} {END_WORD}" for _ in dataset.captions_of[photo]] for photo in self.photos]
         self.cider = CiderD(self.references, cached_images=20_000)  # at most some 1 GB
         # A draw that goes on for ever would hold up its batch: nearly all true captions are at most this long.
@@ -101,9 +102,9 @@ class SelfCritical:
 
     def rewards(self, ids, indices):
         """Ids of captions (rows, T) that begin with BOS, indices (rows,) of their photos -> CIDEr, float32 (rows,)."""
-        from captioning.scoring.ptb_tokenization import tokenize
+        from captioning.scoring.tokenization import tokenize
 
-        texts = tokenize([self.tokenizer.decode(row[1:]) for row in ids.tolist()])
+        texts = tokenize([self.tokenizer.decode(row[1:]) for row in ids.tolist()], self.by)
         ended = (ids[:, 1:] == self.tokenizer.eos_token_id).any(1).tolist()
         texts = [f"{text} {END_WORD}" if end else text for text, end in zip(texts, ended, strict=True)]
         scores = self.cider.scores(texts, [self.references[i] for i in indices.tolist()])

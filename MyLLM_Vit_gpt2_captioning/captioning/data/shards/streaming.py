@@ -17,10 +17,11 @@ import numpy as np
 import torch.utils.data
 
 from captioning.common.printable import printable
-from captioning.data.batching import build_loader
+from captioning.data.batching import LOOKED_AT, build_loader, warn_of_unknown_words
 from captioning.data.shards.reading import decode_photo, has_shards, read_rows, read_samples, training_shards
 from captioning.data.unreadable_photos import GREY, UnreadableFlags
 from captioning.images import tar_members
+from captioning.images.augmentation import opening_of
 
 READ_AHEAD = 4  # batches that a thread reads before they are asked for
 TOKENIZER_CAPTIONS = 1_000_000  # at most, that a tokenizer is trained on
@@ -35,18 +36,18 @@ def streamed_folder(df):
     return tar.parent if tar else None
 
 
-def training_texts(df, unescape=True):
-    """Yields captions and prompts of the training split; of shards those of the first million captions, `unescape`d or
-    not."""
+def training_texts(df, unescape=True, case="lower"):
+    """Yields captions and prompts of the training split; of shards those of the first million captions, as
+    `read_samples` reads them."""
     if folder := streamed_folder(df):
-        yield from islice(_shard_texts(folder, unescape), TOKENIZER_CAPTIONS)
+        yield from islice(_shard_texts(folder, unescape, case), TOKENIZER_CAPTIONS)
     training = df[df["split"] == "train"]
     for column in ("caption", "prompt"):
         yield from training.get(column, ())
 
 
-def _shard_texts(folder, unescape):
-    for _, caption, _, prompt in read_rows(folder, ["train"], unescape):
+def _shard_texts(folder, unescape, case):
+    for _, caption, _, prompt in read_rows(folder, ["train"], unescape, case):
         yield from filter(None, (caption, prompt))
 
 
@@ -84,12 +85,12 @@ class UnreadableSamples(UnreadableFlags):
             lost = f" {photos:,} of its photos are lost." if photos > 1 else ""
             print(f"\nwarning: {name}: {reason}.{lost} {self.consequence}", file=sys.stderr)
 
-    def load(self, group, least_side=None):
+    def load(self, group, **opening):
         """A `Group` -> upright RGB pixels (H, W, 3) uint8; grey ones for an unreadable photo."""
 
         def decode():
             try:
-                return decode_photo(group.photo, least_side)
+                return decode_photo(group.photo, **opening)
             except ValueError as error:
                 raise ValueError(f"{group.name}: {error}") from error
 
@@ -119,10 +120,10 @@ class StreamedDataset(torch.utils.data.Dataset):
     `images` and `captions`, by which a resumed run recognises its dataset, are the shards and their counts.
     """
 
-    def __init__(self, folder, shards, dataset, max_bad_images, unescape=True):
-        """`dataset`: a `Dataset` without rows, which knows transforms and tokenizer; `unescape` as in
-        `read_samples`."""
-        self.unescape = unescape
+    def __init__(self, folder, shards, dataset, max_bad_images, unescape=True, case="lower"):
+        """`dataset`: a `Dataset` without rows, which knows transforms and tokenizer; `unescape` and `case`
+        as in `read_samples`."""
+        self.cleaning = dict(unescape=unescape, case=case)
         self.dataset, self.tokenizer, self.tfms = dataset, dataset.tokenizer, dataset.tfms
         self.captions_per_image, self.seed = dataset.captions_per_image, dataset.seed
         self.images = [shard.path.name for shard in shards]
@@ -146,7 +147,7 @@ class StreamedDataset(torch.utils.data.Dataset):
         if group is None:  # without labels that count, but every rank has to make the same number of steps
             group, pixels = Group("", 0, [0], b"", [""] * K, [""] * K, []), GREY
         else:
-            pixels = self.unreadable_photos.load(group, getattr(self.tfms, "least_side", None))  # (H, W, 3) uint8
+            pixels = self.unreadable_photos.load(group, **opening_of(self.tfms))  # (H, W, 3) uint8
         image = self.tfms(image=pixels, captions=group.texts, seed=group.seed)["image"]
         pairs = zip(group.captions, group.prompts, strict=True)
         return [(image, *self.dataset.tokens(caption, prompt, pixels is not GREY)) for caption, prompt in pairs]
@@ -173,10 +174,11 @@ class ShardBatchSampler:
         if buffer < 1:
             raise ValueError(f"shuffle_buffer {buffer}: at least 1, which does not shuffle")
         self.shards, self.unreadable_photos = shards, dataset.unreadable_photos
-        self.unescape = getattr(dataset, "unescape", True)
+        self.cleaning = getattr(dataset, "cleaning", {})
         self.groups_per_batch, self.buffer, self.window = batch_size // K, buffer, max(1, window)
         self.rank, self.world_size = 0, 1
-        self.K, self.seed, self.epoch = K, dataset.seed, 0
+        self.K = self.captions_per_image = K
+        self.seed, self.epoch = dataset.seed, 0
         self.groups_in = [shard.groups(K) for shard in shards]
         self.first_photo_of = np.cumsum([0] + [shard.samples for shard in shards])  # its index in the training split
         self.skip_batches = 0  # of the next epoch, because a resumed run has trained on them
@@ -202,6 +204,10 @@ class ShardBatchSampler:
 
     def __len__(self):
         return -(-self.groups_per_rank // self.groups_per_batch)
+
+    def photos_in_smallest_batch(self):
+        """How many photos the smallest batch has."""
+        return (self.groups_per_rank - 1) % self.groups_per_batch + 1
 
     def __iter__(self):
         skip, self.skip_batches = self.skip_batches, 0
@@ -262,7 +268,7 @@ class ShardBatchSampler:
 
         reason = "holds fewer photos than the manifest says"
         try:
-            samples = read_samples(shard.path, report, with_photos=True, unescape=self.unescape)
+            samples = read_samples(shard.path, report, with_photos=True, **self.cleaning)
             samples = (sample for sample in samples if sample.captions)
             for n, sample in enumerate(samples):
                 groups = list(self._groups_of_photo(sample, self.first_photo_of[i] + min(n, shard.samples - 1), shard))
@@ -322,7 +328,16 @@ def read_ahead(items, count):
 # --- the loader -------------------------------------------------------------------------------------------------------
 
 
-def build_stream_loader(folder, dataset, collate_fn, config):
+def _first_captions(path, **cleaning):
+    """The captions of a shard's first photos."""
+    captions = (c for sample in read_samples(path, lambda *fault: None, **cleaning) for c in sample.captions)
+    try:
+        return list(islice(captions, LOOKED_AT))
+    except (OSError, ValueError):  # it is said when the shard is read
+        return []
+
+
+def build_stream_loader(folder, dataset, collate_fn, config, case="lower"):
     """The training DataLoader of shards. `dataset`: a `Dataset` of the script without rows; `config`: the train_config.
 
     Raises ValueError for features that need photos by random access: a token cache and self-critical training.
@@ -335,6 +350,8 @@ def build_stream_loader(folder, dataset, collate_fn, config):
             )
     shards = training_shards(folder)
     print(f"train: {sum(shard.samples for shard in shards):,} photos in {len(shards):,} shards, read as a stream")
-    streamed = StreamedDataset(folder, shards, dataset, config.max_bad_images, config.unescape_captions)
+    cleaning = dict(unescape=config.unescape_captions, case=case)
+    warn_of_unknown_words(dataset.tokenizer, _first_captions(shards[0].path, **cleaning))
+    streamed = StreamedDataset(folder, shards, dataset, config.max_bad_images, **cleaning)
     sampler = ShardBatchSampler(shards, streamed, config.batch_size, config.shuffle_buffer, config.length_window)
     return build_loader(streamed, sampler, collate_fn, config)

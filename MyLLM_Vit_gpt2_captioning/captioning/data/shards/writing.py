@@ -16,8 +16,9 @@ import numpy as np
 from captioning.common.files import read_json, write_atomically
 from captioning.common.locks import LOCK_FILE, after_other_writers
 from captioning.common.printable import printable
+from captioning.common.text import with_markup
 from captioning.data import resumable_work, sources
-from captioning.data.conventions import IMAGE_SUFFIXES, SPLITS, with_markup
+from captioning.data.conventions import IMAGE_SUFFIXES, SPLITS
 from captioning.data.shards import reading
 from captioning.data.unreadable_photos import print_left_out
 from captioning.images import tar_members
@@ -53,7 +54,7 @@ def write_shards(
         raise FileExistsError(f"{folder} holds something other than shards: give another folder with --to")
     reading.import_webdataset()  # before any work
     df = sources.drop_unusable(
-        sources.load(data_dir, captions_file, image_dir, unescape=unescape),
+        sources.load(data_dir, captions_file, image_dir, unescape=unescape, case="keep"),
         captions_file or sources.find_captions(data_dir, image_dir),
     )
     for column in {"caption", "prompt"} & set(df.columns) if unescape else ():
