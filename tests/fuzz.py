@@ -40,11 +40,11 @@ from captioning.data import downloads, exclusions, photo_store, sources
 from captioning.data.shards import reading, streaming, writing
 from captioning.data.token_cache import TokenCache
 from captioning.decoding.confidence import Calibration, Confidence
-from captioning.model import checkpoint
+from captioning.model import checkpoint, encoders
 from captioning.model.tokenizer import CaptionTokenizer
 from captioning.training.compared_runs import read_runs
 from captioning.training.run_state import NEWEST
-from conftest import CAPTIONS, TINY_ENCODER, make_flickr, randomize, tiny_model_of, tiny_training_of, trainers_of
+from conftest import CAPTIONS, REDUCED_ENCODERS, make_flickr, randomize, tiny_model_of, tiny_training_of, trainers_of
 from helpers import annotation_files
 from helpers.runs import stop_after
 
@@ -223,12 +223,12 @@ def _damaged_header(content, rng):
 KINDS = {}  # name: (function that makes the valid folder, patterns of the files to damage, reader, may write)
 
 
-def kind(name, files, make, writes=()):
-    """A kind of files: `make(folder)` writes valid ones, `files` are patterns of those that are damaged, the function
-    reads them in a folder, in which it may write what `writes` matches."""
+def kind(name, files, make, writes=(), damage=damaged):
+    """A kind of files: `make(folder)` writes valid ones, `files` are patterns of those that are damaged, as `damage`
+    does it; the function reads them in a folder, in which it may write what `writes` matches."""
 
     def add(read):
-        KINDS[name] = make, files, read, writes
+        KINDS[name] = make, files, read, writes, damage
         return read
 
     return add
@@ -270,7 +270,7 @@ def _read_captioner(folder):
 def _caption(model, tokenizer):
     side = model.preprocessing["img_size"]
     ids = model.generate(
-        torch.zeros(1, 3, side, side), torch.tensor([tokenizer.bos_token_id]), max_tokens=3, deterministic=True
+        torch.zeros(1, 3, side, side), torch.tensor([[tokenizer.bos_token_id]]), max_tokens=3, deterministic=True
     )
     tokenizer.decode(ids)
 
@@ -295,6 +295,37 @@ def _write_cnn(folder):
 
 
 kind("cnn_config", ["config.json"], _write_cnn)(_read_captioner)
+
+
+OPTIONS = ("img_size", *encoders.COUNTS, *encoders.NUMBERS, *encoders.SWITCHES, *encoders.WORDS)
+VALUES = (0, 1, 2, 3, 4, 7, 8, 16, 64, 100, 1000, 2048, 10**5, 10**6, True, False, None, 0.5, -1, "", "x", "avg", "token",
+          "map", "layernorm", "gelu", "deep", "rope", [1, 2], [2] * 4, [10**5] * 4, [1] * 99)  # fmt: skip
+BUILT = ("vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "eva02_tiny_patch14_224", "resnet10t",
+         "convnext_atto", "tf_efficientnet_lite0", "swin_tiny_patch4_window7_224", "mixer_s32_224")  # fmt: skip
+
+
+def _write_encoders(folder):
+    for name in BUILT:
+        refiner = dict(width=16, grid=2, layers=1, heads=2, kernel=3) if name == "resnet10t" else {}
+        _write_captioner(folder / name, encoder=name, encoder_options=REDUCED_ENCODERS[name], refiner=refiner)
+
+
+def _other_options(content, suffix, rng):
+    """Known options with any values, together: they do not fit each other, or make a model of another size."""
+    config = json.loads(content)
+    model = config["model_config"]
+    for name in rng.sample(OPTIONS, rng.choice((1, 2, 3))):
+        model["encoder_options"][name] = rng.choice(VALUES)
+    if model["refiner"] and rng.random() < 0.5:
+        model["refiner"][rng.choice(encoders.REFINER)] = rng.choice(VALUES)
+    if rng.random() < 0.1:
+        model["encoder"] = rng.choice(BUILT)
+    return json.dumps(config).encode()
+
+
+@kind("encoder_options", ["*/config.json"], _write_encoders, damage=_other_options)
+def _(folder):
+    _read_captioner(folder / (folder / "DAMAGED").read_text().split("/")[0])
 
 
 def _write_hugging_face(folder):
@@ -442,7 +473,8 @@ def _write_annotations(folder):
         shutil.rmtree(folder / "photos")
         write(inner)
     shutil.copytree(folder / "flickr30k", folder / "split")
-    records = [dict(filename=name, split="train") for name in annotation_files.NAMES]
+    parts = ("train", "train", "train", "train", "val", "test")
+    records = [dict(filename=name, split=part) for name, part in zip(annotation_files.NAMES, parts, strict=True)]
     (folder / "split" / "dataset_flickr30k.json").write_text(json.dumps({"images": records}))
     (folder / "exclude.csv").write_text('image,caption\nimages/1.jpg,"caption 0 of 1.jpg"\n')
 
@@ -521,23 +553,28 @@ def _(folder):
 # --- one input --------------------------------------------------------------------------------------------------------
 
 
-def prepare(name, folder):
-    """Write the valid files of a kind, and see that they are read."""
-    make, *_ = KINDS[name]
-    folder.mkdir(parents=True)
-    make(folder)
+def prepare(name, valid, work):
+    """Write the valid files of a kind, and see that they are read as they are."""
+    make, patterns, read, *_ = KINDS[name]
+    valid.mkdir(parents=True)
+    make(valid)
+    for path in sorted(path for pattern in patterns for path in valid.glob(pattern) if path.is_file()):
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(valid, work)
+        (work / "DAMAGED").write_text(path.relative_to(valid).as_posix())
+        read(work)
 
 
 def try_input(name, number, seed, valid, work):
     """Damage a copy of the `valid` folder and read it -> (outcome, words, the file): "read", "refused", or what is wrong
     with it."""
-    _, patterns, read, writes = KINDS[name]
+    _, patterns, read, writes, damage = KINDS[name]
     rng = random.Random(f"{seed} {name} {number}")
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(valid, work)
     files = sorted(path for pattern in patterns for path in work.glob(pattern) if path.is_file())
     path = rng.choice(files)
-    path.write_bytes(damaged(path.read_bytes(), path.suffix, rng))
+    path.write_bytes(damage(path.read_bytes(), path.suffix, rng))
     (work / "DAMAGED").write_text(path.relative_to(work).as_posix())
     before, where = _listing(work, writes), path.relative_to(work).as_posix()
     _watch.clear()
@@ -609,7 +646,7 @@ def _audit(event, args):
         if isinstance(path, (str, bytes)) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             _note(event, path)
     elif event.removeprefix("os.") in ("remove", "rename", "mkdir", "rmdir", "link", "symlink", "chmod", "truncate"):
-        for path in args[:2]:
+        for path in args[:2] if args[-1] == -1 or os.path.isabs(args[0]) else ():  # else relative to an opened folder
             _note(event, path)
 
 
@@ -700,6 +737,7 @@ def main(argv=None):
     parser.add_argument("--count", type=int, default=100, metavar="N", help="inputs of a kind, one after the other")
     args = parser.parse_args(argv)
     sys.addaudithook(_audit)
+    sys.stdout.reconfigure(errors="backslashreplace")
     tried, findings, start = Counter(), {}, time.monotonic()
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
@@ -708,7 +746,7 @@ def main(argv=None):
         valid = {name: root / "valid" / name for name in args.only}
         for name in args.only:
             with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-                prepare(name, valid[name])
+                prepare(name, valid[name], root / "work")
         first = args.first
         while True:
             for name in args.only:

@@ -27,10 +27,12 @@ from captioning.common.files import (
     read_json,
     write_atomically,
 )
+from captioning.common.printable import printable
 
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict")  # under which training loops save that of the model
 # In front of all names: put there by DistributedDataParallel, by torch.compile, by the attribute of a LightningModule.
 WRAPPERS = ("module.", "_orig_mod.", "model.")
+LINES_SHOWN = 100  # about tensors that do not fit
 OTHER_COPY = "take another copy of the checkpoint, or train again"
 SIZES = (
     "embed_dim",
@@ -162,7 +164,7 @@ def _named_errors(path):
     except pickle.UnpicklingError as error:  # torch's message advises to run what is in the file
         raise ValueError(f"{path}: damaged, or a pickle that holds more than tensors, which is not read") from error
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = printable(next(iter(str(error).splitlines()), type(error).__name__))[:300]
         raise ValueError(f"{path}: damaged, or not a weights file ({reason}); {OTHER_COPY}") from error
 
 
@@ -171,7 +173,7 @@ def check_finite(weights, source):
     model writes empty captions."""
     for name, tensor in weights.items():  # the sum is not finite where a number is not
         if tensor.is_floating_point() and not math.isfinite(tensor.sum(dtype=torch.float64)):
-            raise ValueError(f"{source}: {name} has numbers that are not finite; {OTHER_COPY}")
+            raise ValueError(f"{source}: {printable(name):.200} has numbers that are not finite; {OTHER_COPY}")
 
 
 def unwrapped(content, path):
@@ -225,7 +227,7 @@ def load_strictly(model, path):
     path = weights_file(path) if Path(path).is_dir() else path
     stored, own = unwrapped(load_weights(path), path), model.state_dict()
     problems = [f"{key}: missing" for key in own.keys() - stored.keys()]
-    problems += [f"{key}: unknown" for key in stored.keys() - own.keys()]
+    problems += [f"{printable(key):.200}: unknown" for key in stored.keys() - own.keys()]
     problems += [
         f"{key}: shape {tuple(stored[key].shape)} where {tuple(own[key].shape)} is needed"
         for key in own.keys() & stored.keys()
@@ -237,9 +239,16 @@ def load_strictly(model, path):
         if stored[key].is_floating_point() != own[key].is_floating_point()
     ]
     if problems:
-        raise ValueError(f"{path} does not fit the model:\n  " + "\n  ".join(sorted(problems)) + f"\n{OTHER_COPY}")
+        raise ValueError(f"{path} does not fit the model:\n  {shortened(problems)}\n{OTHER_COPY}")
     check_finite(stored, path)
     load_weights_into(model, stored)
+
+
+def shortened(problems):
+    """Lines about single tensors -> one text, the first hundred of them sorted."""
+    lines = sorted(problems)
+    more = [f"and {len(lines) - LINES_SHOWN:,} more"] if len(lines) > LINES_SHOWN else []
+    return "\n  ".join(lines[:LINES_SHOWN] + more)
 
 
 def load_weights_into(model, weights):

@@ -5,17 +5,23 @@ A BPE has one special token, `<|endoftext|>`, which is BOS, EOS and padding, as 
 names of Hugging Face tokenizers, but only the light `tokenizers` library is imported.
 """
 
+import json
 import os
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
 from captioning.common.files import TOKENIZER_FILE
+from captioning.common.printable import printable
 
 # Data workers are forked after the tokenizer was used; without this setting the library warns in each of them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
+WORDS = r"\w+(?:[-']\w+)*|[^\w\s]"  # with inner apostrophes and hyphens ("man's", "t-shirt"); single punctuation marks
+# GPT-2's, which some programs write out in place of the name ByteLevel.
+KNOWN_PATTERNS = {WORDS, r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"}
 START, END, PAD, UNKNOWN = "<start>", "<end>", "<pad>", "<unk>"
 
 
@@ -27,12 +33,50 @@ def _byte_level(model):
     return backend
 
 
-def _load_file(path, load):
-    """load(path), with a ValueError that names the file if that fails."""
+@contextmanager
+def _named(path):
+    """Around calls of the library with what is in a file: whatever fails is a ValueError that names the file."""
     try:
-        return load(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path}: damaged, or not a tokenizer ({error}); take the file from a backup") from error
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception; its panics are not even that
+        reason = printable(next(iter(str(error).splitlines()), type(error).__name__))[:300]
+        raise ValueError(f"{path}: damaged, or not a tokenizer ({reason}); take the file from a backup") from error
+
+
+def _load_file(path):
+    """tokenizer.json -> a `tokenizers.Tokenizer`. Raises ValueError that names a file that is damaged or has regular
+    expressions of its own."""
+    with _named(path):
+        backend = Tokenizer.from_file(str(path))
+        for part in (backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder):
+            for pattern in _patterns(json.loads(part.__getstate__())) if part is not None else ():
+                if pattern not in KNOWN_PATTERNS:
+                    raise ValueError(
+                        f"the regular expression {pattern[:60]!r} is not one of GPT-2's or of this project"
+                    )
+        _check_vocabulary(backend)
+        # One that encodes nothing, such as a vocabulary without a token for unknown words, is found now.
+        backend.decode(backend.encode("a\u0301 \U0001f600, 1").ids)
+    return backend
+
+
+def _check_vocabulary(backend):
+    """Raise ValueError where the ids of a tokenizer's n tokens are not 0 to n - 1: with an id of a thousand million the
+    library would ask for as much memory, and the model has no row for it."""
+    size = backend.get_vocab_size()
+    missing = next((i for i in range(size) if backend.id_to_token(i) is None), None)
+    if missing is not None:
+        raise ValueError(f"{size:,} tokens, but none has the id {missing}")
+
+
+def _patterns(part):
+    """Yields the regular expressions in a part of tokenizer.json. A hostile one can take for ever on a caption."""
+    for key, value in part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ():
+        if key == "Regex":
+            yield str(value)
+        yield from _patterns(value)
 
 
 class CaptionTokenizer:
@@ -64,9 +108,7 @@ class CaptionTokenizer:
             )
         elif kind == "word":
             backend = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
-            # Words with inner apostrophes and hyphens ("man's", "t-shirt"), and single punctuation marks.
-            words = Regex(r"\w+(?:[-']\w+)*|[^\w\s]")
-            backend.pre_tokenizer = pre_tokenizers.Split(words, behavior="removed", invert=True)
+            backend.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
             trainer = trainers.WordLevelTrainer(
                 vocab_size=vocab_size, special_tokens=[PAD, START, END, UNKNOWN], show_progress=False
             )
@@ -83,11 +125,12 @@ class CaptionTokenizer:
         """
         folder = Path(self.source)
         if (folder / TOKENIZER_FILE).is_file():
-            backend = _load_file(folder / TOKENIZER_FILE, Tokenizer.from_file)
+            backend = _load_file(folder / TOKENIZER_FILE)
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            merges = str(folder / "merges.txt")
-            backend = _byte_level(_load_file(folder / "vocab.json", lambda vocab: models.BPE.from_file(vocab, merges)))
-            backend.add_special_tokens([END_OF_TEXT])
+            with _named(folder / "vocab.json"):
+                backend = _byte_level(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+                backend.add_special_tokens([END_OF_TEXT])
+                _check_vocabulary(backend)
         elif folder.is_dir():
             raise FileNotFoundError(f"{folder}: no {TOKENIZER_FILE}, and no vocab.json with merges.txt")
         else:
@@ -96,12 +139,13 @@ class CaptionTokenizer:
             from captioning.common.hub_errors import explain
 
             try:
-                backend = Tokenizer.from_file(hf_hub_download(self.source, TOKENIZER_FILE))
+                path = hf_hub_download(self.source, TOKENIZER_FILE)
             except Exception as error:  # huggingface_hub, its HTTP library and Xet raise classes of their own
                 raise FileNotFoundError(
                     f"the tokenizer {self.source!r} is not a local folder, and the Hugging Face hub did not give it: "
                     f"{explain(error)}; or give a folder that holds vocab.json and merges.txt"
                 ) from error
+            backend = _load_file(path)
         backend.no_padding()  # transformers stores the padding and truncation of the last call in tokenizer.json
         backend.no_truncation()
         special = {token for token in (END_OF_TEXT, START, END, PAD) if backend.token_to_id(token) is not None}
