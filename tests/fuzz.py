@@ -26,7 +26,7 @@ import time
 import traceback
 import zipfile
 from collections import Counter
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 
@@ -42,13 +42,15 @@ from captioning.data.token_cache import TokenCache
 from captioning.decoding.confidence import Calibration, Confidence
 from captioning.model import checkpoint, encoders
 from captioning.model.tokenizer import CaptionTokenizer
+from captioning.scoring import meteor
 from captioning.training.compared_runs import read_runs
 from captioning.training.run_state import NEWEST
 from conftest import CAPTIONS, REDUCED_ENCODERS, make_flickr, randomize, tiny_model_of, tiny_training_of, trainers_of
 from helpers import annotation_files
 from helpers.runs import stop_after
 
-SECONDS = 10  # for one input
+SECONDS = 10  # of the processor, for one input
+WAIT = 120  # seconds until an input that does nothing hangs, too: on a busy machine a process may wait for its turn
 MEMORY = 2**30  # bytes that one process may take on top of what the libraries have
 EXPECTED = (OSError, ValueError)  # what the commands print as "error: ..."
 
@@ -196,12 +198,15 @@ def _damaged_state(content, rng):
     container, key = rng.choice(places) if places else (None, None)
     if container is None:
         value = rng.choice(ABSURD)
+    elif isinstance(container[key], torch.Tensor) and container[key].numel() > 10**6:
+        return _damaged_bytes(content, rng)  # damaged before
     elif isinstance(container[key], torch.Tensor) and rng.random() < 0.8:
         tensor = container[key]
         container[key] = rng.choice((
             tensor[:0] if tensor.ndim else tensor, tensor.double() * torch.nan, tensor.double() * torch.inf,
-            tensor.int(), tensor.flatten(), torch.zeros(3, 3), torch.cat([tensor.reshape(-1)] * 2),
-            tensor.reshape(-1)[:1].expand(10**9), torch.zeros(()), tensor.bool(),
+            tensor.int(), tensor.bool(), tensor.flatten(), torch.zeros(3, 3), torch.zeros(()),
+            torch.cat([tensor.reshape(-1)] * 2), tensor.reshape(-1).to_sparse(),
+            tensor.reshape(-1)[:1].expand(min(tensor.numel(), 1) * 10**12),
         ))  # fmt: skip
     else:
         value, _ = damaged_value(value, rng)
@@ -215,11 +220,13 @@ def _damaged_header(content, rng):
     if length > len(content):
         return _damaged_bytes(content, rng)
     header = _damaged_json(content[8 : 8 + length], ".json", rng)
-    return (len(header) + rng.choice((0, 0, 0, 0, 0, 1, -1, 10**12))).to_bytes(8, "little", signed=True) + header + content[8 + length :]  # fmt: skip
+    said = len(header) + rng.choice((0, 0, 0, 0, 0, 1, -1, 10**12))
+    return said.to_bytes(8, "little", signed=True) + header + content[8 + length :]
 
 
 # --- what is damaged, and who reads it --------------------------------------------------------------------------------
 
+ALONE = ("annotations", "encoder_options")  # kinds of folders side by side, of which only the damaged one is read
 KINDS = {}  # name: (function that makes the valid folder, patterns of the files to damage, reader, may write)
 
 
@@ -297,9 +304,13 @@ def _write_cnn(folder):
 kind("cnn_config", ["config.json"], _write_cnn)(_read_captioner)
 
 
-OPTIONS = ("img_size", *encoders.COUNTS, *encoders.NUMBERS, *encoders.SWITCHES, *encoders.WORDS)
-VALUES = (0, 1, 2, 3, 4, 7, 8, 16, 64, 100, 1000, 2048, 10**5, 10**6, True, False, None, 0.5, -1, "", "x", "avg", "token",
-          "map", "layernorm", "gelu", "deep", "rope", [1, 2], [2] * 4, [10**5] * 4, [1] * 99)  # fmt: skip
+COUNTS = (1, 2, 3, 4, 7, 8, 16, 64, 100, 1000, 2048, 10**5, [1, 2], [2] * 4, [10**5] * 4, [1] * 99)
+OPTIONS = {  # the options of an encoder: values that are allowed by themselves
+    ("img_size", *encoders.COUNTS): COUNTS,
+    encoders.NUMBERS: (0, 0.1, 0.5, 1, 4.0, 1000, 10**5, *COUNTS[-4:]),
+    encoders.SWITCHES: (True, False),
+    encoders.WORDS: ("", "x", "avg", "token", "map", "layernorm", "gelu", "deep", "rope"),
+}
 BUILT = ("vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "eva02_tiny_patch14_224", "resnet10t",
          "convnext_atto", "tf_efficientnet_lite0", "swin_tiny_patch4_window7_224", "mixer_s32_224")  # fmt: skip
 
@@ -314,10 +325,13 @@ def _other_options(content, suffix, rng):
     """Known options with any values, together: they do not fit each other, or make a model of another size."""
     config = json.loads(content)
     model = config["model_config"]
-    for name in rng.sample(OPTIONS, rng.choice((1, 2, 3))):
-        model["encoder_options"][name] = rng.choice(VALUES)
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        names = rng.choice(list(OPTIONS))
+        there = sorted(set(names) & model["encoder_options"].keys())
+        name = rng.choice(there if there and rng.random() < 0.5 else names)
+        model["encoder_options"][name] = rng.choice(OPTIONS[names] if rng.random() < 0.9 else ABSURD)
     if model["refiner"] and rng.random() < 0.5:
-        model["refiner"][rng.choice(encoders.REFINER)] = rng.choice(VALUES)
+        model["refiner"][rng.choice(encoders.REFINER)] = rng.choice(COUNTS if rng.random() < 0.9 else ABSURD)
     if rng.random() < 0.1:
         model["encoder"] = rng.choice(BUILT)
     return json.dumps(config).encode()
@@ -380,10 +394,8 @@ def _write_state(folder):
     data = make_flickr(folder / "data")
     trainer = trainers_of(script, tiny_model_of(BPE), tiny_training_of(data, folder / "run"), BPE)(folder / "run")
     stop_after(trainer, 2, signal.SIGTERM)
-    try:
+    with suppress(Stopped):
         trainer.run_training()
-    except Stopped:
-        pass
     shutil.copy(folder / "run" / "last" / NEWEST, folder / NEWEST)
     shutil.rmtree(folder / "run")
 
@@ -408,12 +420,15 @@ def _(folder):
     model = _model()
     cache = TokenCache(folder / "cache", model)
     if cache.folder.is_dir() and cache.rows:
-        cache.batch([path for path in cache.index])
+        cache.batch([path for path in cache.index if path in cache])
     assert [level.shape[0] for level in cache.fill(model, photos).batch(photos)] == [3, 3]
 
 
-@kind("photo_store", ["store/manifest.json", "store/index.jsonl", "store/captions.jsonl"],
-      lambda folder: photo_store.write_store(make_flickr(folder / "data", 5), folder / "store"), ["store/*"])  # fmt: skip
+def _write_photo_store(folder):
+    photo_store.write_store(make_flickr(folder / "data", 5), folder / "store")
+
+
+@kind("photo_store", ["store/*.json", "store/*.jsonl"], _write_photo_store, ["store/*"])
 def _(folder):
     sources.load_usable(folder / "store", None, None, "flickr30k")
     photo_store.write_store(folder / "data", folder / "store")
@@ -566,14 +581,15 @@ def prepare(name, valid, work):
 
 
 def try_input(name, number, seed, valid, work):
-    """Damage a copy of the `valid` folder and read it -> (outcome, words, the file): "read", "refused", or what is wrong
-    with it."""
+    """Damage a copy of the `valid` folder and read it -> (outcome, words, the file). The outcome is "read", "refused",
+    or what is wrong with it."""
     _, patterns, read, writes, damage = KINDS[name]
     rng = random.Random(f"{seed} {name} {number}")
+    files = sorted(path for pattern in patterns for path in valid.glob(pattern) if path.is_file())
+    path = work / rng.choice(files).relative_to(valid)
     shutil.rmtree(work, ignore_errors=True)
-    shutil.copytree(valid, work)
-    files = sorted(path for pattern in patterns for path in work.glob(pattern) if path.is_file())
-    path = rng.choice(files)
+    inner = path.relative_to(work).parts[0] if name in ALONE else "."
+    shutil.copytree(valid / inner, work / inner)
     path.write_bytes(damage(path.read_bytes(), path.suffix, rng))
     (work / "DAMAGED").write_text(path.relative_to(work).as_posix())
     before, where = _listing(work, writes), path.relative_to(work).as_posix()
@@ -657,7 +673,7 @@ def _note(event, path):
             _watch.append(f"{event} {path}"[:200])
 
 
-# --- many of them, in processes that may die -----------------------------------------------------------------------------
+# --- many of them, in processes that may die --------------------------------------------------------------------------
 
 
 def limit_memory():
@@ -667,7 +683,7 @@ def limit_memory():
 
 @contextmanager
 def worker(name, numbers, seed, valid, work):
-    """A forked process that tries the numbers -> the end of a pipe from which a line of JSON comes for each."""
+    """A forked process that tries the numbers -> (its id, a pipe from which a line of JSON comes for each)."""
     ours, theirs = os.pipe()
     process = os.fork()
     if not process:
@@ -683,36 +699,44 @@ def worker(name, numbers, seed, valid, work):
             os._exit(0)
     os.close(theirs)
     try:
-        yield ours
+        yield process, ours
     finally:
         os.close(ours)
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
 
 
-def lines_of(pipe):
-    """Yields the lines of a pipe; None where none comes for SECONDS; ends with the process."""
-    buffer = b""
+def lines_of(process, pipe):
+    """Yields the lines of a pipe; None where none comes for too long; ends with the process."""
+    buffer, since, used = b"", time.monotonic(), _processor_seconds(process)
     while True:
         while b"\n" in buffer:
             line, _, buffer = buffer.partition(b"\n")
             yield json.loads(line)
-        if not select.select([pipe], [], [], SECONDS)[0]:
-            yield None
-            return
+            since, used = time.monotonic(), _processor_seconds(process)
+        if not select.select([pipe], [], [], 1)[0]:
+            if time.monotonic() - since > WAIT or _processor_seconds(process) - used > SECONDS:
+                yield None
+                return
+            continue
         if not (content := os.read(pipe, 2**20)):
             return
         buffer += content
+
+
+def _processor_seconds(process):
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def run_batch(name, first, count, seed, valid, work):
     """Try the inputs first .. first + count - 1 of a kind -> [(number, outcome, words, file)]."""
     results, end = [], first + count
     while first < end:
-        with worker(name, range(first, end), seed, valid, work) as pipe:
-            for line in lines_of(pipe):
+        with worker(name, range(first, end), seed, valid, work) as started:
+            for line in lines_of(*started):
                 if line is None:
-                    results.append((first, "hangs", f"no answer for {SECONDS} s", _damaged_file(work)))
+                    results.append((first, "hangs", "no answer", _damaged_file(work)))
                     first += 1
                     break
                 results.append(tuple(line))
@@ -737,6 +761,7 @@ def main(argv=None):
     parser.add_argument("--count", type=int, default=100, metavar="N", help="inputs of a kind, one after the other")
     args = parser.parse_args(argv)
     sys.addaudithook(_audit)
+    meteor.read_paraphrases = lambda references: {}  # which takes seconds, and is no stranger's
     sys.stdout.reconfigure(errors="backslashreplace")
     tried, findings, start = Counter(), {}, time.monotonic()
     with tempfile.TemporaryDirectory() as root:

@@ -168,9 +168,18 @@ def _named_errors(path):
         raise ValueError(f"{path}: damaged, or not a weights file ({reason}); {OTHER_COPY}") from error
 
 
+def check_stored(weights, source):
+    """Raise ValueError for a tensor of which not every number is in the file: one number can stand for any many."""
+    for name, tensor in weights.items():
+        is_plain = tensor.layout == torch.strided and not tensor.is_quantized
+        if not is_plain or tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{source}: {printable(name):.200} is not stored number by number; {OTHER_COPY}")
+
+
 def check_finite(weights, source):
     """Raise ValueError that names `source` and the first tensor of a state_dict with NaN or infinity in it: such a
     model writes empty captions."""
+    check_stored(weights, source)
     for name, tensor in weights.items():  # the sum is not finite where a number is not
         if tensor.is_floating_point() and not math.isfinite(tensor.sum(dtype=torch.float64)):
             raise ValueError(f"{source}: {printable(name):.200} has numbers that are not finite; {OTHER_COPY}")
@@ -188,6 +197,7 @@ def unwrapped(content, path):
             break
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ValueError(f"{path}: holds no state_dict, neither as it is nor as {' or '.join(STATE_DICT_KEYS)}")
+    check_stored(content, path)
     return _without_prefix(content)
 
 
