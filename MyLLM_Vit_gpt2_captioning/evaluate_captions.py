@@ -28,6 +28,7 @@ import torch
 from captioning.command_line.arguments import ToolParser, integer
 from captioning.command_line.decoding_options import add_decoding_arguments, decoding_options
 from captioning.common.files import CONFIG_FILE, write_atomically
+from captioning.common.form import check
 from captioning.common.precision import mixed_precision
 from captioning.data import batching, shapes, sources
 from captioning.data.annotation_folders import read_image_ids
@@ -349,22 +350,19 @@ def read_predictions(path, ids):
     finder = ImageFinder(ids)
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
-        entries = [(entry["image_id"], entry["caption"]) for entry in entries]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f'{path}: expected [{{"image_id": ..., "caption": ...}}, ...] ({error!r})') from error
+        check(entries, [{"image_id": (str, int), "caption": str}])
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
+        raise ValueError(f'{path}: expected [{{"image_id": ..., "caption": ...}}, ...] ({error})') from error
     candidates = {}
-    for number, (name, caption) in enumerate(entries):
-        if not isinstance(name, (str, int)) or not isinstance(caption, str):
-            raise ValueError(
-                f"{path}, entry {number}: image_id {name!r} and caption {caption!r} must be a name and a text"
-            )
+    for number, entry in enumerate(entries):
+        name, caption = entry["image_id"], entry["caption"]
         found = finder.find(name)
         if not found:
-            raise ValueError(f"{path}, entry {number}: the image {name!r} is not in this split")
+            raise ValueError(f"{path}, entry {number}: the image {name!r:.100} is not in this split")
         if len(found) > 1:
             raise ValueError(
-                f"{path}, entry {number}: the image {name!r} may be {found[0]} or {found[1]}; give its id, or its name "
-                "with the folder"
+                f"{path}, entry {number}: the image {name!r:.100} may be {found[0]} or {found[1]}; give its id, or its "
+                "name with the folder"
             )
         if found[0] in candidates:
             raise ValueError(f"{path}, entry {number}: the image {name!r} comes twice")

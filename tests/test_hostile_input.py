@@ -870,6 +870,8 @@ changed_config("`encoder_options` with a list as depth", "model_config", depth=[
 changed_config("`encoder_options` with patches of 0 pixels", "model_config", patch_size=0)
 changed_config("`encoder_options` with images that are no squares", "model_config", img_size=[384, 256])
 changed_config("`encoder_options` with a class token that is missing", "model_config", class_token=False)
+changed_config("photos of 100,000 pixels a side", "model_config", img_size=100_000)
+changed_config("a network far larger than its weights", "model_config", encoder="resnet10t", stem_width=50_000)
 changed_config("a `refiner` of width 'x'", "model_config", refiner={"width": "x"}, encoder="resnet10t")
 
 
@@ -989,6 +991,47 @@ LINK.external_attr = (stat.S_IFLNK | 0o777) << 16
 bad_archive("`..` in a name", ("a/../../evil.txt", "evil"))
 bad_archive("an absolute name", ("/etc/evil.txt", "evil"))
 bad_archive("a link", (LINK, "/etc"))
+
+
+@case("Files", "archive that is encrypted")
+def _(tmp_path):
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.writestr("a/1.jpg", "1")
+    content = bytearray((tmp_path / "photos.zip").read_bytes())
+    for header, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):  # of the member, in the directory
+        content[content.index(header) + flags] |= 1
+    (tmp_path / "photos.zip").write_bytes(content)
+    downloads.extract(tmp_path / "photos.zip", tmp_path, {"a/": "images/"})
+
+
+def stranger_s_tokenizer(what, change):
+    @case("Files", f"`tokenizer.json` with {what}")
+    def _(script, captioner):
+        content = json.loads((captioner / TOKENIZER_FILE).read_text())
+        change(content)
+        (captioner / TOKENIZER_FILE).write_text(json.dumps(content))
+        script.load_captioner(captioner)
+
+
+stranger_s_tokenizer(
+    "a regular expression that takes for ever",
+    lambda content: content.update(
+        pre_tokenizer=dict(type="Split", pattern={"Regex": "(a+)+$"}, behavior="Removed", invert=False)
+    ),
+)
+stranger_s_tokenizer(
+    "a token of the id 2,000,000,000", lambda content: content["model"]["vocab"].update({"a": 2 * 10**9})
+)
+
+
+@case("Files", "state of a run whose moments AdamW would read behind their end")
+def _(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path / "run", epochs=1)
+    trainer.run_training()
+    state = torch.load(tmp_path / "run" / "last" / "state.pt", weights_only=True)
+    state["optimization"]["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1)
+    torch.save(state, tmp_path / "state.pt")
+    make_trainer(tmp_path / "other", resume=str(tmp_path / "state.pt"))
 
 
 @case("Files", "half an archive")

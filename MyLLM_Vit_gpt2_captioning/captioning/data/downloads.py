@@ -9,10 +9,10 @@ import json
 import os
 import shutil
 import stat
+import struct
 import sys
 import time
 import zipfile
-import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,13 +21,16 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from tqdm import tqdm
 
-from captioning.common.files import write_atomically
+from captioning.common.files import read_json, write_atomically
+from captioning.common.form import misfit
+from captioning.common.printable import printable
 from captioning.common.stopping import stop_if_asked
 
 MANIFEST_FILE = "prepared.json"
 ATTEMPTS = 5  # in a row without a new byte, before a download is given up
 PAUSE = 2.0  # seconds before the second attempt; before each further one it is that much longer
 TIMEOUT = (15, 60)  # seconds to connect, and between two chunks of an answer
+ENCRYPTED = 1  # a bit of the flags of a zip's member
 CHUNK_BYTES = 1 << 16  # written at once; a broken connection loses at most as many
 TEMPORARY_FAILURES = (408, 429)  # of the 4xx answers of a server; the others will be the same tomorrow
 FLICKR8K_LISTS = ("Flickr_8k.trainImages.txt", "Flickr_8k.devImages.txt", "Flickr_8k.testImages.txt")
@@ -56,18 +59,32 @@ def extract(archive, folder, targets):
             for name, member in _bar(chosen.items(), desc=f"unpack {archive.name}", unit=" files"):
                 target = folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with opened.open(member) as source, open(target, "wb") as file:
-                    shutil.copyfileobj(source, file, 1 << 20)
+                with open(target, "wb") as file:
+                    for part in _content(opened, member):
+                        file.write(part)
                 stop_if_asked()
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, struct.error, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{archive}: not a usable zip archive ({error}); remove it and run the command again"
+            f"{archive}: not a usable zip archive ({printable(error)}); remove it and run the command again"
         ) from error
 
 
+def _content(opened, member):
+    """Yields the bytes of a member of a `ZipFile`, a part at a time. Raises BadZipFile for any damage: the libraries
+    that decompress it raise classes of their own, OSError among them."""
+    try:
+        with opened.open(member) as source:
+            while part := source.read(1 << 20):
+                yield part
+    except Exception as error:
+        raise zipfile.BadZipFile(str(error)) from error
+
+
 def _refuse_unsafe(member, archive):
-    """Raise ValueError for a member that is not a plain file or folder, or whose name leads out of the target folder on
-    any operating system."""
+    """Raise ValueError for a member that is encrypted or not a plain file or folder, or whose name leads out of the
+    target folder on any operating system."""
+    if member.flag_bits & ENCRYPTED:
+        raise ValueError(f"{archive}: refused, for it is encrypted; nothing was unpacked: get it from its publisher")
     mode = stat.S_IFMT(member.external_attr >> 16)
     for path in (PurePosixPath(member.filename), PureWindowsPath(member.filename)):
         if path.anchor or ".." in path.parts or mode not in (0, stat.S_IFREG, stat.S_IFDIR):
@@ -274,9 +291,10 @@ def _move_into(source, target):
 def _read_manifest(folder):
     """{name of a finished download: {file: bytes}}; empty when none is finished, or the manifest is damaged."""
     try:
-        return json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["finished"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        content = read_json(folder / MANIFEST_FILE)
+    except (FileNotFoundError, ValueError):
         return {}
+    return {} if misfit(content, {"finished": {str: {str: int}}}) else content["finished"]
 
 
 def _write_manifest(folder, finished):
@@ -288,7 +306,7 @@ def _is_complete(folder, files):
     """Whether every file is there in its full size."""
     try:
         return bool(files) and all(os.stat(folder / name).st_size == size for name, size in files.items())
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL in the name
         return False
 
 

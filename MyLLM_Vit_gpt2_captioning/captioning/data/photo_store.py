@@ -120,7 +120,9 @@ def _write_or_compare_manifest(store, manifest):
         return
     existing = read_json(path)
     differing = [
-        f"{key} {existing.get(key)} instead of {value}" for key, value in manifest.items() if existing.get(key) != value
+        f"{key} {repr(existing.get(key))[:60]} instead of {value}"
+        for key, value in manifest.items()
+        if existing.get(key) != value
     ]
     if differing:
         raise ValueError(f"{path}: the photos there have {', '.join(differing)}: give another folder with --to")

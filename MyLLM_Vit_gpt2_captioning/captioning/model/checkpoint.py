@@ -28,6 +28,7 @@ from captioning.common.files import (
     read_json,
     write_atomically,
 )
+from captioning.common.printable import printable
 
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict")  # under which training loops save that of the model
 # In front of all names: put there by DistributedDataParallel, by torch.compile, by the attribute of a LightningModule.
@@ -164,16 +165,25 @@ def _named_errors(path):
     except pickle.UnpicklingError as error:  # torch's message advises to run what is in the file
         raise ValueError(f"{path}: damaged, or a pickle that holds more than tensors, which is not read") from error
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = printable(next(iter(str(error).splitlines()), type(error).__name__))[:300]
         raise ValueError(f"{path}: damaged, or not a weights file ({reason}); {OTHER_COPY}") from error
+
+
+def check_stored(weights, source):
+    """Raise ValueError for a tensor of which not every number is in the file: one number can stand for any many."""
+    for name, tensor in weights.items():
+        is_plain = tensor.layout == torch.strided and not tensor.is_quantized
+        if not is_plain or tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{source}: {printable(name):.200} is not stored number by number; {OTHER_COPY}")
 
 
 def check_finite(weights, source):
     """Raise ValueError that names `source` and the first tensor of a state_dict with NaN or infinity in it: such a
     model writes empty captions."""
+    check_stored(weights, source)
     for name, tensor in weights.items():  # the sum is not finite where a number is not
         if tensor.is_floating_point() and not math.isfinite(tensor.sum(dtype=torch.float64)):
-            raise ValueError(f"{source}: {name} has numbers that are not finite; {OTHER_COPY}")
+            raise ValueError(f"{source}: {printable(name):.200} has numbers that are not finite; {OTHER_COPY}")
 
 
 def unwrapped(content, path):
@@ -188,6 +198,7 @@ def unwrapped(content, path):
             break
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ValueError(f"{path}: holds no state_dict, neither as it is nor as {' or '.join(STATE_DICT_KEYS)}")
+    check_stored(content, path)
     return _without_prefix(content)
 
 
@@ -238,7 +249,7 @@ def load_strictly(model, path):
     path = weights_file(path) if Path(path).is_dir() else path
     stored, own = unwrapped(load_weights(path), path), model.state_dict()
     problems = [f"{key}: missing" for key in own.keys() - stored.keys()]
-    problems += [f"{key}: unknown" for key in stored.keys() - own.keys()]
+    problems += [f"{printable(key):.200}: unknown" for key in stored.keys() - own.keys()]
     problems += [
         f"{key}: shape {tuple(stored[key].shape)} where {tuple(own[key].shape)} is needed"
         for key in own.keys() & stored.keys()

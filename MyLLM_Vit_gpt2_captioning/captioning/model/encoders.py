@@ -21,10 +21,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from captioning.common.printable import printable
 from captioning.model import hugging_face, plain_vit
+from captioning.model.checkpoint import OTHER_COPY, read_shapes, weights_file
 
 COUPLINGS = ("stepped", "final")
 # What `encoder_options` may hold. They come from the config.json of strangers, too, and timm has arguments that read
@@ -48,6 +51,7 @@ WORDS = (
     "global_pool", "weight_init", "stem_type", "pos_embed", "norm_layer", "act_layer",
 )  # fmt: skip
 LARGEST_OPTION = 100_000  # of a number in them
+LARGEST_SIDE = 2_048  # of img_size: what a photo becomes takes memory by its square
 REFINER = ("width", "grid", "layers", "heads", "kernel", "dropout")  # arguments of ConvolutionalRefiner
 # What the libraries raise for sizes that do not fit each other.
 UNFIT = (RuntimeError, TypeError, ValueError, AssertionError, ArithmeticError, AttributeError, LookupError, MemoryError)
@@ -105,6 +109,11 @@ def resolve_encoder(config):
     if timm.is_model(source.split(".")[0]):
         return {"encoder": source}
     name, options, preprocessing, _ = hugging_face.read_vision_tower(source)
+    try:
+        check_options(options)
+        check_photos(**preprocessing)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     return {
         "encoder": name,
         "encoder_options": options | config.encoder_options,
@@ -131,20 +140,24 @@ def preprocessing_of(config):
     chosen = defaults | config.preprocessing
     if chosen["img_size"] != img_size:
         raise ValueError(f"preprocessing: img_size is the encoder's, {img_size}; change it in encoder_options")
-    if chosen["resample"] not in ("bicubic", "bilinear"):
-        raise ValueError(f"preprocessing: resample {chosen['resample']!r} is neither bicubic nor bilinear")
-    if chosen.get("grey16", "full") not in ("full", "range"):
-        raise ValueError(f"preprocessing: grey16 {chosen['grey16']!r} is neither full nor range")
-    for key in ("mean", "std"):
-        value = chosen[key]
+    check_photos(**chosen)
+    return chosen
+
+
+def check_photos(resample="bicubic", mean=(0, 0, 0), std=(1, 1, 1), grey16="full", **others):
+    """Raise ValueError for values of `preprocessing` that are out of range."""
+    if resample not in ("bicubic", "bilinear"):
+        raise ValueError(f"preprocessing: resample {repr(resample)[:60]} is neither bicubic nor bilinear")
+    if grey16 not in ("full", "range"):
+        raise ValueError(f"preprocessing: grey16 {repr(grey16)[:60]} is neither full nor range")
+    for key, value in (("mean", mean), ("std", std)):
         is_triple = isinstance(value, (list, tuple)) and len(value) == 3
         if not (is_triple and all(isinstance(v, (int, float)) and abs(v) < LARGEST_OPTION for v in value)):
             raise ValueError(
                 f"preprocessing: {key} {repr(value)[:60]} is not one finite number for each of three channels"
             )
-    if min(chosen["std"]) <= 0:
-        raise ValueError(f"preprocessing: std {chosen['std']!r} is not above 0")
-    return chosen
+    if min(std) <= 0:
+        raise ValueError(f"preprocessing: std {std!r} is not above 0")
 
 
 def check_options(options):
@@ -157,8 +170,8 @@ def check_options(options):
         elif name in WORDS:
             fits, kind = isinstance(value, str) and re.fullmatch(r"\w{0,40}", value), "a word"
         elif name == "img_size":
-            fits = type(value) is int and 1 <= value <= LARGEST_OPTION
-            kind = f"one number from 1 to {LARGEST_OPTION:,}: the side in pixels of the square that a photo becomes"
+            fits = type(value) is int and 1 <= value <= LARGEST_SIDE
+            kind = f"one number from 1 to {LARGEST_SIDE:,}: the side in pixels of the square that a photo becomes"
         elif name in COUNTS:
             fits = 0 < len(numbers) <= 100 and all(type(n) is int and 1 <= n <= LARGEST_OPTION for n in numbers)
             kind = f"a whole number from 1 to {LARGEST_OPTION:,}, or a list of them"
@@ -498,17 +511,48 @@ def meta_device_for(model_config, folder):
     drawing those, only to overwrite them, would take seconds. With other encoders it does nothing, because timm
     computes with the values of some tensors while it builds them.
     """
+    files = [path for path in hugging_face.weights_files(folder) or [weights_file(folder)] if path.is_file()]
     try:
-        if plain_vit.options_of(str(model_config.get("encoder")), model_config.get("encoder_options")):
-            with torch.device("meta"), _SkipInit():
+        with no_larger_than(files):
+            if plain_vit.options_of(str(model_config.get("encoder")), model_config.get("encoder_options")):
+                with torch.device("meta"), _SkipInit():
+                    yield
+            else:
                 yield
-        else:
-            yield
     except UNFIT as error:
-        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{folder}/config.json: no captioner can be built with it: {reason.splitlines()[0]}"
+            f"{folder}/config.json: no captioner can be built with it: {_reason(error)}; {OTHER_COPY}"
         ) from error
+
+
+@contextmanager
+def no_larger_than(files):
+    """Context in which to build a model whose weights are in these `files`: ValueError as soon as it has many more
+    numbers than they. Sizes in a stranger's config.json may be absurd, and timm's options are too many to compare each.
+
+    Twice as many are allowed, because timm also builds heads and poolings that are then taken off.
+    """
+    stored = sum(math.prod(shape) for path in files for shape in read_shapes(path).values())
+    limit, numbers = 10**6 + 2 * stored, 0
+
+    def count(module, name, parameter):
+        nonlocal numbers
+        numbers += parameter.numel() if parameter is not None else 0
+        if numbers > limit:
+            raise ValueError(f"it needs far more than the {stored:,} numbers that are in the weights")
+
+    hook = register_module_parameter_registration_hook(count) if files else None
+    try:
+        yield
+    finally:
+        if hook:
+            hook.remove()
+
+
+def _reason(error):
+    """What went wrong, in one line that is not too long."""
+    reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return printable(next(iter(reason.splitlines()), ""))[:300]
 
 
 def build_encoder(name, steps, coupling="stepped", options=None, weights="scratch", refiner=None, feature_levels=1):
@@ -536,16 +580,20 @@ def build_encoder(name, steps, coupling="stepped", options=None, weights="scratc
     from timm.models.vision_transformer import VisionTransformer
 
     img_size, _, _ = timm_data_config(name, options)
+    is_local = weights not in ("pretrained", "scratch", "stored")
+    files = hugging_face.weights_files(Path(weights)) if is_local and Path(weights).is_dir() else []
     try:
-        model = timm.create_model(name, pretrained=weights == "pretrained", **_timm_options(name, options))
+        with no_larger_than([path for path in files if path.is_file()]):
+            model = timm.create_model(name, pretrained=weights == "pretrained", **_timm_options(name, options))
     except UNFIT as error:  # no published weights, an option that this model does not have or that does not fit
-        raise ValueError(f"timm cannot make {name} with {options or 'no options'}: {error}") from error
+        place = f"{weights}: " if files else ""
+        raise ValueError(f"{place}timm cannot make {name} with {options or 'no options'}: {_reason(error)}") from error
     except OSError as error:  # huggingface_hub and urllib raise it without a network
         raise FileNotFoundError(
             f"the pretrained weights of {name} could not be downloaded ({type(error).__name__}); "
             "give a local file with --encoder_weights FILE (.safetensors or .pth, timm's key names)"
         ) from error
-    if weights not in ("pretrained", "scratch", "stored"):
+    if is_local:
         _load_local_weights(model, weights, name, options or {})
     if isinstance(model, (VisionTransformer, Eva)):
         if refiner:

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import save
 
 from captioning.common.files import CONFIG_FILE, TOKENIZER_FILE, read_json, write_atomically
+from captioning.common.form import check
+from captioning.common.printable import printable
 from captioning.model.checkpoint import check_finite, find_folder, load_config, load_weights, some_of, unwrapped
 from captioning.model.tokenizer import END_OF_TEXT
 
@@ -22,6 +24,12 @@ WEIGHTS_FILE, TORCH_FILE = "model.safetensors", "pytorch_model.bin"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 SMALL_FILES = ("*.json", "merges.txt")  # configs, tokenizer, indices of sharded weights
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, which preprocessor_config.json holds
+VIT_FORM = dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"), int)
+VIT_FORM |= dict(patch_size=(int, [int]), image_size=(int, [int], tuple), layer_norm_eps=float)
+PREPROCESSOR_DEFAULTS = dict(do_rescale=True, rescale_factor=1 / 255, do_normalize=True)
+PREPROCESSOR_DEFAULTS |= dict.fromkeys(("image_mean", "image_std", "resample"))
+PREPROCESSOR_FORM = dict(do_rescale=bool, rescale_factor=float, do_normalize=bool, resample=(int, None))
+PREPROCESSOR_FORM |= dict.fromkeys(("image_mean", "image_std"), (float, [float], None))
 
 
 # --- names of the same tensors in both libraries ----------------------------------------------------------------------
@@ -167,7 +175,7 @@ def convert_from_hf(theirs, pairs, reference, source):
         else:
             for name, part in zip(pair.ours, _resplit(tensors, len(pair.ours)), strict=True):
                 ours[name] = part.reshape(reference[name].shape).to(reference[name].dtype).contiguous()
-    problems += [f"{name}: unknown key" for name in theirs]
+    problems += [f"{printable(name):.200}: unknown key" for name in theirs]
     if not problems:
         problems = [f"{name}: nothing there for this layer" for name in reference.keys() - ours.keys()]
     if problems:
@@ -258,7 +266,8 @@ def _transformers_config(folder):
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # huggingface_hub's validation errors have had several classes
-        raise ValueError(f"{folder / CONFIG_FILE}: not a config that transformers reads ({error})") from error
+        reason = printable(next(iter(str(error).splitlines()), type(error).__name__))[:300]
+        raise ValueError(f"{folder / CONFIG_FILE}: not a config that transformers reads ({reason})") from error
 
 
 def read_preprocessing(folder):
@@ -271,16 +280,22 @@ def read_preprocessing(folder):
     if not stored and (folder / "processor_config.json").is_file():  # transformers 5 writes this file for some models
         path = folder / "processor_config.json"
         stored = read_json(path).get("image_processor", {})
+    try:
+        check(stored, dict, "image_processor")
+        stored = PREPROCESSOR_DEFAULTS | stored
+        check(stored, PREPROCESSOR_FORM)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     preprocessing = {}
-    if not stored.get("do_rescale", True) or abs(stored.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
-        raise ValueError(f"{path}: pixels are to be scaled by {stored.get('rescale_factor')}, here it is always 1/255")
-    if not stored.get("do_normalize", True):
+    if not stored["do_rescale"] or abs(stored["rescale_factor"] - 1 / 255) > 1e-6:
+        raise ValueError(f"{path}: pixels are to be scaled by {stored['rescale_factor']}, here it is always 1/255")
+    if not stored["do_normalize"]:
         stored |= dict(image_mean=0.0, image_std=1.0)
     for ours, key in (("mean", "image_mean"), ("std", "image_std")):
-        value = stored.get(key)
+        value = stored[key]
         if value is not None:
             preprocessing[ours] = tuple(value) if isinstance(value, list) else (float(value),) * 3
-    resample = stored.get("resample")
+    resample = stored["resample"]
     if resample is not None:
         if resample not in RESAMPLING:
             raise ValueError(f"{path}: resample {resample} is none of {RESAMPLING}")
@@ -302,6 +317,10 @@ def _vit_options(vit, source):
     if kind not in kinds:
         known = ", ".join(f"{model_type} with {act}" for model_type, act in kinds)
         raise ValueError(f"{source}: the encoder is {kind[0]} with {kind[1]}; only these can be read: {known}")
+    try:
+        check({key: getattr(vit, key, None) for key in VIT_FORM}, VIT_FORM, "")
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     name, pairs = kinds[kind]
     size = vit.image_size if isinstance(vit.image_size, int) else vit.image_size[0]
     if vit.image_size not in (size, [size, size], (size, size)):
@@ -312,7 +331,7 @@ def _vit_options(vit, source):
         embed_dim=vit.hidden_size,
         depth=vit.num_hidden_layers,
         num_heads=vit.num_attention_heads,
-        mlp_ratio=(vit.intermediate_size + 0.5) / vit.hidden_size,  # timm multiplies and cuts off the fraction
+        mlp_ratio=(vit.intermediate_size + 0.5) / max(1, vit.hidden_size),  # timm multiplies and cuts off the fraction
         qkv_bias=getattr(vit, "qkv_bias", True),
         norm_eps=vit.layer_norm_eps,
     )

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from captioning.common.config import attributes, complete
 from captioning.common.files import CONFIG_FILE
+from captioning.common.printable import printable
 from captioning.model import checkpoint, encoders, hugging_face
 from captioning.model.tokenizer import CaptionTokenizer, check_eos, check_fingerprint
 
@@ -38,7 +39,7 @@ def _named(folder):
         yield
     except ValueError as error:
         raise ValueError(
-            f"{folder / CONFIG_FILE}: {error}. The captioner is damaged or comes from another version"
+            f"{folder / CONFIG_FILE}: {printable(error)[:500]}. The captioner is damaged or comes from another version"
         ) from error
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +36,9 @@ CHARACTERS = (
     rf"(?:(?=\w){CHARACTER_SCRIPTS})[\p{{M}}\u30fc\uff70]*"
     rf"|(?:(?!{CHARACTER_SCRIPTS})\w)+(?:[-'](?:(?!{CHARACTER_SCRIPTS})\w)+)*|[^\w\s]"
 )
+# GPT-2's, which some programs write out in place of the name ByteLevel.
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+KNOWN_PATTERNS = {WORDS, CHARACTERS, GPT2_PATTERN}
 START, END, PAD, UNKNOWN = "<start>", "<end>", "<pad>", "<unk>"
 
 
@@ -62,12 +66,50 @@ def split_characters(text):
     return [token for token, _ in _characters.pre_tokenize_str(text)]
 
 
-def _load_file(path, load):
-    """load(path), with a ValueError that names the file if that fails."""
+@contextmanager
+def _named(path):
+    """Around calls of the library with what is in a file: whatever fails is a ValueError that names the file."""
     try:
-        return load(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path}: damaged, or not a tokenizer ({error}); take the file from a backup") from error
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception; its panics are not even that
+        reason = printable(next(iter(str(error).splitlines()), type(error).__name__))[:300]
+        raise ValueError(f"{path}: damaged, or not a tokenizer ({reason}); take the file from a backup") from error
+
+
+def _load_file(path):
+    """tokenizer.json -> a `tokenizers.Tokenizer`. Raises ValueError that names a file that is damaged or has regular
+    expressions of its own."""
+    with _named(path):
+        backend = Tokenizer.from_file(str(path))
+        for part in (backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder):
+            for pattern in _patterns(json.loads(part.__getstate__())) if part is not None else ():
+                if pattern not in KNOWN_PATTERNS:
+                    raise ValueError(
+                        f"the regular expression {pattern[:60]!r} is not one of GPT-2's or of this project"
+                    )
+        _check_vocabulary(backend)
+        # One that encodes nothing, such as a vocabulary without a token for unknown words, is found now.
+        backend.decode(backend.encode("a\u0301 \U0001f600, 1").ids)
+    return backend
+
+
+def _check_vocabulary(backend):
+    """Raise ValueError where the ids of a tokenizer's n tokens are not 0 to n - 1: with an id of a thousand million the
+    library would ask for as much memory, and the model has no row for it."""
+    size = backend.get_vocab_size()
+    missing = next((i for i in range(size) if backend.id_to_token(i) is None), None)
+    if missing is not None:
+        raise ValueError(f"{size:,} tokens, but none has the id {missing}")
+
+
+def _patterns(part):
+    """Yields the regular expressions in a part of tokenizer.json. A hostile one can take for ever on a caption."""
+    for key, value in part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ():
+        if key == "Regex":
+            yield str(value)
+        yield from _patterns(value)
 
 
 class CaptionTokenizer:
@@ -117,11 +159,12 @@ class CaptionTokenizer:
         """
         folder = Path(self.source)
         if (folder / TOKENIZER_FILE).is_file():
-            backend = _load_file(folder / TOKENIZER_FILE, Tokenizer.from_file)
+            backend = _load_file(folder / TOKENIZER_FILE)
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            merges = str(folder / "merges.txt")
-            backend = _byte_level(_load_file(folder / "vocab.json", lambda vocab: models.BPE.from_file(vocab, merges)))
-            backend.add_special_tokens([END_OF_TEXT])
+            with _named(folder / "vocab.json"):
+                backend = _byte_level(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+                backend.add_special_tokens([END_OF_TEXT])
+                _check_vocabulary(backend)
         elif folder.is_dir():
             raise FileNotFoundError(f"{folder}: no {TOKENIZER_FILE}, and no vocab.json with merges.txt")
         else:
@@ -130,12 +173,13 @@ class CaptionTokenizer:
             from captioning.common.hub_errors import explain
 
             try:
-                backend = Tokenizer.from_file(hf_hub_download(self.source, TOKENIZER_FILE))
+                path = hf_hub_download(self.source, TOKENIZER_FILE)
             except Exception as error:  # huggingface_hub, its HTTP library and Xet raise classes of their own
                 raise FileNotFoundError(
                     f"the tokenizer {self.source!r} is not a local folder, and the Hugging Face hub did not give it: "
                     f"{explain(error)}; or give a folder that holds vocab.json and merges.txt"
                 ) from error
+            backend = _load_file(path)
         backend.no_padding()  # transformers stores the padding and truncation of the last call in tokenizer.json
         backend.no_truncation()
         special = {token for token in (END_OF_TEXT, START, END, PAD) if backend.token_to_id(token) is not None}

@@ -7,6 +7,9 @@ is not reported beside it. `Diagnosis` takes the measurements while a run goes o
 import math
 from dataclasses import dataclass
 
+import torch
+
+from captioning.common.form import check, form_of
 from captioning.data import batching
 from captioning.training import measurements
 
@@ -273,14 +276,22 @@ class Diagnosis:
         return kept | {"found": [finding.name for finding in self.findings]}
 
     def load_state_dict(self, state):
-        state = dict(state)
-        self.findings = [Finding(name, "", "", "") for name in state.pop("found")]  # not to be said again
-        vars(self).update(state)
+        """Go on from `state_dict`. Raises ValueError for parts of another form."""
+        check(state, KEPT | {"found": [str]}, "['diagnosis']")
+        numbers = {name: value for name, value in state["measured"].items() if name != "commonest caption"}
+        check(numbers, {str: float}, "['diagnosis']['measured']")
+        self.findings = [Finding(name, "", "", "") for name in state["found"]]  # not to be said again
+        vars(self).update({name: state[name] for name in KEPT})
 
     def begin(self, model, training, validation, autocast):
         """Look at the captions of both splits (`Dataset` of the script) and at the weights before the first step."""
         self.model, self.autocast, self.tokenizer = model, autocast, training.tokenizer
-        self.weights = self.weights or measurements.weights_of(model)
+        weights = measurements.weights_of(model)
+        if form_of(self.weights) != form_of(weights) or any(
+            (self.weights[part].shape, self.weights[part].dtype) != (values.shape, values.dtype)
+            for part, values in weights.items()
+        ):
+            self.weights = weights  # a new run, or a damaged state
         self.measured |= measurements.of_captions(training) | measurements.of_preprocessing(model.config)
         self.measured |= measurements.of_photos(training.captions_of, validation.captions_of)
 
@@ -319,7 +330,7 @@ class Diagnosis:
             "share of steps clipped": self.clipped / max(1, self.steps),
             "peak learning rate over weights": self.config.lr / max(1e-12, min(new)),
         }
-        if self.first is not None:
+        if self.first and self.losses:
             loss = sum(self.losses) / len(self.losses)
             guessing = math.log(len(self.tokenizer))
             self.measured |= {
@@ -371,17 +382,17 @@ class Diagnosis:
         return "\n".join(["", "diagnosis:", *(f"    {value:>10}  {name}" for name, value in self.rows()), *found, ""])
 
 
-KEPT = (
-    "weights",
-    "measured",
-    "gradients",
-    "steps",
-    "skipped",
-    "clipped",
-    "losses",
-    "lowest",
-    "first",
-)  # in a run's state
+KEPT = {  # in a run's state: the form of each
+    "weights": ({str: torch.Tensor}, None),
+    "measured": {str: (float, str)},
+    "gradients": {str: float},
+    "steps": int,
+    "skipped": int,
+    "clipped": int,
+    "losses": [float],
+    "lowest": float,
+    "first": (float, None),
+}
 HIDDEN = ("commonest caption", "photos", "variance at the start", "loss above guessing", "steps left out")
 SHARES = ("share", "captions that", "captions whose", "captions over", "captions cut", "photos", "unknown", "different",
           "empty", "evenness", "peak", "pretrained", "training loss over", "validation photos")  # fmt: skip

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 from captioning.common.files import CURVES, write_atomically
+from captioning.common.form import check
 from captioning.decoding.cached_decoder import cuda_graphs_disabled
 from captioning.model import summary
 from captioning.pages import html_pages, plots
@@ -13,6 +14,19 @@ from captioning.training.diagnosis import Diagnosis
 from captioning.training.trackers import Tracker
 
 SAMPLES = 8  # photos whose captions are kept for every epoch
+SCORED = ({"epoch": int, "rows": [int], "captions": [str]}, None)
+KEPT = {
+    "steps": int,
+    "points": [{str: float}],
+    "scored": SCORED,
+    "newest": SCORED,
+    "_recent": [float],
+}  # in a run's state
+FORM = {  # of what a resumed run takes from its state
+    "metrics": [{"epoch": int, "valid_loss": float, "valid_perplexity": float}],
+    "samples": {int: [str]},
+    "timings": [{"epoch": int, "training": float, "evaluation": float}],
+}
 
 
 class RunLog:
@@ -45,21 +59,28 @@ class RunLog:
 
     def state_dict(self):
         """Everything that a resumed run needs to continue the log."""
-        kept = ("steps", "points", "scored", "newest", "_recent")
         return {
             "metrics": self.rows,
             "samples": self.samples,
             "timings": self.timings,
-            "log": {name: getattr(self, name) for name in kept} | {"tracker": self.tracker.state_dict()},
+            "log": {name: getattr(self, name) for name in KEPT} | {"tracker": self.tracker.state_dict()},
             "diagnosis": self.diagnosis.state_dict(),
         }
 
     def load_state_dict(self, state):
-        """Continue from `state_dict`; states of early versions have no "log" and no "diagnosis"."""
+        """Continue from `state_dict`; states of early versions have no "log" and no "diagnosis". Raises ValueError for
+        parts that are of another form."""
+        check(state, FORM)
+        for row in (*state["metrics"], *state["timings"]):
+            check({name: value for name, value in row.items() if name != "stage"}, {str: float}, "['metrics']")
         self.rows[:], self.samples, self.timings = state["metrics"], state["samples"], state["timings"]
-        log = dict(state.get("log", {}))
-        self.tracker.load_state_dict(log.pop("tracker", None))
-        vars(self).update(log)
+        if "log" in state:
+            log = state["log"]
+            check(log, KEPT, "['log']")
+            self.tracker.load_state_dict(log.get("tracker"))
+            vars(self).update({name: log[name] for name in KEPT})
+            if len(self._recent) != 2:
+                raise ValueError("['log']['_recent'] is not a sum and a count")
         if "diagnosis" in state:
             self.diagnosis.load_state_dict(state["diagnosis"])
 

@@ -20,13 +20,27 @@ import torch
 
 from captioning.common import stopping
 from captioning.common.files import write_atomically
+from captioning.common.form import misfit
+from captioning.common.printable import printable
 from captioning.images import tar_members
+from captioning.model.checkpoint import check_finite
 from captioning.training import run_folder
 
 NEWEST, BEFORE = "state.pt", "state_before.pt"
 FORMAT = 1  # of a state; another one is refused by name
 UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, LookupError, zipfile.BadZipFile)
 DAMAGED = "the state of the run is damaged; leave out --resume to start afresh"
+FORM = {  # of a state, beside what the parts of the Trainer check themselves
+    "position": {"epoch": int, "batches": int, "total": float, "count": float},
+    "shares": int,
+    "rng": (dict, None),
+    "stage": str,
+    "model": {str: torch.Tensor},
+    "optimization": dict,
+    "best": {"best_perplexity": float, "best_epoch": (int, None)},
+    "config": {"model": {str: object}, "train": {str: object}},
+    "dataset": [list],
+}
 # Train constants that may differ when a run is resumed. The others decide what is in a batch, how the batch is trained
 # on, or which epoch is kept.
 MAY_CHANGE = {
@@ -225,22 +239,14 @@ def check_state(path, state):
             f"{path}: the state has format {state.get('format')!r}, this version reads format {FORMAT}: resume the run "
             "with the version that wrote it, or leave out --resume to start afresh"
         )
-    position = state["position"] if isinstance(state["position"], dict) else {}
-    epoch, batches, shares = position.get("epoch"), position.get("batches"), state.get("shares")
-    whole = (
-        all(type(number) is int for number in (epoch, batches, shares))
-        and epoch >= -1
-        and batches >= 0
-        and shares >= 1
-        and all(type(position.get(name)) in (int, float) for name in ("total", "count"))
-        and all(isinstance(state.get(name), dict) for name in ("config", "model", "optimization", "best"))
-        and all(isinstance(state["config"].get(name), dict) for name in ("model", "train"))
-        and isinstance(state.get("dataset"), list)
-        and {"best_perplexity", "best_epoch"} <= state["best"].keys()
-        and isinstance(state.get("rng"), dict | None)
-    )
-    if not whole:
-        raise ValueError(f"{path}: {DAMAGED}")
+    place, position = misfit(state, FORM), state["position"]
+    if not place and (position["epoch"] < -1 or position["batches"] < 0 or state["shares"] < 1):
+        place = "['position']"
+    if not place and (len(state["dataset"]) != 2 or any(misfit(d[:1], [int]) for d in state["dataset"])):
+        place = "['dataset']"
+    if place:
+        raise ValueError(f"{path}: {DAMAGED} ({place:.100} is not what belongs there)")
+    check_finite(state["model"], path)
 
 
 def check_same_run(path, saved, current):
@@ -257,7 +263,7 @@ def check_same_run(path, saved, current):
         if without_tuples(then[name][key]) != without_tuples(now[name].get(key))
     }
     refused = [
-        f"{name}.{key}: it was {old!r}, now it is {new!r}"
+        printable(f"{name}.{key}: it was {old!r:.200}, now it is {new!r:.200}")[:500]
         for (name, key), (old, new) in changed.items()
         if name == "model" or key not in MAY_CHANGE
     ]
@@ -276,7 +282,7 @@ def check_same_run(path, saved, current):
         )
     for (_, key), (old, new) in changed.items():
         if key in ANNOUNCED:
-            print(f"changed since the run stopped: {key} was {old}, now it is {new}")
+            print(printable(f"changed since the run stopped: {key} was {old!s:.200}, now it is {new}"))
 
 
 def without_tuples(value):

@@ -8,6 +8,7 @@ import math
 import uuid
 from pathlib import Path
 
+from captioning.common.form import check
 from captioning.common.printable import in_markdown, printable
 from captioning.images.preprocessing import load_image
 
@@ -36,6 +37,7 @@ class Tracker:
 
     def load_state_dict(self, state):
         """Continue the tracker's run from `state_dict`; a state of another tracker is ignored: that is a new run."""
+        check(state, ({"name": str, "id": (str, None)}, None), "['tracker']")
         if state and state["name"] == self.name:
             self.id = state["id"]
 

@@ -28,7 +28,8 @@ from typing import NamedTuple
 
 from PIL import UnidentifiedImageError
 
-from captioning.common.files import is_litter, write_atomically
+from captioning.common.files import is_litter, read_json, write_atomically
+from captioning.common.form import check
 from captioning.common.locks import LOCK_FILE, after_other_writers
 from captioning.common.printable import printable
 from captioning.common.text import clean_text, without_markup
@@ -43,6 +44,8 @@ METADATA_NAME = re.compile(r"(?:.*/)?__[^/]*__(?:[./]|$)")  # members of such na
 CAPTION_KEYS = ("captions", "caption", *COLUMN_NAMES["caption"])
 PROMPT_KEYS = ("prompts", "prompt", *COLUMN_NAMES["prompt"])
 LARGEST_TEXT = 2**20  # bytes of a .json or .txt member
+ENTRY = {"samples": int, "captions": {str: int}, "bytes": int}  # of a shard, in manifest.json and counts.json
+MOST_PHOTOS = 10**9  # in a shard
 READ_BYTES = 2**20  # at once, when photos are read one after the other
 
 # --- the shards of a folder -------------------------------------------------------------------------------------------
@@ -138,17 +141,32 @@ def _read_entries(path):
     if not path.is_file():
         return {}
     try:
-        entries = json.loads(path.read_bytes())["shards"]
-        for entry in entries.values():
-            _as_shard(path, entry)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: damaged ({error!r}); remove it, and the shards are counted anew") from error
-    return entries
+        content = read_json(path)
+        check(content, {"shards": {str: dict}})
+        for name, entry in content["shards"].items():
+            check_entry(name, entry)
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: damaged ({reason}); remove it, and the shards are counted anew") from error
+    return content["shards"]
+
+
+def check_entry(name, entry, form=ENTRY):
+    """Raise ValueError unless a shard's name and its entry are such as `count_shard` or `writing.write_shard` makes
+    them: the name of a file in the folder, counts that are possible."""
+    if not SHARD_NAME.fullmatch(name) or Path(name).name != name:
+        raise ValueError(f"{printable(name)[:60]!r} is not the name of a shard")
+    check(entry, form, name)
+    counts = {**entry["captions"], "1": entry["samples"]}
+    if entry["bytes"] < 0 or not all(
+        re.fullmatch("[1-9][0-9]{0,8}", captions) and 0 <= photos <= MOST_PHOTOS for captions, photos in counts.items()
+    ):
+        raise ValueError(f"{name}: its counts are impossible")
 
 
 def _as_shard(path, entry):
-    captions = {int(count): int(photos) for count, photos in entry["captions"].items()}
-    return Shard(path, int(entry["samples"]), captions, int(entry["bytes"]))
+    captions = {int(count): photos for count, photos in entry["captions"].items()}
+    return Shard(path, entry["samples"], captions, entry["bytes"])
 
 
 def _count_shards(folder, paths):
@@ -158,6 +176,7 @@ def _count_shards(folder, paths):
             stack.enter_context(after_other_writers(folder / LOCK_FILE))  # one rank counts, the others wait and read
         try:
             counted = _read_entries(folder / COUNTS_FILE)
+            check(counted, {str: {"without_caption": int}})
         except ValueError:
             counted = {}
         new = [path for path in paths if counted.get(path.name, {}).get("identity") != tar_members.file_identity(path)]
@@ -214,7 +233,7 @@ def find_damage(folder):
         with open(path, "rb") as file:
             if path.stat().st_size != entry["bytes"]:
                 cases.append(f"{name}: {path.stat().st_size:,} bytes instead of {entry['bytes']:,}")
-            elif hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+            elif hashlib.file_digest(file, "sha256").hexdigest() != entry.get("sha256"):
                 cases.append(f"{name}: another hash than in {MANIFEST_FILE}")
     for paths in shards_by_split(folder).values():
         for path in paths:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from captioning.common.files import read_json, write_atomically
+from captioning.common.form import check
 from captioning.common.locks import LOCK_FILE, after_other_writers
 from captioning.common.printable import printable
 from captioning.common.text import with_markup
@@ -24,6 +25,7 @@ from captioning.data.unreadable_photos import print_left_out
 from captioning.images import tar_members
 from captioning.images.preprocessing import open_image
 
+ENTRY = reading.ENTRY | {"sha256": str, "left_out": [str]}  # of a shard that this file has written
 SHARDS_FORMAT = 1  # of the manifest and the content of shards
 PHOTOS_PER_SHARD = 1000  # at 100 kB a photo a shard has 100 MB
 
@@ -135,13 +137,19 @@ def _written_shards(folder, records, source_hash):
         try:
             if path.name == reading.MANIFEST_FILE:
                 manifest = read_json(path)
-                found_hash, entries = manifest.get("source"), dict(manifest["shards"])
+                check(manifest, {"shards": {str: dict}})
+                found_hash, entries = manifest.get("source"), manifest["shards"]
             else:
-                (_, found_hash), *entries = resumable_work.read_index(path) or [("source", source_hash)]
+                lines = resumable_work.read_index(path) or [["source", source_hash]]
+                check(lines, [list])
+                (_, found_hash), *entries = lines
                 entries = dict(entries)
+            for name, entry in entries.items():
+                reading.check_entry(name, entry, ENTRY)
             sizes |= {name: entry["bytes"] for name, entry in entries.items()}
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: damaged ({error!r}); remove it, and give the command again") from error
+        except (TypeError, ValueError) as error:  # TypeError: what cannot be a key
+            reason = printable(error).removeprefix(f"{path}: ")[:300]
+            raise ValueError(f"{path}: damaged ({reason}); remove it, and give the command again") from error
         if found_hash != source_hash:
             raise ValueError(
                 f"{path}: the shards there are of another dataset, or have another number of photos each: give another "
