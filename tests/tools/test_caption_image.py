@@ -260,6 +260,9 @@ def test_sidecars_train_as_they_are(folder, capsys):
     assert list(frame["caption"])[1] == f"a photo: {CAPTIONS['scene_2.png']}."
     table = sources.load(folder, folder / "captions.csv")
     assert list(table["caption"])[1] == CAPTIONS["scene_2.png"]
+    for path in list(folder.rglob("s*.txt"))[1:]:
+        path.unlink()
+    assert sources.find_captions(folder) == folder / "captions.csv"  # a single text is no dataset
 
 
 def test_sidecars_go_on_where_they_stopped(folder, captioned, monkeypatch):

@@ -126,11 +126,12 @@ def is_saved_dataset(folder):
     return any((folder / name).is_file() for name in DATASETS_FILES)
 
 
-def is_record(path):
-    """Whether a captions.csv says what wrote each line: a person may have corrected the .txt files beside the photos,
-    not this table, which caption_image.py keeps."""
+def is_record_of_sidecars(path):
+    """Whether a table is the captions.csv of caption_image.py and at least half of its photos have their captions in
+    .txt files, too: people correct those, and not the table."""
     with open(path, encoding="utf-8", errors="replace") as file:
-        return file.readline().rstrip("\n").endswith(",".join(("", *RECORD_COLUMNS)))
+        is_record = file.readline().rstrip("\n").endswith(",".join(("", *RECORD_COLUMNS)))
+        return is_record and 2 * sum(1 for _ in _photos_with_text(path.parent, True)) >= sum(1 for _ in file) > 0
 
 
 def has_text_beside_photos(folder, in_subfolders=False):

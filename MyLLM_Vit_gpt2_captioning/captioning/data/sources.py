@@ -32,7 +32,7 @@ from captioning.data.annotation_folders import (
     EXTRACTED_IMAGES,
     files_of_splits,
     has_text_beside_photos,
-    is_record,
+    is_record_of_sidecars,
     is_saved_dataset,
     read_file,
     read_folder,
@@ -101,7 +101,7 @@ def find_captions(data_dir, image_dir=None):
         return None
     for path in (data_dir / name for name in KNOWN_FILES):
         if path.is_file():
-            return data_dir if is_record(path) and has_text_beside_photos(data_dir, in_subfolders=True) else path
+            return data_dir if is_record_of_sidecars(path) else path
     for folder in (data_dir / "annotations", data_dir):
         if any(folder.glob(COCO_FILES)):
             return folder
