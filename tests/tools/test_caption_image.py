@@ -334,6 +334,8 @@ def test_xmp_sidecars(folder, capsys):
     with pytest.raises(SystemExit, match=r"^error: .*scene_2\.xmp: not an XMP file \(syntax error"):
         caption_image.main([str(folder), *CHECKPOINT, "--write_xmp", "--existing", "append"])
     text = texts(folder, ".xmp")["scene_0.xmp"]
+    caption_image.main([str(folder), *CHECKPOINT, "--write_xmp"])
+    assert "1 .xmp files hold something else" in capsys.readouterr().out
     assert 'xmp:Rating="4"' in text and f">{CAPTIONS['scene_0.png']}</rdf:li>" in text
     assert not texts(folder)
 

@@ -63,10 +63,16 @@ class Sidecars:
 
     def write(self, photo, record):
         """Write the sidecar of a photo, unless it holds the captions already. `record`: its captions as they are in the
-        lines of the table, a list for each line, the newest last. Raises OSError that names the file."""
+        lines of the table, a list for each line, the newest last. Raises OSError that names the file, and ValueError
+        for one that is to be changed and is no XMP file."""
         path, lines = self.path(photo), [self._framed(captions) for captions in record]
         new, old = lines[-1], {line for earlier in lines[:-1] for line in earlier}
-        there = self.read(path) if path.exists() else None
+        try:
+            there = self.read(path) if path.exists() else None
+        except ValueError:
+            if self.existing != "skip":
+                raise
+            there = []  # somebody else's, whatever it is
         if there is None or there == new:
             kept = []
         elif there in lines:  # of this photo, by an earlier captioner
