@@ -7,12 +7,14 @@
     python MyLLM_Vit_gpt2_captioning/caption_image.py *.jpg --grid captions.png            also draw them
     python MyLLM_Vit_gpt2_captioning/caption_image.py photo.jpg --attention attention.png  the words' attention maps
     python MyLLM_Vit_gpt2_captioning/caption_image.py holiday/                             to holiday/captions.csv
+    python MyLLM_Vit_gpt2_captioning/caption_image.py holiday/ --sidecars                  and to .txt files beside them
     python MyLLM_Vit_gpt2_captioning/caption_image.py holiday/ --min_confidence 0.8        and what people must look at
     python MyLLM_Vit_gpt2_captioning/caption_image.py photo.jpg --words words.html         each word explained
     python MyLLM_Vit_gpt2_captioning/caption_image.py photo.jpg --json                     for other programs
 
 Captions are greedy unless options of beam search or sampling are given. The captions of a folder are written to its
-captions.csv batch by batch; after an interruption the same command resumes. Photos that cannot be read are reported and
+captions.csv batch by batch; after an interruption the same command resumes. The table says what wrote each line: those
+of other weights or options are counted, and captioned anew with --redo. Photos that cannot be read are reported and
 left out, and the exit status is then 1.
 """
 
@@ -20,17 +22,18 @@ import itertools
 import json
 import sys
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from captioning.command_line.arguments import ToolParser, integer, real
-from captioning.command_line.caption_table import FILE, CaptionTable
+from captioning.command_line.caption_table import FILE, CaptionTable, made_with
 from captioning.command_line.decoding_options import add_decoding_arguments, decoding_options
 from captioning.command_line.overrides import with_underscores
 from captioning.command_line.photo_arguments import find_photos
+from captioning.command_line.sidecars import EXISTING, XMP, Sidecars
 from captioning.common.locks import LOCK_FILE, only_writer
 from captioning.common.precision import mixed_precision
 from captioning.common.printable import printable
@@ -39,6 +42,7 @@ from captioning.common.stopping import Stopped, listening, stop_if_asked
 from captioning.decoding import attention_maps, confidence
 from captioning.decoding.search import Options, generate_ids, log_probabilities, trim
 from captioning.images.preprocessing import preprocess
+from captioning.model import checkpoint, hugging_face
 from captioning.model.tokenizer import read_prompt
 from captioning.pages import html_pages, plots
 from MyLLM_Vit_gpt2_captioning import OUTPUT_DIR, load_captioner, stored_config, train_config
@@ -80,6 +84,10 @@ def main(argv=None):
         "--out", type=Path, metavar="CSV", help="write all captions to this file (default: FOLDER/captions.csv)"
     )
     parser.add_argument(
+        "--redo", action="store_true", help="caption anew what other weights or options captioned, as the table says"
+    )
+    add_sidecar_arguments(parser)
+    parser.add_argument(
         "--min_confidence",
         type=real(above=0, at_most=1),
         metavar="X",
@@ -110,6 +118,25 @@ def main(argv=None):
         sys.exit(f"interrupted; {HOW_TO_GO_ON}")
 
 
+def add_sidecar_arguments(parser):
+    """Add the options about files beside the photos; `read_sidecars` reads them."""
+    parser.add_argument(
+        "--sidecars", action="store_true", help="also write the captions of photo.jpg to photo.txt, one a line"
+    )
+    parser.add_argument(
+        "--caption_extension", metavar="EXT", help="of sidecars: another ending than .txt, such as .caption"
+    )
+    parser.add_argument("--write_xmp", action="store_true", help="also write the first caption to photo.xmp")
+    parser.add_argument("--prepend", metavar="TEXT", help="of sidecars: text in front of each caption")
+    parser.add_argument("--append", metavar="TEXT", help="of sidecars: text behind each caption")
+    parser.add_argument(
+        "--existing",
+        choices=EXISTING,
+        help="what to do with a sidecar that was not written here: leave it alone, replace it, or add the captions "
+        "behind its lines or in front of them (default: skip)",
+    )
+
+
 def caption_all(args, locks):
     """Caption images as the parsed command line says; `locks`, an ExitStack, gets the locks of the tables.
 
@@ -131,17 +158,36 @@ def caption_all(args, locks):
     if known is None and (args.min_confidence or args.words):
         raise ValueError(f"{args.checkpoint}: the captioner is not calibrated and has no confidence; calibrate it: "
                          f"{confidence.HOW_TO_CALIBRATE}")  # fmt: skip
-    tables = read_tables(args, all_photos, locks, with_confidence=known is not None)
+    sidecars = read_sidecars(args, all_photos)
+    tables = read_tables(args, all_photos, locks, options, with_confidence=known is not None)
     report = print_to_stderr if args.json else print
     if known is None and (args.json or tables):
         print_to_stderr(f"{args.checkpoint} is not calibrated: its captions come without confidence")
     photos = [photo for photo in all_photos if _name_in_table(args, photo) not in tables.get(_table(args, photo), ())]
     if len(photos) < len(all_photos):
+        others = sum(len(table.others & table.done) for table in tables.values())
+        by_others = f", {others} of them with other weights or options (--redo captions those anew)" if others else ""
         report(
             f"{len(all_photos) - len(photos)} of {len(all_photos)} images are captioned already in "
-            f"{', '.join(map(str, tables))}; move it away to caption them anew"
+            f"{', '.join(map(str, tables))}{by_others}; move it away to caption all of them anew"
         )
+    if sidecars:
+        for table in tables.values():
+            table.start()
+        waiting = set(photos)
+        write_sidecars(args, tables, sidecars, [photo for photo in all_photos if photo not in waiting])
+        left_alone = {
+            photo
+            for photo in photos
+            if not (_lines(args, tables, photo) or any(one.is_wanted(photo.name) for one in sidecars))
+        }
+        photos = [photo for photo in photos if photo not in left_alone]
+        if left_alone:
+            report(f"{len(left_alone)} images have captions beside them already and are left alone (--existing skip)")
     if not photos:
+        for table in tables.values():
+            table.finish()
+        report_sidecars(sidecars, report)
         for table in tables.values() if args.min_confidence else ():
             report_list_to_check(table, args.min_confidence, report)
         return
@@ -149,7 +195,7 @@ def caption_all(args, locks):
     attention_maps.check_choice(model, args.block, args.head)
     for table in tables.values():
         table.start()
-    outputs = Outputs(args, tables, photos)
+    outputs = Outputs(args, tables, photos, sidecars)
 
     asked = bool(args.json or tables or args.min_confidence or args.words)
     captioner = Captioner(model.to(train_config.device), tokenizer, options, args, known if asked else None)
@@ -178,8 +224,8 @@ def caption_all(args, locks):
 class Outputs:
     """Everything that a command writes: lines on the terminal, tables, attention maps and a grid of photos."""
 
-    def __init__(self, args, tables, photos):
-        self.args, self.tables = args, tables
+    def __init__(self, args, tables, photos, sidecars=()):
+        self.args, self.tables, self.sidecars = args, tables, sidecars
         self.attention_paths = name_pictures(args.attention, photos) if args.attention else {}
         self.written_maps = []  # paths
         self.grid = []  # (photo, caption) of each image
@@ -203,6 +249,7 @@ class Outputs:
                     for photo, captions, _, _, judged in rows
                 ]
                 self.tables[table].add(lines)
+        write_sidecars(args, self.tables, self.sidecars, [photo for photo, *_ in results])  # behind the tables
         for photo, captions, log_probs, ids, judged in results:
             if args.json:
                 line = {"image": photo.name, "captions": captions, "log_probabilities": log_probs}
@@ -236,9 +283,11 @@ class Outputs:
     def finish(self, report):
         """Draw the grid, and report which files were written."""
         for path, table in self.tables.items():
+            table.finish()
             report(f"{len(table.done)} images with captions are in {path}")
             if self.args.min_confidence:
                 report_list_to_check(table, self.args.min_confidence, report)
+        report_sidecars(self.sidecars, report)
         if self.explained:
             self.args.words.parent.mkdir(parents=True, exist_ok=True)
             html_pages.write_words_page(self.args.words, "Captions, word by word", self.explained)
@@ -251,6 +300,38 @@ class Outputs:
             thumbnails, captions = zip(*self.grid, strict=True)
             plots.plot_captions(thumbnails, captions, [""] * len(thumbnails), self.args.grid)
             report(f"drawn to {self.args.grid}")
+
+
+def read_sidecars(args, photos):
+    """-> list of `Sidecars`, empty where none are asked for. Raises ValueError for photos that cannot have any."""
+    given = {key: getattr(args, key) for key in ("existing", "prepend", "append") if getattr(args, key) is not None}
+    endings = [args.caption_extension or ".txt"] * args.sidecars + [XMP] * args.write_xmp
+    if not endings and (given or args.caption_extension):
+        raise ValueError("--caption_extension, --prepend, --append and --existing are for --sidecars or --write_xmp")
+    for photo in photos if endings else ():
+        if "://" in photo.name or _table(args, photo) is None:
+            raise ValueError(f"{photo.name}: --sidecars and --write_xmp are for folders, and for files with --out")
+    sidecars = [Sidecars(ending, **given) for ending in endings]
+    for one in sidecars:
+        one.check([photo.name for photo in photos])
+    return sidecars
+
+
+def write_sidecars(args, tables, sidecars, photos):
+    """Write the sidecars of photos whose captions are in the tables."""
+    for one in sidecars:
+        for photo in photos:
+            one.write(photo.name, _lines(args, tables, photo))
+
+
+def report_sidecars(sidecars, report):
+    for one in sidecars:
+        report(f"{one.written} {one.ending} files were written beside the photos")
+        if one.foreign:
+            report(
+                f"{one.foreign} {one.ending} files hold something else than the table's captions and are left alone; "
+                "--existing overwrite, append or prepend changes them"
+            )
 
 
 def report_list_to_check(table, min_confidence, report):
@@ -268,6 +349,11 @@ def _table(args, photo):
     return args.out or (photo.folder / FILE if photo.folder else None)
 
 
+def _lines(args, tables, photo):
+    """The captions in the lines of a photo in its table: a list for each line, the newest last."""
+    return tables[_table(args, photo)].captions(_name_in_table(args, photo))
+
+
 def _name_in_table(args, photo):
     """A photo's name in its table: in its folder's own table the path relative to the folder."""
     return photo.name if args.out else photo.name_in_folder
@@ -281,19 +367,35 @@ def check_picture_paths(args, photos):
                 raise ValueError(f"{path} lies in {folder}, where it would be captioned next time: name another place")
 
 
-def read_tables(args, photos, locks, with_confidence):
+def read_tables(args, photos, locks, options, with_confidence):
     """-> {path: `CaptionTable`} of all tables for the captions of these photos, with the lines they have already; their
     locks are held by `locks`, so that no image is captioned twice. Raises BlockingIOError for one that another command
     is writing."""
-    local = Path(args.checkpoint).is_dir()
-    model = Path(args.checkpoint).resolve() if local else args.checkpoint
     paths = dict.fromkeys(path for path in (_table(args, photo) for photo in photos) if path)
     for path in paths:
         with suppress(OSError):  # said when the table is written
             path.parent.mkdir(parents=True, exist_ok=True)
         remedy = "wait for it, or name another file with --out"
         locks.enter_context(only_writer(path.with_name(f".{path.name}{LOCK_FILE}"), remedy))
-    return {path: CaptionTable(path, args.num, model, with_confidence) for path in paths}
+    if not paths:
+        return {}
+    folder, _ = stored_config(args.checkpoint)
+    model = Path(args.checkpoint).resolve() if Path(args.checkpoint).is_dir() else args.checkpoint
+    made = made_with(hugging_face.weights_files(folder) or [checkpoint.weights_file(folder)], deciding(options, args))
+    return {path: CaptionTable(path, args.num, model, made, with_confidence, args.redo) for path in paths}
+
+
+def deciding(options, args):
+    """The options of a command that decide the words of a caption, without those that have their default values."""
+    changed = {
+        field.name: value for field in fields(options) if (value := getattr(options, field.name)) != field.default
+    }
+    changed = {key: value for key, value in changed.items() if key not in ("deterministic", "num_return_sequences")}
+    if options.deterministic:
+        changed.pop("seed", None)
+    if args.precision != "auto":
+        changed["precision"] = args.precision
+    return changed | ({"prompt": args.prompt} if args.prompt else {})
 
 
 def name_pictures(path, photos):
@@ -328,7 +430,7 @@ class Captioner:
         self.model, self.tokenizer, self.args = model, tokenizer, args
         self.device = next(model.parameters()).device
         generator = torch.Generator(self.device).manual_seed(args.seed)  # one generator for all batches
-        self.options = replace(options, seed=generator)
+        self.options = replace(options, seed=generator, tokenizer=tokenizer)
         self.prompt = read_prompt(tokenizer, args.prompt, model.config)
         if self.prompt.unknown:
             print_to_stderr(f"warning: {self.prompt.warning()}")

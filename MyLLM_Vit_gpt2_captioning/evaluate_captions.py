@@ -32,7 +32,7 @@ from captioning.common.form import check
 from captioning.common.precision import mixed_precision
 from captioning.data import batching, shapes, sources
 from captioning.data.annotation_folders import read_image_ids
-from captioning.data.conventions import SPLITS
+from captioning.data.conventions import ALL, SPLITS
 from captioning.data.token_cache import TokenCache, fill_caches
 from captioning.decoding.confidence import Confidence, JudgedCaptions
 from captioning.pages import html_pages
@@ -63,7 +63,7 @@ def main(argv=None):
     parser.add_argument("--data", type=Path, default=DATA_DIR, metavar="FOLDER", help="dataset (default: data)")
     parser.add_argument("--captions_file", type=Path, help="the annotation file, if it is not found in the folder")
     parser.add_argument("--image_dir", type=Path, help="the folder with the photos, if they are elsewhere")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="(default: test)")
+    parser.add_argument("--split", choices=(*SPLITS, ALL), default="test", help="(default: test)")
     parser.add_argument("--max_images", type=integer(1), metavar="N", help="only the first N images of the split")
     parser.add_argument("--batch_size", type=integer(1), default=64, metavar="N", help="images at a time (default: 64)")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="score these captions instead of a model's")
@@ -277,16 +277,10 @@ def score_confidence(images, captions, references, judged, data, output, are_ans
 
 def read_split(args):
     """DataFrame of the usable rows of the split. Raises ValueError when there is none."""
-    source = args.captions_file or sources.find_captions(args.data, args.image_dir)
     cleaning = dict(unescape=train_config.unescape_captions)
     if not (args.predictions or args.compare):  # answers are compared letter for letter
         cleaning["case"] = stored_config(args.checkpoint)[1].caption_case
-    df = sources.load(args.data, args.captions_file, args.image_dir, [args.split], **cleaning)
-    df = sources.drop_unusable(df, source)
-    rows = df[df["split"] == args.split]
-    if rows.empty:
-        counts = ", ".join(f"{split} {n:,}" for split, n in df.groupby("split")["image"].nunique().items())
-        raise ValueError(f"{args.data}: the split {args.split} is empty; images of the other splits: {counts}")
+    rows = sources.load_split(args.data, args.split, args.captions_file, args.image_dir, **cleaning)
     if args.max_images:
         rows = rows[rows["image"].isin(rows["image"].unique()[: args.max_images])]
     return rows

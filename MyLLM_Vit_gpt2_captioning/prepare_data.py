@@ -27,7 +27,7 @@ from captioning.command_line.arguments import ToolParser, integer, percent
 from captioning.common.precision import mixed_precision
 from captioning.common.stopping import listening
 from captioning.data import photo_store, shapes, sources
-from captioning.data.conventions import SPLITS
+from captioning.data.conventions import ALL, SPLITS
 from captioning.data.dataset_check import check_dataset
 from captioning.data.downloads import DATASETS, fetch_dataset
 from captioning.data.shards import writing
@@ -64,7 +64,9 @@ def main(argv=None):
         metavar="P%",
         help="check with a captioner: list so many of the captions, the worst",
     )
-    parser.add_argument("--split", choices=SPLITS, default="train", help="check with a captioner: (default: train)")
+    parser.add_argument(
+        "--split", choices=(*SPLITS, ALL), default="train", help="check with a captioner: (default: train)"
+    )
     parser.add_argument(
         "--others",
         type=integer(1),
@@ -139,12 +141,9 @@ def rank_pairs(args, report):
     questions, and for a split without captions."""
     model, tokenizer = load_captioner(args.captioner)
     model.to(train_config.device)
-    source = args.captions_file or sources.find_captions(args.check)
-    df = sources.drop_unusable(sources.load(args.check, args.captions_file, args.image_dir, [args.split]), source)
-    df = df[df["split"] == args.split]
-    if "prompt" in df or df.empty:
-        problem = "asks questions, and only captions can be ranked" if "prompt" in df else f"has no {args.split} split"
-        raise ValueError(f"{args.check} {problem}")
+    df = sources.load_split(args.check, args.split, args.captions_file, args.image_dir)
+    if "prompt" in df:
+        raise ValueError(f"{args.check} asks questions, and only captions can be ranked")
     captions_of = df.groupby("image", sort=False)["caption"].agg(list).to_dict()
     load_batch = None
     if args.cache_dir:

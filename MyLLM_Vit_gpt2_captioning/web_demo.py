@@ -186,7 +186,8 @@ def caption_photo(model, tokenizer, photo, options, prompt="", known=None):
     with autocast():
         pixels = preprocess(photo, **model.preprocessing)[None].to(device)  # (1, 3, H, W)
         levels = model.levels(pixels)
-        rows = generate_ids(model, levels, torch.tensor([prompt.ids], device=device), **options)  # (captions, T)
+        sequences = torch.tensor([prompt.ids], device=device)  # (1, T)
+        rows = generate_ids(model, levels, sequences, tokenizer=tokenizer, **options)  # (captions, T + new)
         log_probs = log_probabilities(model, levels, rows, length)  # (captions,)
         judged = known.judge(model, tokenizer, levels, rows, length, pixels) if known else [None] * len(rows)
     captions = []
@@ -305,9 +306,16 @@ def _add_options(sources):
         top_k = slider(0, 200, 0, step=1, label="Top-k (0: all)")
         top_p = slider(0.05, 1, 1.0, step=0.05, label="Top-p")
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53, visible=False, min_width=150)
+    with gr.Accordion("Length", open=False), gr.Row():
+        limit = partial(gr.Number, 0, precision=0, minimum=0, min_width=150)
+        lengths = [
+            limit(label="At least so many tokens", maximum=50),
+            limit(label="At most so many words (0: any)", maximum=1000),
+            limit(label="At most so many characters (0: any)", maximum=10_000),
+        ]
     methods_of = {number: METHODS[1:], beams: METHODS[1:2], penalty: METHODS[1:2]}
     methods_of |= dict.fromkeys((temperature, top_k, top_p, seed), METHODS[2:])
-    controls = [model, method, number, prompt, beams, penalty, temperature, top_k, top_p, seed]
+    controls = [model, method, number, prompt, beams, penalty, temperature, top_k, top_p, seed, *lengths]
     return controls, method_options, methods_of
 
 
@@ -324,7 +332,10 @@ def build(sources):
     gr.Image.preprocess = lambda self, payload: payload and payload.path
     captioners = Captioners(sources)
 
-    def write_captions(photo, model, method, number, prompt, beams, penalty, temperature, top_k, top_p, seed):
+    def write_captions(
+        photo, model, method, number, prompt, beams, penalty, temperature, top_k, top_p, seed,
+        min_tokens, max_words, max_chars,
+    ):  # fmt: skip
         if photo is None:
             return [], None
         number, beams, top_k, seed = int(number), int(beams), int(top_k), int(seed)  # JSON has no whole numbers
@@ -337,6 +348,9 @@ def build(sources):
             seed=seed,
             beam=beams if beam_search else None,
             length_penalty=penalty if beam_search else None,
+            min_tokens=min_tokens,
+            max_words=max_words,
+            max_chars=max_chars,
         )
         with errors_shown_on_page(photo):
             if len(prompt or "") > MAX_PROMPT:

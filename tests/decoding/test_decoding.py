@@ -242,6 +242,10 @@ def test_several_captions_of_an_image(ending, images):
         (dict(deterministic=True, top_p=0.5), "neither greedy nor beam search draws tokens"),
         (dict(deterministic=True, num_return_sequences=2), "greedy decoding has one caption an image"),
         (dict(num_beams=2, num_return_sequences=3), "2 beams cannot return 3 captions"),
+        (dict(min_tokens=51), r"min_tokens must be from 0 to max_tokens \(50\), not 51"),
+        (dict(max_words=-1), "max_words must be 0"),
+        (dict(max_chars=-1), "max_chars must be 0"),
+        (dict(max_words=5), "max_words and max_chars need the captioner's tokenizer"),
     ],
 )
 def test_options_out_of_range(tiny_model, images, options, message):

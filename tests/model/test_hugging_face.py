@@ -168,9 +168,10 @@ def test_beams_are_transformers(hf, ours, images, starts, length_penalty, early_
 
 
 @pytest.mark.parametrize("search", [dict(num_beams=1, deterministic=True), dict(num_beams=4)])
-@pytest.mark.parametrize("option", [dict(repetition_penalty=1.5), dict(no_repeat_ngram_size=2)])
-def test_filters_against_repetition_are_transformers(hf, ours, images, starts, search, option):
-    theirs = hf_generate(hf, images, starts, 20, num_beams=search["num_beams"], **option)
+@pytest.mark.parametrize("option", [dict(repetition_penalty=1.5), dict(no_repeat_ngram_size=2), dict(min_tokens=7)])
+def test_filters_are_transformers(hf, ours, images, starts, search, option):
+    theirs = {"min_new_tokens" if name == "min_tokens" else name: value for name, value in option.items()}
+    theirs = hf_generate(hf, images, starts, 20, num_beams=search["num_beams"], **theirs)
     assert_same(generate_ids(ours, images, starts, 20, **search, **option), theirs)
     plain = generate_ids(ours, images, starts, 20, **search)
     assert plain.shape != theirs.shape or not torch.equal(plain, theirs)

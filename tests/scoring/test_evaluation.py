@@ -55,6 +55,30 @@ def test_evaluate_a_checkpoint(captioner, flickr, tmp_path, capsys):
     }
 
 
+def test_a_set_without_train_and_val(captioner, flickr, tmp_path, capsys):
+    """Only training needs them: every split of a set is scored, and all of them at once."""
+    path = flickr / "dataset_flickr30k.json"
+    content = json.loads(path.read_text())
+    for record in content["images"]:
+        record["split"] = "test"
+    path.write_text(json.dumps(content))
+    argv = [str(captioner), "--data", str(flickr), "--output", str(tmp_path / "out"), "--max_images", "3"]
+    of_test = evaluate_captions.main(argv)
+    assert evaluate_captions.main([*argv, "--split", "all"]) == of_test
+    with pytest.raises(SystemExit, match=r"split val is empty; images of the other splits: test 10; --split all"):
+        evaluate_captions.main([*argv, "--split", "val"])
+    findings = evaluate_captions.main([*argv, "--diagnose"])
+    assert isinstance(findings, list)
+
+
+def test_all_splits_are_scored_together(flickr, tmp_path):
+    every = predictions(flickr) + predictions(flickr, "val") + predictions(flickr, "train")
+    (tmp_path / "results.json").write_text(json.dumps(every))
+    argv = ["--predictions", str(tmp_path / "results.json"), "--data", str(flickr)]
+    assert evaluate_captions.main([*argv, "--split", "all"])["captions"] == len(every) == 10
+    assert (tmp_path / "evaluation_all" / "scores.json").is_file()
+
+
 def test_evaluation_reads_the_token_cache_of_training(captioner, flickr, tmp_path, monkeypatch):
     """The captions are the same; a second evaluation does not run the encoder on a photo: only once, on one of zeros,
     whose tokens' shapes have to be those of the cache."""

@@ -16,7 +16,9 @@ from PIL import Image
 
 import caption_image
 from captioning.command_line import photo_arguments
-from captioning.command_line.caption_table import CaptionTable
+from captioning.command_line.caption_table import CaptionTable, made_with
+from captioning.command_line.sidecars import Sidecars
+from captioning.data import sources
 from captioning.decoding.search import generate_ids, log_probabilities
 from conftest import REPO_ROOT
 from helpers.calibrated import calibrated_copy
@@ -60,7 +62,7 @@ def read(path):
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_gets_a_table_and_goes_on(folder, capsys, monkeypatch):
+def test_a_folder_gets_a_table_and_goes_on(folder, captioned, capsys):
     """A line that was cut off and a photo that came later are captioned; nothing is captioned twice."""
     caption_image.main([str(folder), *CHECKPOINT])
     shown = capsys.readouterr()
@@ -68,20 +70,16 @@ def test_a_folder_gets_a_table_and_goes_on(folder, capsys, monkeypatch):
     assert "captions: 100%" in shown.err and "3/3" in shown.err
     table = folder / "captions.csv"
     header, *rows = read(table)
-    assert header == ["image", "caption", "model"]
+    assert header == ["image", "caption", "model", "made_with"]
+    made = made_with([SHAPES / "captioner.safetensors"], {})
     assert rows == [
-        ["scene_0.png", CAPTIONS["scene_0.png"], str(SHAPES)],
-        ["scene_2.png", CAPTIONS["scene_2.png"], str(SHAPES)],
-        ["sub/scene_0.PNG", CAPTIONS["scene_0.png"], str(SHAPES)],
+        ["scene_0.png", CAPTIONS["scene_0.png"], str(SHAPES), made],
+        ["scene_2.png", CAPTIONS["scene_2.png"], str(SHAPES), made],
+        ["sub/scene_0.PNG", CAPTIONS["scene_0.png"], str(SHAPES), made],
     ]
     whole = table.read_text()
 
-    captioned, caption = [], caption_image.Captioner.caption
-    monkeypatch.setattr(
-        caption_image.Captioner,
-        "caption",
-        lambda self, read: captioned.extend(p.name_in_folder for p in read) or caption(self, read),
-    )
+    captioned.clear()
     caption_image.main([str(folder), *CHECKPOINT])
     assert "3 of 3 images are captioned already" in capsys.readouterr().out
     assert not captioned
@@ -89,7 +87,7 @@ def test_a_folder_gets_a_table_and_goes_on(folder, capsys, monkeypatch):
     shutil.copy(SHAPES / "scene_2.png", folder / "later.png")
     caption_image.main([str(folder), *CHECKPOINT])
     assert captioned == ["later.png", "sub/scene_0.PNG"]
-    assert sorted(read(table)) == sorted([header, *rows, ["later.png", CAPTIONS["scene_2.png"], str(SHAPES)]])
+    assert sorted(read(table)) == sorted([header, *rows, ["later.png", CAPTIONS["scene_2.png"], str(SHAPES), made]])
 
 
 def test_captions_are_written_as_they_are_made(folder, monkeypatch):
@@ -139,7 +137,7 @@ def test_a_bad_image_is_reported_and_the_others_are_captioned(folder, capsys):
     assert f"error: {folder / 'gone.png'}: no such image" in shown.err
     assert "Traceback" not in shown.err
     header, *rows = read(folder / "captions.csv")
-    assert header == ["image", "caption", "caption_2", "model"]
+    assert header == ["image", "caption", "caption_2", "model", "made_with"]
     assert [row[0] for row in rows] == ["scene_0.png", "scene_2.png", "sub/scene_0.PNG"]
     assert all(len({row[1], row[2]}) == 2 for row in rows)
 
@@ -158,7 +156,6 @@ def test_all_captions_to_one_file(folder, tmp_path, capsys):
     ("content", "said"),
     [
         ("image,caption\nscene_0.png,what a person wrote\n", "its columns are image, caption, not image, caption, mo"),
-        ("image,caption,model\nscene_0.png,a cat,other\n", "it has captions by other, not by"),
         ("image;caption;model\n", "its columns are image;caption;model, not"),
     ],
 )
@@ -172,16 +169,24 @@ def test_a_table_of_another_kind_is_left_alone(folder, content, said):
 def test_any_name_and_caption_comes_back(tmp_path):
     names = ['a, "b".jpg', "caf\u00e9.jpg", "two\nlines.jpg", "not \udcff utf-8.jpg"]
     for _ in range(2):
-        table = CaptionTable(tmp_path / "t.csv", 1, "m")
+        table = CaptionTable(tmp_path / "t.csv", 1, "m", "weights 1")
         table.start()
         if not table.done:
             table.add([(name, [' "quoted",\n and broken ']) for name in names])
         assert table.done == set(names)
-    assert b'"""quoted"", and broken",m\n' in table.path.read_bytes()
+    assert b'"""quoted"", and broken",m,weights 1\n' in table.path.read_bytes()
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-a", "@sum(a)"])
+def test_cells_are_not_changed_for_programs_that_calculate(tmp_path, text):
+    table = CaptionTable(tmp_path / "t.csv", 1, "m", "weights 1")
+    table.start()
+    table.add([(f"{text}.jpg", [text])])
+    assert read(table.path)[1][:2] == [f"{text}.jpg", text]
 
 
 def test_a_table_that_cannot_be_written_is_named(tmp_path):
-    table = CaptionTable(tmp_path / "t.csv", 1, "m")
+    table = CaptionTable(tmp_path / "t.csv", 1, "m", "weights 1")
     table.start()
     table.add([("a.jpg", ["a cat"])])
     table.path = tmp_path / "gone" / "t.csv"
@@ -191,6 +196,162 @@ def test_a_table_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(SystemExit, match=r"error: .*photo\.txt.*: could not be written"):
         (tmp_path / "photo.txt").write_text("a file, not a folder")
         caption_image.main([str(SHAPES / "scene_0.png"), *CHECKPOINT, "--out", str(tmp_path / "photo.txt" / "t.csv")])
+
+
+@pytest.fixture
+def captioned(monkeypatch):
+    """The names of the photos that were captioned, in a list that a test may clear."""
+    names, caption = [], caption_image.Captioner.caption
+    monkeypatch.setattr(
+        caption_image.Captioner,
+        "caption",
+        lambda self, read: names.extend(p.name_in_folder for p in read) or caption(self, read),
+    )
+    return names
+
+
+def test_what_others_captioned_is_said_and_redone(folder, captioned, capsys):
+    """Other weights and other options; a line is kept until its image has a new one."""
+    table, theirs = folder / "captions.csv", "scene_0.png,a cat,m,weights 123\n"
+    table.write_text(f"image,caption,model,made_with\n{theirs}")
+    caption_image.main([str(folder), *CHECKPOINT])
+    assert "1 of 3 images are captioned already" in (said := capsys.readouterr().out)
+    assert "1 of them with other weights or options (--redo captions those anew)" in said
+    assert theirs in table.read_text() and captioned == ["scene_2.png", "sub/scene_0.PNG"]
+    caption_image.main([str(folder), *CHECKPOINT, "--redo"])
+    assert captioned[2:] == ["scene_0.png"] and theirs not in table.read_text() and len(read(table)) == 4
+    captioned.clear()
+    caption_image.main([str(folder), *CHECKPOINT, "--redo"])
+    assert not captioned and "other weights" not in capsys.readouterr().out.splitlines()[-1]
+    own = table.read_text()
+    caption_image.main([str(folder), *CHECKPOINT, "--redo", "--prompt", "a large"])
+    assert len(captioned) == 3 and read(table)[1][-1].endswith(", prompt a large")
+    assert all(row[1].startswith("a large") for row in read(table)[1:]) and len(read(table)) == 4
+    assert own.count(", prompt") == 0
+
+
+def test_a_table_without_the_record(folder, captioned):
+    """Of an earlier version: what its captioner has captioned counts, and the column is added."""
+    table = folder / "captions.csv"
+    table.write_text(f"image,caption,model\nscene_0.png,a cat,{SHAPES}\nscene_2.png,a dog,other\n")
+    caption_image.main([str(folder), *CHECKPOINT, "--redo"])
+    assert captioned == ["scene_2.png", "sub/scene_0.PNG"]
+    assert read(table)[:2] == [
+        ["image", "caption", "model", "made_with"], ["scene_0.png", "a cat", str(SHAPES), ""]
+    ]  # fmt: skip
+
+
+# --- sidecars ---------------------------------------------------------------------------------------------------------
+
+
+def texts(folder, ending=".txt"):
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob(f"s*{ending}")}
+
+
+def test_sidecars_train_as_they_are(folder, capsys):
+    """Through the reader of photos with text beside them, although captions.csv lies there, too."""
+    caption_image.main([str(folder), *CHECKPOINT, "--sidecars", "--prepend", "A photo: ", "--append", "."])
+    assert "3 .txt files were written beside the photos" in capsys.readouterr().out
+    assert texts(folder)["sub/scene_0.txt"] == f"A photo: {CAPTIONS['scene_0.png']}.\n"
+    frame = sources.load(folder)
+    assert [path.relative_to(folder).as_posix() for path in frame["image"]] == [
+        "scene_0.png", "scene_2.png", "sub/scene_0.PNG"
+    ]  # fmt: skip
+    assert list(frame["caption"])[1] == f"a photo: {CAPTIONS['scene_2.png']}."
+    table = sources.load(folder, folder / "captions.csv")
+    assert list(table["caption"])[1] == CAPTIONS["scene_2.png"]
+    for path in list(folder.rglob("s*.txt"))[1:]:
+        path.unlink()
+    assert sources.find_captions(folder) == folder / "captions.csv"  # a single text is no dataset
+
+
+def test_sidecars_go_on_where_they_stopped(folder, captioned, monkeypatch):
+    """Stopped behind the line in the table and before the sidecar: it is written from the line."""
+    write, count = Sidecars.write, []
+
+    def killed(self, *args):
+        count.append(1)
+        if len(count) == 2:
+            raise KeyboardInterrupt
+        write(self, *args)
+
+    monkeypatch.setattr(Sidecars, "write", killed)
+    with pytest.raises(SystemExit, match="interrupted"):
+        caption_image.main([str(folder), *CHECKPOINT, "--sidecars", "--batch_size", "1"])
+    assert list(texts(folder)) == ["scene_0.txt"] and len(read(folder / "captions.csv")) == 3
+    caption_image.main([str(folder), *CHECKPOINT, "--sidecars"])
+    assert len(texts(folder)) == 3 and captioned == ["scene_0.png", "scene_2.png", "sub/scene_0.PNG"]
+    assert not list(folder.rglob("*.part"))
+
+
+def test_sidecars_that_others_wrote(folder, captioned, capsys):
+    """Left alone, and their photos not captioned, until --existing says otherwise; then nothing is added twice."""
+    (folder / "scene_0.txt").write_text("by hand\n")
+    photos = {path: path.read_bytes() for path in folder.rglob("*.[pP][nN][gG]")}
+    caption_image.main([str(folder), *CHECKPOINT, "--sidecars"])
+    assert "1 images have captions beside them already and are left alone" in capsys.readouterr().out
+    assert captioned == ["scene_2.png", "sub/scene_0.PNG"] and texts(folder)["scene_0.txt"] == "by hand\n"
+    ours = CAPTIONS["scene_0.png"]
+    for existing, text in (
+        ("append", f"by hand\n{ours}\n"),
+        ("append", f"by hand\n{ours}\n"),
+        ("prepend", f"{ours}\nby hand\n"),
+        ("skip", f"{ours}\nby hand\n"),
+        ("overwrite", f"{ours}\n"),
+    ):
+        caption_image.main([str(folder), *CHECKPOINT, "--sidecars", "--existing", existing])
+        assert texts(folder)["scene_0.txt"] == text
+    assert "1 .txt files hold something else than the table's captions and are left alone" in capsys.readouterr().out
+    assert len(captioned) == 3
+    assert photos == {path: path.read_bytes() for path in photos}
+
+
+def test_sidecars_of_an_earlier_captioner_are_redone(folder):
+    """What was written here, but not what somebody has corrected since."""
+    argv = [str(folder), *CHECKPOINT, "--sidecars", "--caption_extension", "caption"]
+    caption_image.main(argv)
+    (folder / "scene_2.caption").write_text("corrected\n")
+    caption_image.main([*argv, "--redo", "--max_tokens", "3"])
+    assert texts(folder, ".caption") == {
+        "scene_0.caption": "a small blue\n", "scene_2.caption": "corrected\n", "sub/scene_0.caption": "a small blue\n"
+    }  # fmt: skip
+
+
+def test_xmp_sidecars(folder, capsys):
+    """dc:description, in the file of another program among its other content."""
+    theirs = (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        '<rdf:Description xmlns:xmp="http://ns.adobe.com/xap/1.0/" rdf:about="" xmp:Rating="4"/></rdf:RDF></x:xmpmeta>'
+    )
+    (folder / "scene_0.xmp").write_text(theirs)
+    (folder / "scene_2.xmp").write_text("no xmp")
+    caption_image.main([str(folder), *CHECKPOINT, "--write_xmp"])
+    assert texts(folder, ".xmp")["scene_0.xmp"] == theirs
+    assert (
+        f'<rdf:li xml:lang="x-default">{CAPTIONS["scene_0.png"]}</rdf:li>' in texts(folder, ".xmp")["sub/scene_0.xmp"]
+    )
+    assert "2 images have captions beside them already" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"^error: .*scene_2\.xmp: not an XMP file \(syntax error"):
+        caption_image.main([str(folder), *CHECKPOINT, "--write_xmp", "--existing", "append"])
+    text = texts(folder, ".xmp")["scene_0.xmp"]
+    caption_image.main([str(folder), *CHECKPOINT, "--write_xmp"])
+    assert "1 .xmp files hold something else" in capsys.readouterr().out
+    assert 'xmp:Rating="4"' in text and f">{CAPTIONS['scene_0.png']}</rdf:li>" in text
+    assert not texts(folder)
+
+
+def test_what_has_no_sidecars(folder):
+    shutil.copy(folder / "scene_0.png", folder / "scene_0.jpg")
+    for argv, said in (
+        ([str(folder), "--sidecars"], r"scene_0\.jpg and .*scene_0\.png would have the same sidecar, scene_0\.txt"),
+        ([str(folder / "scene_2.png"), "--sidecars"], "--sidecars and --write_xmp are for folders, and for files with"),
+        ([str(folder), "--append", "x"], "--caption_extension, --prepend, --append and --existing are for --sidecars"),
+        ([str(folder), "--sidecars", "--caption_extension", "jpg"], "--caption_extension jpg: captions need an ending"),
+        ([str(folder), "--sidecars", "--append", "a\nb"], "--prepend and --append are for one line"),
+    ):
+        with pytest.raises(SystemExit, match=f"^error: .*{said}"):
+            caption_image.main([*argv, *CHECKPOINT])
+    assert not (folder / "captions.csv").exists()
 
 
 def test_what_cannot_be_captioned(folder, tmp_path):
@@ -377,7 +538,7 @@ def test_confidence_of_captions_and_words(folder, tmp_path, capsys):
     assert all(0 < sure < 1 for sure in [*entry["confidences"], *(sure for _, sure in entry["words"][0])])
     caption_image.main([str(folder), *own])
     header, *rows = read(folder / "captions.csv")
-    assert header == ["image", "caption", "confidence", "model"]
+    assert header == ["image", "caption", "confidence", "model", "made_with"]
     sure = {row[0]: float(row[2]) for row in rows}
     assert sure["scene_0.png"] == entry["confidences"][0]
     between = sum(sorted(set(sure.values()))) / len(set(sure.values()))
@@ -396,7 +557,7 @@ def test_confidence_of_captions_and_words(folder, tmp_path, capsys):
 def test_a_captioner_without_confidence_says_so(folder, tmp_path, capsys):
     caption_image.main([str(folder), *CHECKPOINT])
     assert "is not calibrated: its captions come without confidence" in capsys.readouterr().err
-    assert read(folder / "captions.csv")[0] == ["image", "caption", "model"]
+    assert read(folder / "captions.csv")[0] == ["image", "caption", "model", "made_with"]
     for option in (["--min_confidence", "0.5"], ["--words", str(tmp_path / "words.html")]):
         with pytest.raises(SystemExit, match=r"^error: .*shapes: the captioner is not calibrated .*--calibrate"):
             caption_image.main([str(folder / "scene_0.png"), *CHECKPOINT, *option])

@@ -122,6 +122,7 @@ def test_captioners_are_loaded_once_and_again_when_they_changed(root, script, mo
     [
         (dict(deterministic=True), "", []),
         (dict(deterministic=True), "there is", ["--prompt", "there is"]),
+        (dict(deterministic=True, max_words=5), "", ["--max_words", "5"]),
         (
             dict(num_beams=4, length_penalty=0.5, deterministic=True, num_return_sequences=3),
             "",
@@ -299,6 +300,7 @@ def test_what_is_no_photo_is_named_to_programs_too(client, hostile):
         (dict(method="sampling", number=10_000), "10000 is greater than"),
         (dict(method="sampling", temperature=0.0), "less than minimum"),
         (dict(method="beam search", beams=2, number=3), "2 beams cannot return 3 captions"),
+        (dict(min_tokens=51), "51 is greater than"),
         (dict(prompt="a" * 201), "the prompt has more than 200 characters"),
     ],
 )

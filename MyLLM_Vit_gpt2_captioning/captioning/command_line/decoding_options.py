@@ -26,6 +26,19 @@ def add_decoding_arguments(parser):
     )
     parser.add_argument("--seed", type=integer(0, 2**64 - 1), default=0, metavar="N", help="of sampling (default: 0)")
     parser.add_argument(
+        "--min_tokens", type=integer(0), default=0, metavar="N", help="shortest caption, in tokens (default: 0)"
+    )
+    parser.add_argument(
+        "--max_words", type=integer(0), default=0, metavar="N", help="longest caption, in words (default: 0, any)"
+    )
+    parser.add_argument(
+        "--max_chars",
+        type=integer(0),
+        default=0,
+        metavar="N",
+        help="longest caption, in characters, as for alt text (default: 0, any)",
+    )
+    parser.add_argument(
         "--precision",
         choices=("auto", "float32", "bf16"),
         default="auto",
@@ -38,12 +51,14 @@ def decoding_options(args):
 
     Raises ValueError when they ask for sampling and beam search at once.
     """
+    lengths = {key: getattr(args, key) for key in ("min_tokens", "max_words", "max_chars")}
     sampling = {key: value for key in ("temperature", "top_k", "top_p") if (value := getattr(args, key)) is not None}
     if args.sample or sampling:
         if args.beam is not None or args.length_penalty is not None:
             raise ValueError("choose beam search (--beam) or sampling (--sample, --temperature, --top_k, --top_p)")
-        return dict(deterministic=False, seed=args.seed, **sampling)
+        return dict(deterministic=False, seed=args.seed, **sampling, **lengths)
     if args.length_penalty is not None and (args.beam or 1) < 2:
         raise ValueError("--length_penalty is for beam search: give --beam 2 or more")
     penalty = 1.0 if args.length_penalty is None else args.length_penalty
-    return dict(deterministic=True, num_beams=1 if args.beam is None else args.beam, length_penalty=penalty)
+    beams = 1 if args.beam is None else args.beam
+    return dict(deterministic=True, num_beams=beams, length_penalty=penalty, **lengths)

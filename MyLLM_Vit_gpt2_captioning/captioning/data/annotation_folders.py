@@ -1,8 +1,10 @@
 """Readers of folders that hold captions themselves: COCO's annotations, a dataset saved by `datasets`, photos with a
 .txt beside each, tar shards. They return the same frames as annotation_files.py."""
 
+import os
 from pathlib import Path
 
+from captioning.common.files import is_litter
 from captioning.data.annotation_files import (
     decode,
     our_column_names,
@@ -17,6 +19,7 @@ from captioning.data.conventions import (
     DATASETS_FILES,
     FLICKR_TOKENS,
     KNOWN_FILES,
+    RECORD_COLUMNS,
     SPLIT_NAMES,
     SPLITS,
     is_photo_file,
@@ -72,6 +75,8 @@ def read_folder(folder, shard_splits, say=print, is_photo=lambda name: False, un
         return _read_shards(folder, shard_splits, unescape, case)
     if files := files_of_splits(folder, is_photo):
         return pd.concat([_read_file_of_split(folder, *item, say, is_photo) for item in files.items()])
+    if has_text_beside_photos(folder, in_subfolders=True):
+        return _read_side_by_side(folder, say)
     raise ValueError(f"{folder}: no photo with a .txt file of the same name is in this folder")
 
 
@@ -130,25 +135,38 @@ def is_saved_dataset(folder):
     return any((folder / name).is_file() for name in DATASETS_FILES)
 
 
-def has_text_beside_photos(folder):
-    """Whether a photo in the folder has a .txt file of the same name."""
-    return any(path.with_suffix(".txt").is_file() for path in _photos(folder))
+def is_record_of_sidecars(path):
+    """Whether a table is the captions.csv of caption_image.py and at least half of its photos have their captions in
+    .txt files, too: people correct those, and not the table."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        is_record = file.readline().rstrip("\n").endswith(",".join(("", *RECORD_COLUMNS)))
+        return is_record and 2 * sum(1 for _ in _photos_with_text(path.parent, True)) >= sum(1 for _ in file) > 0
 
 
-def _photos(folder):
-    return (path for path in sorted(folder.iterdir()) if is_photo_file(path))
+def has_text_beside_photos(folder, in_subfolders=False):
+    """Whether a photo in the folder, or in those below it, has a .txt file of the same name."""
+    return any(_photos_with_text(folder, in_subfolders))
+
+
+def _photos_with_text(folder, in_subfolders):
+    """Yields the photos in a folder that have a .txt file of the same name, sorted; those of hidden folders are other
+    programs' thumbnails."""
+    for place, inner, files in os.walk(folder):
+        inner[:] = sorted(name for name in inner if in_subfolders and not name.startswith(".") and not is_litter(name))
+        names = set(files)
+        photos = (path for name in sorted(files) if is_photo_file(path := Path(place, name)))
+        yield from (photo for photo in photos if photo.with_suffix(".txt").name in names)
 
 
 def _read_side_by_side(folder, say):
-    """1.jpg beside 1.txt, a caption a line."""
+    """1.jpg beside 1.txt, a caption a line; also in the folders below it."""
     rows, windows = [], []
-    for photo in _photos(folder):
+    for photo in _photos_with_text(folder, in_subfolders=True):
         path = photo.with_suffix(".txt")
-        if path.is_file():
-            text, is_windows = decode(path.read_bytes())
-            windows += [path.name] * is_windows
-            lines = text.rstrip("\n").split("\n")
-            rows += [(number, photo.name, line) for number, line in enumerate(lines, len(rows) + 1)]
+        text, is_windows = decode(path.read_bytes())
+        windows += [path.name] * is_windows
+        lines, name = text.rstrip("\n").split("\n"), photo.relative_to(folder).as_posix()
+        rows += [(number, name, line) for number, line in enumerate(lines, len(rows) + 1)]
     if windows:
         say(f"{folder}: {len(windows):,} files are not UTF-8; read as Windows-1252; the first: {windows[0]}")
     return to_frame(rows, "caption")

@@ -20,9 +20,11 @@ KNOWN_FILES = (  # looked for in this order
     "metadata.jsonl",
     "metadata.csv",
 )
+RECORD_COLUMNS = ("model", "made_with")  # the last ones of a captions.csv that caption_image.py wrote
 KARPATHY_FILES = "dataset*.json"
 DATASETS_FILES = ("dataset_dict.json", "dataset_info.json")  # `datasets.save_to_disk` writes one of them
 SPLITS = ("train", "val", "test")
+ALL = "all"  # in the place of a split, for tools that do not train
 SPLIT_NAMES = {"training": "train", "restval": "train", "valid": "val", "validation": "val", "dev": "val"}
 COLUMN_NAMES = {
     "image": ("image_name", "file_name", "filename", "image_path", "filepath", "img", "path"),

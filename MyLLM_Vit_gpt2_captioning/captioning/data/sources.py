@@ -8,7 +8,7 @@ for questions about images, `prompt`.
     Karpathy       dataset_*.json                 with sentences in it; without, it only splits another file's images
     mapping        captions.json                  {"1.jpg": ["caption", ...]}
     records        *.jsonl, *.json, *.csv, *.tsv  columns image and caption, optionally prompt and split
-    side by side   a folder of photos             1.jpg beside 1.txt, a caption a line
+    side by side   folders of photos              1.jpg beside 1.txt, a caption a line
     imagefolder    train/metadata.csv, ...        the photos beside it
     datasets       a Hugging Face folder          written by `save_to_disk`
     tar shards     train-000000.tar, ...          1.jpg beside 1.json or 1.txt in them; see shards/reading.py
@@ -33,12 +33,13 @@ from captioning.data.annotation_folders import (
     EXTRACTED_IMAGES,
     files_of_splits,
     has_text_beside_photos,
+    is_record_of_sidecars,
     is_saved_dataset,
     read_file,
     read_folder,
     try_files,
 )
-from captioning.data.conventions import CAPTION_FAULTS, KARPATHY_FILES, KNOWN_FILES, SPLIT_NAMES, SPLITS
+from captioning.data.conventions import ALL, CAPTION_FAULTS, KARPATHY_FILES, KNOWN_FILES, SPLIT_NAMES, SPLITS
 from captioning.data.exclusions import without_excluded
 from captioning.data.shards import reading
 from captioning.data.splits import assign_splits
@@ -93,7 +94,7 @@ def find_captions(data_dir, image_dir=None):
         return None
     for path in (data_dir / name for name in KNOWN_FILES):
         if path.is_file():
-            return path
+            return data_dir if is_record_of_sidecars(path) else path
     for folder in (data_dir / "annotations", data_dir):
         if any(folder.glob(COCO_FILES)):
             return folder
@@ -211,6 +212,21 @@ def _cleaned(df, path, case):
                 f"expected {', '.join(SPLITS)}"
             )
     return df
+
+
+def load_split(data_dir, split, captions_file=None, image_dir=None, **cleaning):
+    """`load` with the usable rows of one split, or of ALL: for tools that do not train, to which the other splits do
+    not matter. `cleaning`: `unescape` and `case` of `load`. Raises ValueError when the split is empty."""
+    splits = SPLITS if split == ALL else [split]
+    df = load(data_dir, captions_file, image_dir, splits, **cleaning)
+    df = drop_unusable(df, captions_file or find_captions(data_dir, image_dir))
+    rows = df[df["split"].isin(splits)]
+    if rows.empty:
+        counts = ", ".join(f"{split} {n:,}" for split, n in df.groupby("split")["image"].nunique().items())
+        raise ValueError(
+            f"{data_dir}: the split {split} is empty; images of the other splits: {counts}; --split {ALL} takes all"
+        )
+    return rows
 
 
 # --- rows that training can use ---------------------------------------------------------------------------------------

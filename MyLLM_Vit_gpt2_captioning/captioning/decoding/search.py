@@ -14,6 +14,7 @@ import torch
 from captioning.common.printable import warn_once
 from captioning.data.batching import to_device
 from captioning.decoding.cached_decoder import decoder_for, next_token_logits
+from captioning.decoding.lengths import LengthLimits
 from captioning.decoding.packed_weights import packed_linears
 from captioning.images.photo_batches import photo_batches
 from captioning.model.tokenizer import read_prompt
@@ -46,6 +47,11 @@ class Options:
     no_repeat_ngram_size: int = 0  # n: no n-gram of this length occurs twice; 0: off
     num_return_sequences: int = 1  # captions an image: as many draws, or the best beams
     seed: int | torch.Generator | None = None  # of the draws, or their generator; None: torch's global generator
+    min_tokens: int = 0  # new tokens in front of EOS (transformers' min_new_tokens)
+    # Limits of the text behind the prompt, 0: off. No caption ends inside a word or behind an article, see lengths.py.
+    max_words: int = 0
+    max_chars: int = 0
+    tokenizer: object = None  # the captioner's `CaptionTokenizer`, for these two limits
 
     def __post_init__(self):
         beams = self.num_beams > 1
@@ -66,6 +72,9 @@ class Options:
             "repetition_penalty": (self.repetition_penalty > 0, "positive"),
             "no_repeat_ngram_size": (self.no_repeat_ngram_size >= 0, "0 (off) or more"),
             "num_return_sequences": (self.num_return_sequences >= 1, "at least 1"),
+            "min_tokens": (0 <= self.min_tokens <= self.max_tokens, f"from 0 to max_tokens ({self.max_tokens})"),
+            "max_words": (self.max_words >= 0, "0 (off) or more"),
+            "max_chars": (self.max_chars >= 0, "0 (off) or more"),
         }
         for name, (fits, wanted) in ranges.items():
             if not fits:
@@ -77,10 +86,10 @@ class Options:
         if beams and self.num_beams < self.num_return_sequences:
             raise ValueError(f"{self.num_beams} beams cannot return {self.num_return_sequences} captions")
 
-    def logits_processors(self):
+    def logits_processors(self, limits=None):
         """The list of functions (ids (rows, T), logits (rows, vocab_size)) -> logits that these options ask for, in
-        the order in which transformers applies them. transformers is only imported for those that need it: its import
-        is slow."""
+        the order in which transformers applies them; `limits`, a `LengthLimits`, is one of them. transformers is only
+        imported for those that need it: its import is slow."""
         processors = []
         if self.repetition_penalty != 1:
             from transformers.generation import RepetitionPenaltyLogitsProcessor
@@ -90,6 +99,8 @@ class Options:
             from transformers.generation import NoRepeatNGramLogitsProcessor
 
             processors.append(NoRepeatNGramLogitsProcessor(self.no_repeat_ngram_size))
+        if limits:
+            processors.append(limits)
         if self.temperature != 1 and not self.deterministic:
             processors.append(lambda ids, logits: logits / self.temperature)
         if self.top_k:
@@ -121,16 +132,24 @@ def generate_ids(model, images, sequences, max_tokens=50, temperature=1.0, deter
     if max_tokens == 0:
         return sequences.repeat_interleave(options.num_return_sequences, dim=0)
     check_beams(options.num_beams, model, len(sequences), sequences.size(1) + max_tokens)
-    eos = model.config.eos_token_id
-    rows_per_image = options.num_beams if options.num_beams > 1 else options.num_return_sequences
+    eos, limits = model.config.eos_token_id, None
+    if options.min_tokens or options.max_words or options.max_chars:
+        limits = LengthLimits(options, sequences.size(1), eos, model.config.vocab_size, sequences.device)
     with _eval_mode(model):
         encoder_states = model.encoder_states(images)
+        ids = _search(model, encoder_states, sequences, max_tokens, options, limits)
+        return limits.shorten(model, encoder_states, ids, MAX_LOGITS) if limits else ids
+
+
+def _search(model, encoder_states, sequences, max_tokens, options, limits):
+    """The search that the `options` ask for -> ids as in `generate_ids`; the model is in eval mode."""
+    eos = model.config.eos_token_id
+    rows_per_image = options.num_beams if options.num_beams > 1 else options.num_return_sequences
     with (
-        _eval_mode(model),
         packed_linears(model.gpt) as weight_addresses,
         decoder_for(model, encoder_states, rows_per_image, sequences.size(1) + max_tokens, weight_addresses) as decoder,
     ):
-        decoder.start(encoder_states, sequences, options.logits_processors())
+        decoder.start(encoder_states, sequences, options.logits_processors(limits))
         if options.num_beams > 1:
             ids = _beam_search(decoder, max_tokens, eos, options)  # (B, num_beams, T + new), best first
             return ids[:, : options.num_return_sequences].flatten(0, 1)
@@ -361,6 +380,7 @@ def caption_batches(model, tokenizer, images, options, batch_size=64, prompt="",
         raise ValueError(f"{len(prompts)} prompts for {len(images)} images")
     if isinstance(options.seed, int):  # one generator for all batches
         options = replace(options, seed=torch.Generator(device).manual_seed(options.seed))
+    options = replace(options, tokenizer=tokenizer)
     count, by_length = options.num_return_sequences, {}  # prompts of one length make a batch without padding
     for i, of_image in enumerate(prompts):
         by_length.setdefault(len(of_image.ids), []).append(i)

@@ -205,6 +205,22 @@ class CaptionTokenizer:
         splitter = self.backend.pre_tokenizer
         return splitter is not None and len(splitter.pre_tokenize_str("\u4e00\u4e8c")) == 2
 
+    @cached_property
+    def token_bytes(self):
+        """What each id adds to a text, a list of bytes: nothing for special tokens; a word list's words have the space
+        in front that `decode` puts between them."""
+        special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        special |= {self.bos_token_id, self.eos_token_id, self.pad_token_id, self.unk_token_id}
+        tokens = [self.backend.id_to_token(i) or "" for i in range(len(self))]
+        if self.backend.decoder is None:
+            texts = [f" {token}".encode() for token in tokens]
+        else:  # a byte is a character; those that cannot be printed are the ones from 256 on, as in GPT-2
+            printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+            byte_of = {chr(byte): byte for byte in printable}
+            byte_of |= {chr(256 + n): byte for n, byte in enumerate(sorted({*range(256)} - {*printable}))}
+            texts = [bytes(byte_of.get(character, 0) for character in token) for token in tokens]
+        return [b"" if i in special else text for i, text in enumerate(texts)]
+
     def to_json(self):
         """The tokenizer as text: the content of `tokenizer.json`."""
         return self.backend.to_str(pretty=True)
