@@ -81,12 +81,12 @@ def main(argv=None):
 
 def serve(args):
     """Serve as the parsed command line says, until a signal comes. Raises OSError or ValueError when it cannot."""
+    options = Options(**decoding_options(args))
     import uvicorn
 
     from captioning.serving.app import Metrics, Served, build_app
     from captioning.serving.caption_queue import CaptionQueue
 
-    options = Options(**decoding_options(args))
     api_key = os.environ.get(KEY_VARIABLE) or None
     if api_key is None and not is_loopback(args.host):
         raise ValueError(f"--host {args.host}: others could use the server; set a key in the environment variable "

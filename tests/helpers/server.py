@@ -1,8 +1,11 @@
 """The server of serve.py in this process, and photos as requests carry them."""
 
 import base64
+import json
 import threading
 import time
+import urllib.error
+import urllib.request
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -36,6 +39,16 @@ def serving(model, tokenizer, known=None, batch_size=32, **served):
         finally:
             server.should_exit = True
             thread.join()
+
+
+def post(url, body, kind="application/json"):
+    """-> (status, the answer's JSON)."""
+    request = urllib.request.Request(f"{url}/v1/chat/completions", body, {"Content-Type": kind})
+    try:
+        with urllib.request.urlopen(request) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
 
 
 def data_url(content):

@@ -20,7 +20,7 @@ from captioning.serving import app, openai_api
 from conftest import REPO_ROOT
 from helpers.calibrated import known_of
 from helpers.image_files import png
-from helpers.server import data_url, serving, user
+from helpers.server import data_url, post, serving, user
 
 SHAPES = REPO_ROOT / "examples" / "shapes"
 SCENES = [str(SHAPES / f"scene_{i}.png") for i in range(10)]
@@ -72,16 +72,6 @@ def get(url, **headers):
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
-
-
-def post(url, body, kind="application/json"):
-    """-> (status, the answer's JSON)."""
-    request = urllib.request.Request(f"{url}/v1/chat/completions", body, {"Content-Type": kind})
-    try:
-        with urllib.request.urlopen(request) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -257,7 +247,7 @@ def test_unknown_parameters_are_ignored(client, captions):
         (dict(messages=user("a man")), "no image: give the user's message a content part of type image_url"),
         (dict(messages=[{"content": "x"}]), "messages.0.role is missing"),
         (dict(messages=user(*PHOTOS[:1] * 17)), "17 images; at most 16"),
-        (dict(messages=user("a " * 40, PHOTOS[0])), "the text has 40 tokens; the model reads at most 30"),
+        (dict(messages=user("a " * 40, PHOTOS[0])), "the text has 40 tokens; the model reads at most 29"),
         (dict(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "messages.0.content.0 must be "),
         (dict(messages=[{"role": "user", "content": None}]), "messages.0.content must be a text or a list"),
     ],

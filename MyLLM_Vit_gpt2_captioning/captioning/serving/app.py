@@ -221,10 +221,10 @@ class Answering:
         if len(images) > MAX_IMAGES:
             raise ApiError(400, f"{len(images)} images; at most {MAX_IMAGES} can be in one request", "messages")
         prompt = openai_api.prompt_of(text, self.served.meaning)
-        room, length = model.config.seq_len - 2, len(encode_prompt(self.captions.tokenizer, prompt))
-        if length > room:
-            raise ApiError(400, f"the text has {length} tokens; the model reads at most {room}", "messages",
-                           "context_length_exceeded")  # fmt: skip
+        tokens = len(encode_prompt(self.captions.tokenizer, prompt)) - 1  # without BOS
+        if tokens > (room := model.config.seq_len - 3):  # what captioning would cut off
+            problem = f"the text has {tokens} tokens; the model reads at most {room}"
+            raise ApiError(400, problem, "messages", "context_length_exceeded")
         return request, prompt, openai_api.options_of(request, self.served.options, model.config.seq_len), images
 
     async def caption(self, http_request, request, prompt, options, images):
