@@ -248,6 +248,7 @@ def test_unknown_parameters_are_ignored(client, captions):
         (dict(messages=[{"content": "x"}]), "messages.0.role is missing"),
         (dict(messages=user(*PHOTOS[:1] * 17)), "17 images; at most 16"),
         (dict(messages=user("a " * 40, PHOTOS[0])), "the text has 40 tokens; the model reads at most 29"),
+        (dict(messages=user("a" * 10_001, PHOTOS[0])), "the text has more than 10,000 characters"),
         (dict(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "messages.0.content.0 must be "),
         (dict(messages=[{"role": "user", "content": None}]), "messages.0.content must be a text or a list"),
     ],
@@ -296,6 +297,8 @@ def test_urls_lead_to_public_addresses_only(server, client, monkeypatch):
         assert re.search(r"could not be fetched \(it is at .*, which is no public address\)$", refused(url))
     monkeypatch.setattr("captioning.command_line.photo_arguments.check_public", lambda *_: None)  # looked up before
     assert refused(own).endswith("could not be fetched (127.0.0.1 is 127.0.0.1, which is no public address)")
+    monkeypatch.setattr("captioning.command_line.public_addresses.is_public", lambda address: True)
+    assert "not a readable image" in refused(own)  # it was fetched
 
 
 def test_what_is_no_request(server):

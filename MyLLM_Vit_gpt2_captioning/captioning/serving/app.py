@@ -22,6 +22,7 @@ from captioning.serving.caption_queue import Job
 from captioning.serving.openai_api import ApiError
 
 MAX_IMAGES = 16  # of a request
+MAX_TEXT = 10_000  # characters; encoding more would keep other requests waiting
 DECODERS = 2  # photos that are decoded at a time, each as large as the limit on pixels allows
 FETCHERS = 8  # photos that are fetched at a time
 FETCH_SECONDS = 20  # for a photo that is fetched
@@ -83,7 +84,10 @@ def build_app(served, captions, metrics):
     """served: a `Served`; captions: a `CaptionQueue` that is running; metrics: `Metrics` -> the FastAPI application."""
     app = FastAPI(title="Image captioning", docs_url=None, redoc_url=None, openapi_url=None)
     answering = Answering(served, captions, metrics)
-    models = {"object": "list", "data": [dict(id=served.name, object="model", created=int(time.time()), owned_by="me")]}
+    models = {
+        "object": "list",
+        "data": [dict(id=served.name, object="model", created=int(time.time()), owned_by="local")],
+    }
 
     @app.exception_handler(ApiError)
     async def api_error(request, error):
@@ -153,13 +157,18 @@ class CountRequests:
         self.app, self.counter = app, counter
 
     async def __call__(self, scope, receive, send):
+        path = next((known for known in PATHS if scope["path"].startswith(known)), "other")
+
         async def counted(message):
             if message["type"] == "http.response.start":
-                path = next((known for known in PATHS if scope["path"].startswith(known)), "other")
                 self.counter.add(path, message["status"])
             await send(message)
 
-        await self.app(scope, receive, counted)
+        try:
+            await self.app(scope, receive, counted)
+        except Exception:  # a mistake of the server, which is answered outside of all middleware
+            self.counter.add(path, 500)
+            raise
 
 
 class Answering:
@@ -178,15 +187,19 @@ class Answering:
         metrics.unanswered += 1
         try:
             body = await self.read_body(request)
-            found = await self.in_thread(self.decoders, self.read, body)
-            del body
-            answer = await self.caption(request, *found)
+            asked, prompt, options, images = await self.in_thread(self.decoders, self.read, body)
+            photos = await asyncio.gather(*(self.load(*image) for image in images))
+            del body, images  # by far the largest of what would wait
+            asked.messages.clear()
+            job = Job(photos, prompt, options, bool(asked.logprobs))
+            captions = await self.caption(request, job)
         finally:
             metrics.unanswered -= 1
-        if answer is None:
+        if captions is None:
             return PlainTextResponse("", CLIENT_GONE)
         metrics.request_seconds.see(time.perf_counter() - start)
-        if answer.request.stream:
+        answer = openai_api.Answer(asked, self.captions.tokenizer, captions, self.served.meaning)
+        if asked.stream:
             return StreamingResponse(answer.events(), media_type="text/event-stream")
         return JSONResponse(answer.completion())
 
@@ -221,18 +234,19 @@ class Answering:
         if len(images) > MAX_IMAGES:
             raise ApiError(400, f"{len(images)} images; at most {MAX_IMAGES} can be in one request", "messages")
         prompt = openai_api.prompt_of(text, self.served.meaning)
+        if len(prompt) > MAX_TEXT:
+            problem = f"the text has more than {MAX_TEXT:,} characters"
+            raise ApiError(400, problem, "messages", "context_length_exceeded")
         tokens = len(encode_prompt(self.captions.tokenizer, prompt)) - 1  # without BOS
         if tokens > (room := model.config.seq_len - 3):  # what captioning would cut off
             problem = f"the text has {tokens} tokens; the model reads at most {room}"
             raise ApiError(400, problem, "messages", "context_length_exceeded")
         return request, prompt, openai_api.options_of(request, self.served.options, model.config.seq_len), images
 
-    async def caption(self, http_request, request, prompt, options, images):
-        """-> `openai_api.Answer`; None when nobody waits for it any more. Raises ApiError."""
-        photos = await asyncio.gather(*(self.load(*image) for image in images))
-        job = Job(photos, prompt, options, bool(request.logprobs))
+    async def caption(self, request, job):
+        """-> what `job.answer` becomes; None when nobody waits for it any more. Raises ApiError."""
         self.captions.add(job)
-        answer, gone = asyncio.wrap_future(job.answer), asyncio.create_task(until_gone(http_request))
+        answer, gone = asyncio.wrap_future(job.answer), asyncio.create_task(until_gone(request))
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
             answer.cancel()  # and the job, if it still waits
@@ -240,7 +254,7 @@ class Answering:
         gone.cancel()
         if answer.exception():
             raise ApiError(500, "captioning failed; the server's log says why", kind="server_error")
-        return openai_api.Answer(request, self.captions.tokenizer, answer.result(), self.served.meaning)
+        return answer.result()
 
     async def load(self, param, url):
         """The URL of an image -> pixels as the model takes them, (img_size, img_size, 3) uint8. Raises ApiError."""
