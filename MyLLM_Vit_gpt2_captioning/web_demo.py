@@ -8,10 +8,8 @@ By default it answers on this machine only, and it needs no network. Uploads are
 demo ends (Ctrl-C). Captions are those of caption_image.py.
 """
 
-import ipaddress
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -19,7 +17,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import urlsplit
 
 import torch
 
@@ -37,6 +34,7 @@ from captioning.images.preprocessing import load_image, preprocess
 from captioning.model import checkpoint
 from captioning.model.tokenizer import read_prompt
 from captioning.pages.html_pages import shade
+from captioning.serving.addresses import OnlyOwnHosts, listen
 
 SCENES = script.REPO_ROOT / "examples" / "shapes"
 MAX_UPLOAD = "20mb"  # size of a file; load_image limits the number of pixels
@@ -421,49 +419,13 @@ def build(sources):
     return with_reasons(page.queue(max_size=MAX_QUEUE))
 
 
-class OnlyOwnHosts:
-    """ASGI middleware that answers requests only where their header Host is an address that the demo serves: by a name
-    of its own, which it lets point at this machine, a web page elsewhere would otherwise read what the demo answers."""
-
-    def __init__(self, app, host, share):
-        names = {host, "localhost", socket.gethostname(), socket.getfqdn()}
-        self.app, self.share = app, share
-        self.names, self.any_address = {name.lower() for name in names}, host in ("0.0.0.0", "::")
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] in ("http", "websocket") and not self._is_own(dict(scope["headers"]).get(b"host", b"")):
-            from starlette.responses import PlainTextResponse
-
-            await PlainTextResponse("this address is not served here", 421)(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
-
-    def _is_own(self, header):
-        name = urlsplit(f"//{header.decode('latin-1')}").hostname or ""
-        try:
-            address = ipaddress.ip_address(name)
-            return address.is_loopback or self.any_address or name in self.names
-        except ValueError:
-            return name in self.names or (self.share and name.endswith(".gradio.live"))
-
-
-def check_address(host, port):
-    """Raise OSError when it is impossible to listen on `host` and `port` (None: any port)."""
-    try:
-        socket.create_server((host, port or 0)).close()
-    except (OSError, OverflowError) as error:
-        address = host if port is None else f"{host}, port {port}"
-        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0].rstrip(".")
-        raise OSError(f"cannot listen on {address} ({reason}); choose another --host or --port") from error
-
-
 def launch(page, host="127.0.0.1", port=None, share=False, **options):
     """Serve the page of `build`, which loads everything from this server -> the result of `gradio.Blocks.launch`."""
     import gradio as gr
     from starlette.middleware import Middleware
 
     return page.launch(
-        app_kwargs=dict(middleware=[Middleware(OnlyOwnHosts, host, share)]),
+        app_kwargs=dict(middleware=[Middleware(OnlyOwnHosts, host, [".gradio.live"] * share)]),
         server_name=host,
         server_port=port,
         share=share,
@@ -499,7 +461,7 @@ def main(argv=None):
         with tempfile.TemporaryDirectory(prefix="web_demo_") as uploads:
             os.environ["GRADIO_TEMP_DIR"] = uploads
             page = build(choose_captioners(script.REPO_ROOT, args.checkpoint))
-            check_address(args.host, args.port)
+            listen(args.host, args.port).close()  # Gradio's own error names neither the option nor a remedy
             _, url, public_url = launch(page, args.host, args.port, args.share, quiet=True, prevent_thread_lock=True)
             if args.share and not public_url:
                 print("warning: there is no public address: Gradio's servers were not reached", file=sys.stderr)

@@ -18,6 +18,8 @@ import stat
 import struct
 import sys
 import tarfile
+import urllib.error
+import urllib.request
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -49,6 +51,7 @@ from conftest import CAPTIONS
 from helpers.folders import for_everybody, read_only
 from helpers.image_files import png
 from helpers.runs import TINY
+from helpers.server import data_url, post, serving
 from helpers.tar_files import make_shards, members, write_tar
 
 TABLE = Path(__file__).with_name("HOSTILE_INPUT.md")
@@ -1213,6 +1216,78 @@ def _(tmp_path):
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
+
+
+# --- the server -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server():
+    pytest.importorskip("fastapi")
+    from MyLLM_Vit_gpt2_captioning import REPO_ROOT, load_captioner
+
+    with serving(*load_captioner(REPO_ROOT / "examples" / "shapes"), max_bytes=1_000_000) as running:
+        yield running
+
+
+def answered(server, content, **request):
+    """The status and the message of the answer to a request whose messages have this content."""
+    body = dict(model="mine", messages=[{"role": "user", "content": content}]) | request
+    status, answer = post(server.url, json.dumps(body).encode())
+    return f"{status}: {answer['error']['message']}"
+
+
+def request_with(name, url, **request):
+    @case("Requests to the server", name)
+    def _(server):
+        content = [{"type": "image_url", "image_url": {"url": url() if callable(url) else url}}]
+        return answered(server, content, **request)
+
+
+request_with("a text file as image", data_url(b"hello"))
+request_with("decompression bomb: 400 million pixels in 100 bytes", data_url(png(20_000, 20_000, 8, 2, b"\0")))
+request_with("an image of 56 million pixels", data_url(png(8000, 7000, 8, 2, b"\0")))
+request_with("what is not base64", "data:image/png;base64,@@@")
+request_with("more bytes than allowed", lambda: data_url(bytes(1_000_000)))
+request_with("a file of the server's machine", "file:///etc/passwd")
+request_with("a URL, where nothing is fetched", "http://example.org/photo.jpg")
+request_with("another model, its name with control characters", "", model="\x1b[31mgpt")
+request_with("10,000 choices", "", n=10_000)
+request_with("NaN as temperature", "", temperature=float("nan"))
+
+
+@case("Requests to the server", "a URL of the machine or its network, with `--allow_urls`")
+def _(server, monkeypatch):
+    monkeypatch.setattr(server.served, "allow_urls", True)
+    monkeypatch.setenv("NO_PROXY", "*")
+    for url in (
+        "http://127.0.0.1/x.png",
+        "http://[::1]/x.png",
+        "http://169.254.169.254/latest",
+        "http://10.0.0.1/x.png",
+    ):
+        outcome = answered(server, [{"type": "image_url", "image_url": {"url": url}}])
+        assert "which is no public address" in outcome
+    return outcome
+
+
+@case("Requests to the server", "JSON of 100,000 brackets")
+def _(server):
+    status, answer = post(server.url, b"[" * 100_000)
+    return f"{status}: {answer['error']['message'].partition(': ')[0]}"
+
+
+@case("Requests to the server", "a form, as a page elsewhere can have a browser send it")
+def _(server):
+    status, answer = post(server.url, b"{}", "text/plain")
+    return f"{status}: {answer['error']['message']}"
+
+
+@case("Requests to the server", "a page elsewhere whose name leads to this machine")
+def _(server):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(f"{server.url}/v1/models", headers={"Host": "evil.example"}))
+    return f"{refused.value.code}: {refused.value.read().decode()}"
 
 
 @pytest.mark.filterwarnings("ignore:.*(Tag data|Truncated|Corrupt EXIF)")  # Pillow about the damage

@@ -19,6 +19,7 @@ SCRIPT = "MyLLM_Vit_gpt2_captioning"
 # The rooms of the package in their order: a room imports only itself and the rooms in front of it.
 ROOMS = (
     "common", "images", "pages", "model", "data", "command_line", "decoding", "scoring", "training", "sharing",
+    "serving",
 )  # fmt: skip
 MODULES = {
     path.relative_to(FOLDER).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path

@@ -11,6 +11,7 @@ from captioning.decoding import confidence, search
 from captioning.decoding.confidence import Confidence, JudgedCaptions, caption_with_confidence
 from captioning.decoding.search import Options, caption_images, generate_ids, log_probabilities, token_log_probabilities
 from captioning.images.preprocessing import preprocess
+from captioning.model.tokenizer import encode_prompt
 from conftest import REPO_ROOT
 from helpers.calibrated import calibrated_copy, known_of
 
@@ -56,7 +57,7 @@ def test_evidence_is_the_sum_over_the_tokens_of_a_word(example):
     """The words of the prompt are not in it; words and EOS make up the caption's log-probability."""
     model, tokenizer = example
     pixels = torch.stack([preprocess(scene, **model.preprocessing) for scene in SCENES[:2]])
-    prompt = torch.tensor([search.encode_prompt(tokenizer, "there is")] * 2)
+    prompt = torch.tensor([encode_prompt(tokenizer, "there is")] * 2)
     ids = generate_ids(model, pixels, prompt, deterministic=True)
     for judged, total in zip(
         known_of(model).judge(model, tokenizer, pixels, ids, prompt.size(1)),
@@ -73,7 +74,7 @@ def test_without_a_photo_the_photo_does_not_matter(example):
     """Nearly all colours are seen; what any scene has is guessed."""
     model, tokenizer = example
     pixels = torch.stack([preprocess(scene, **model.preprocessing) for scene in SCENES[:4]])
-    known, prompt = known_of(model), torch.tensor([search.encode_prompt(tokenizer, "")] * 4)
+    known, prompt = known_of(model), torch.tensor([encode_prompt(tokenizer, "")] * 4)
     known.no_photo = torch.stack([tokens.mean((0, 1)) for tokens in model.encoder_states(pixels)]).detach()
     ids = generate_ids(model, pixels, prompt, deterministic=True)
     other = known.log_probabilities(model, pixels.flip(0), ids, 1)[1]
@@ -100,7 +101,7 @@ def test_shifted_copies_of_the_photo(example, tmp_path):
     """A word's probability is then the mean over the photo and four copies; the caption's stays the photo's."""
     model, tokenizer = example
     pixels = torch.stack([preprocess(scene, **model.preprocessing) for scene in SCENES[:2]])
-    prompt = torch.tensor([search.encode_prompt(tokenizer, "")] * 2)
+    prompt = torch.tensor([encode_prompt(tokenizer, "")] * 2)
     ids = generate_ids(model, pixels, prompt, deterministic=True)
     plain, known = known_of(model), known_of(model)
     known.shifted = True

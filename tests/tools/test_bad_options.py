@@ -40,6 +40,12 @@ WEB_DEMO = [
     (["--port", "99999"], "--port must be an integer from 0 to 65535, not 99999"),
     (["--port", "http"], "--port must be an integer from 0 to 65535, not http"),
 ]
+SERVE = [
+    (["--beam", "0"], "--beam must be an integer of at least 1, not 0"),
+    (["--length_penalty", "2"], "--length_penalty is for beam search: give --beam 2 or more"),
+    (["--text", "title"], "--text: invalid choice: 'title' (choose from "),
+    (["--max_pixels", "0"], "--max_pixels must be an integer of at least 1, not 0"),
+]
 PREPARE_DATA = [
     (["--side", "0"], "--side must be an integer of at least 1, not 0"),
     (["--num_workers", "-1"], "--num_workers must be an integer of at least 0, not -1"),
@@ -50,6 +56,7 @@ CASES = [
     *(("caption_image", ["photo.jpg", *argv], message) for argv, message in DECODING + CAPTION_IMAGE),
     *(("evaluate_captions", argv, message) for argv, message in DECODING + EVALUATE),
     *(("web_demo", argv, message) for argv, message in WEB_DEMO),
+    *(("serve", argv, message) for argv, message in WEB_DEMO + SERVE),
     *(("prepare_data", ["--shrink", "data", *argv], message) for argv, message in PREPARE_DATA),
     ("caption_image", [], "the following arguments are required: IMAGE; --help lists the options"),
     ("convert_captioner", ["source"], "the following arguments are required: target; --help lists the options"),

@@ -202,18 +202,6 @@ def test_errors_name_no_path_of_the_machine():
         assert told.value.message == message
 
 
-@pytest.mark.parametrize(
-    ("host", "port", "message"),
-    [
-        ("127.0.0.1", 99999, r"cannot listen on 127\.0\.0\.1, port 99999 \(.*0-65535\); choose another --host or"),
-        ("300.1.2.3", None, r"cannot listen on 300\.1\.2\.3 \(.*\); choose another --host or --port"),
-    ],
-)
-def test_addresses_where_nothing_can_listen(host, port, message):
-    with pytest.raises(OSError, match=message):
-        web_demo.check_address(host, port)
-
-
 def test_words_become_entities():
     assert web_demo.as_entities("Käfer 猫 7") == "Käfer 猫 7"
     assert web_demo.as_entities("`\\${<") == "&#96;&#92;&#36;&#123;&#60;"

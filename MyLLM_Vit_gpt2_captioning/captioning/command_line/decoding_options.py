@@ -3,14 +3,28 @@
 from captioning.command_line.arguments import integer, real
 
 
-def add_decoding_arguments(parser):
-    """Add the options to a tool's parser; `decoding_options` reads them."""
+def add_beam_arguments(parser):
+    """Add the options of beam search to a tool's parser."""
     parser.add_argument(
         "--beam", type=integer(1), metavar="N", help="beam search with N beams (default: greedy search)"
     )
     parser.add_argument(
         "--length_penalty", type=real(), metavar="X", help="of beam search; above 1 longer captions (default: 1.0)"
     )
+
+
+def add_precision_argument(parser):
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bf16"),
+        default="auto",
+        help="bf16 is faster on newer CPUs, a few words may differ; auto is bf16 or fp16 on CUDA, else float32",
+    )
+
+
+def add_decoding_arguments(parser):
+    """Add all options to a tool's parser; `decoding_options` reads them."""
+    add_beam_arguments(parser)
     parser.add_argument("--sample", action="store_true", help="sampling: draw the words at random")
     parser.add_argument(
         "--temperature", type=real(above=0), metavar="X", help="of sampling, which it turns on (default: 1.0)"
@@ -38,22 +52,18 @@ def add_decoding_arguments(parser):
         metavar="N",
         help="longest caption, in characters, as for alt text (default: 0, any)",
     )
-    parser.add_argument(
-        "--precision",
-        choices=("auto", "float32", "bf16"),
-        default="auto",
-        help="bf16 is faster on newer CPUs, a few words may differ; auto is bf16 or fp16 on CUDA, else float32",
-    )
+    add_precision_argument(parser)
 
 
 def decoding_options(args):
-    """Parsed arguments -> keyword arguments of `search.Options`.
+    """Parsed arguments, those of sampling may be missing -> keyword arguments of `search.Options`.
 
     Raises ValueError when they ask for sampling and beam search at once.
     """
-    lengths = {key: getattr(args, key) for key in ("min_tokens", "max_words", "max_chars")}
-    sampling = {key: value for key in ("temperature", "top_k", "top_p") if (value := getattr(args, key)) is not None}
-    if args.sample or sampling:
+    lengths = {key: getattr(args, key, 0) for key in ("min_tokens", "max_words", "max_chars")}
+    keys = ("temperature", "top_k", "top_p")
+    sampling = {key: value for key in keys if (value := getattr(args, key, None)) is not None}
+    if getattr(args, "sample", False) or sampling:
         if args.beam is not None or args.length_penalty is not None:
             raise ValueError("choose beam search (--beam) or sampling (--sample, --temperature, --top_k, --top_p)")
         return dict(deterministic=False, seed=args.seed, **sampling, **lengths)

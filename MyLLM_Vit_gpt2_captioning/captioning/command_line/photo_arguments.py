@@ -1,7 +1,6 @@
 """The argument IMAGE of a tool: a file, a folder (all images in it) or, where that is allowed, a URL."""
 
 import io
-import ipaddress
 import queue
 import socket
 import threading
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
+from captioning.command_line.public_addresses import is_public, only_public_adapter
 from captioning.common.files import is_litter
 from captioning.data.conventions import IMAGE_SUFFIXES, is_photo_file
 from captioning.images.preprocessing import load_image
@@ -71,44 +71,58 @@ def _is_photo(path):
 
 
 def fetch_image(url, max_bytes=MAX_BYTES, timeout=TIMEOUT, deadline=DEADLINE, grey16="full"):
-    """Download a photo -> `PIL.Image.Image`, upright RGB.
-
-    Raises ValueError that names the URL when it cannot be downloaded, has more than `max_bytes`, takes more than
-    `deadline` seconds, leads on to an address of this machine or its network, or is not an image.
-    """
-    result = queue.Queue()
-    # In a thread of its own: a server that sends a byte now and then keeps every read, and so this process, waiting.
-    threading.Thread(target=_fetch, args=(url, max_bytes, timeout, result), daemon=True).start()
-    try:
-        content = result.get(timeout=deadline)
-    except queue.Empty:
-        raise ValueError(f"{url}: could not be fetched within {deadline:g} s") from None
-    if isinstance(content, Exception):
-        raise ValueError(f"{url}: {content}") from content
+    """Download a photo -> `PIL.Image.Image`, upright RGB. Raises the errors of `fetch`, and one like them for what is
+    not an image."""
+    content = fetch(url, max_bytes, timeout, deadline)
     try:
         return load_image(io.BytesIO(content), grey16=grey16)
     except ValueError as error:
         raise ValueError(f"{url}: not a readable image") from error
 
 
-def _fetch(url, max_bytes, timeout, result):
+def fetch(url, max_bytes, timeout, deadline, only_public=False):
+    """Download what is at a URL -> bytes.
+
+    Raises ValueError that names the URL when it cannot be downloaded, has more than `max_bytes`, takes more than
+    `deadline` seconds, or leads on to an address of this machine or its network; with `only_public`, for a URL that a
+    stranger gives, also when it is such an address itself.
+    """
+    result = queue.Queue()
+    # In a thread of its own: a server that sends a byte now and then keeps every read, and so this process, waiting.
+    arguments = (url, max_bytes, timeout, only_public, result)
+    threading.Thread(target=_fetch, args=arguments, daemon=True).start()
+    try:
+        content = result.get(timeout=deadline)
+    except queue.Empty:
+        raise ValueError(f"{url}: could not be fetched within {deadline:g} s") from None
+    if isinstance(content, Exception):
+        raise ValueError(f"{url}: {content}") from content
+    return content
+
+
+def _fetch(url, max_bytes, timeout, only_public, result):
     """Put the content (bytes) that is at the URL, or the reason why there is none (ValueError), into the queue."""
     import requests
 
     try:
         first, content = url, bytearray()
-        for _ in range(MAX_REDIRECTS):
-            with requests.get(url, stream=True, timeout=timeout, allow_redirects=False) as response:
-                if response.is_redirect:
-                    url = urljoin(url, response.headers["location"])
-                    _check_redirect(first, url)
-                    continue
-                response.raise_for_status()
-                for chunk in response.iter_content(1 << 16):
-                    content += chunk
-                    if len(content) > max_bytes:
-                        raise ValueError(f"more than {max_bytes:,} bytes; download it yourself and give the file")
-                return result.put(bytes(content))
+        with requests.Session() as session:
+            if only_public:
+                check_public(url, "it is at")
+                session.mount("http://", only_public_adapter())
+                session.mount("https://", only_public_adapter())
+            for _ in range(MAX_REDIRECTS):
+                with session.get(url, stream=True, timeout=timeout, allow_redirects=False) as response:
+                    if response.is_redirect:
+                        url = urljoin(url, response.headers["location"])
+                        _check_redirect(first, url)
+                        continue
+                    response.raise_for_status()
+                    for chunk in response.iter_content(1 << 16):
+                        content += chunk
+                        if len(content) > max_bytes:
+                            raise ValueError(f"more than {max_bytes:,} bytes; download it yourself and give the file")
+                    return result.put(bytes(content))
         raise ValueError(f"more than {MAX_REDIRECTS} redirects")
     except requests.RequestException as error:
         reason = str(error) if error.response is not None else type(error).__name__  # an HTTP status, or no response
@@ -118,13 +132,18 @@ def _fetch(url, max_bytes, timeout, result):
 
 
 def _check_redirect(first, url):
-    """Raise ValueError unless `url`, to which a stranger's server leads on from `first`, is a public address: else it
-    could have this machine ask others in its network, which strangers cannot reach."""
+    """Raise ValueError unless `url`, to which a stranger's server leads on from `first`, is a public address."""
     here, there = urlsplit(first), urlsplit(url)
     if there.scheme not in ("http", "https") or not there.hostname:
         raise ValueError(f"could not be fetched (it leads on to {url[:100]!r})")
-    if (there.hostname, there.port) == (here.hostname, here.port):
-        return
+    if (there.hostname, there.port) != (here.hostname, here.port):
+        check_public(url, "it leads on to")
+
+
+def check_public(url, how):
+    """Raise ValueError, in which `how` says where the URL comes from, unless it is a public address: else a stranger
+    could have this machine ask others in its network, which strangers cannot reach."""
+    there = urlsplit(url)
     for *_, (address, *_) in socket.getaddrinfo(there.hostname, there.port or 80, type=socket.SOCK_STREAM):
-        if not ipaddress.ip_address(address.partition("%")[0]).is_global:
-            raise ValueError(f"could not be fetched (it leads on to {there.hostname}, which is no public address)")
+        if not is_public(address):
+            raise ValueError(f"could not be fetched ({how} {there.hostname}, which is no public address)")

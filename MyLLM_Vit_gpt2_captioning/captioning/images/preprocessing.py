@@ -4,6 +4,7 @@ Only pillow, numpy and torch are needed here, so that captioning a photo does no
 library.
 """
 
+import io
 import math
 from functools import cache
 from pathlib import Path
@@ -24,18 +25,19 @@ LARGEST = 600_000_000
 BYTES_OF_MODE = {"I": 4, "F": 4, "I;16": 2, "I;16B": 2, "I;16L": 2}  # others: one a band
 
 
-def load_image(source, least_side=None, grey16="full"):
+def load_image(source, least_side=None, max_pixels=None, grey16="full"):
     """Open an image as upright 8-bit RGB.
 
     `source` is a path (or one into a tar, see tar_members.py), an opened file, an opened `PIL.Image.Image`, or an array
     (H, W, 3) of dtype uint8. With `least_side` a JPEG file may be decoded at 1/2, 1/4 or 1/8 of its size, which is much
-    faster, as long as both sides keep that many pixels. `grey16`: how 16 bits of grey become 8, see `_as_rgb`.
+    faster, as long as both sides keep that many pixels. An image of more than `max_pixels` is refused before it is
+    decoded. `grey16`: how 16 bits of grey become 8, see `_as_rgb`.
     Raises FileNotFoundError for a missing file, and ValueError that names the file when it is not a readable image.
     """
     if isinstance(source, np.ndarray):
         return Image.fromarray(source).convert("RGB")
-    name = getattr(source, "filename", "") or "the image" if isinstance(source, Image.Image) else source
-    name = printable(name)
+    in_memory = isinstance(source, Image.Image | io.BytesIO)
+    name = printable(getattr(source, "filename", "") or "the image" if in_memory else source)
     try:
         if isinstance(source, Image.Image):
             return _as_rgb(ImageOps.exif_transpose(source), grey16)  # phones store the turn beside the pixels
@@ -43,6 +45,8 @@ def load_image(source, least_side=None, grey16="full"):
         size = math.prod(image.size) * BYTES_OF_MODE.get(image.mode, len(image.getbands()))
         if size > LARGEST:
             raise ValueError(f"it has {image.width} x {image.height} pixels, {size / 1e6:,.0f} MB")
+        if max_pixels and image.width * image.height > max_pixels:
+            raise ValueError(f"it has {image.width} x {image.height} pixels, and at most {max_pixels:,} are allowed")
         if least_side:
             image.draft(None, (least_side, least_side))  # does nothing for other formats
         image.load()
@@ -51,9 +55,8 @@ def load_image(source, least_side=None, grey16="full"):
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such image") from None
     except Exception as error:  # a decoder may stumble over a damaged file in any way: TypeError, struct.error, ...
-        raise ValueError(
-            f"{name}: not a readable image ({printable(error)}); replace the file or remove its rows"
-        ) from error
+        reason = printable(str(error).replace(repr(source), name) if in_memory else error)  # Pillow says where it is
+        raise ValueError(f"{name}: not a readable image ({reason}); replace the file or remove its rows") from error
 
 
 @cache
