@@ -103,8 +103,9 @@ runpy.run_path({str(exported / "example.py")!r}, run_name="__main__")"""
 def test_the_exported_folder_is_whole_and_says_nothing_of_this_machine(exported):
     files = {path.relative_to(exported).as_posix(): path for path in exported.rglob("*") if path.is_file()}
     assert {name for name in files if not name.startswith("source/")} == {
-        "README.md", "captioner.safetensors", "config.json", "example.py", "recipe.toml", "requirements.txt",
-        "samples/sample_1.png", "samples/sample_2.png", "tokenizer.json",
+        "README.md", "captioner.safetensors", "config.json", "example.py", "generation_config.json",
+        "processor_config.json", "recipe.toml", "requirements.txt", "samples/sample_1.png", "samples/sample_2.png",
+        "tokenizer.json", "tokenizer_config.json", "transformers_captioner.py",
     }  # fmt: skip
     for name in ("captioner.safetensors", "tokenizer.json"):
         assert files[name].read_bytes() == (SHAPES / name).read_bytes()
@@ -248,7 +249,7 @@ def test_what_cannot_be_exported_is_named(argv, message, tmp_path, monkeypatch):
 def test_the_card_of_shapes(exported):
     card = (exported / "README.md").read_text()
     front = front_matter(card)
-    assert (front["license"], front["pipeline_tag"]) == ("apache-2.0", "image-to-text")
+    assert (front["license"], front["pipeline_tag"]) == ("apache-2.0", "image-text-to-text")
     assert (front["datasets"], front["metrics"]) == (["shapes"], ["perplexity"])
     stored = json.loads((SHAPES / "config.json").read_text())
     assert f"| perplexity per token | {stored['best_perplexity']:.4f} | all captions of the validation split |" in card

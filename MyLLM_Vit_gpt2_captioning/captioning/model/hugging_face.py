@@ -17,7 +17,7 @@ from captioning.common.files import CONFIG_FILE, TOKENIZER_FILE, read_json, writ
 from captioning.common.form import check
 from captioning.common.printable import printable
 from captioning.model.checkpoint import check_finite, find_folder, load_config, load_weights, some_of, unwrapped
-from captioning.model.tokenizer import END_OF_TEXT
+from captioning.model.tokenizer import END_OF_TEXT, UNKNOWN
 
 MODEL_TYPE = "vision-encoder-decoder"  # in the config.json of a VisionEncoderDecoderModel
 WEIGHTS_FILE, TORCH_FILE = "model.safetensors", "pytorch_model.bin"
@@ -470,17 +470,26 @@ def write_captioner(folder, model, gpt2_name, tokenizer=None):
     }
     if tokenizer is not None:
         files[TOKENIZER_FILE] = json.loads(tokenizer.to_json())
-        files["tokenizer_config.json"] = dict(
-            tokenizer_class="PreTrainedTokenizerFast",
-            model_max_length=model.config.seq_len,
-            **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), END_OF_TEXT),
-        )
+        files["tokenizer_config.json"] = tokenizer_config(tokenizer, model.config.seq_len)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         write_atomically(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
     write_atomically(folder / WEIGHTS_FILE, lambda path: path.write_bytes(save(weights, metadata={"format": "pt"})))
+
+
+def tokenizer_config(tokenizer, max_length):
+    """The content of tokenizer_config.json: with it transformers reads the tokenizer.json of a `CaptionTokenizer`."""
+    return dict(
+        tokenizer_class="PreTrainedTokenizerFast",
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token,
+        unk_token=UNKNOWN if tokenizer.unk_token_id >= 0 else END_OF_TEXT,
+    )
 
 
 def _check_exportable(model, tokenizer):

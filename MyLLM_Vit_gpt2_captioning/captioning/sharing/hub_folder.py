@@ -2,6 +2,7 @@
 
 captioner.safetensors, config.json, tokenizer.json    the checkpoint
 example.py, requirements.txt                          captions a photo with nothing but this folder
+transformers_captioner.py, *_config.json              the captioner as a model of transformers
 source/                                               the project's files that the script imports, and its licence
 recipe.toml, metrics.csv                              how it was trained, where that is known
 samples/, README.md                                   the model card
@@ -18,15 +19,21 @@ from types import SimpleNamespace
 
 from captioning.command_line.recipes import as_toml
 from captioning.common.files import CONFIG_FILE, RECIPE_FILE, TOKENIZER_FILE, WEIGHTS_FILE, write_atomically
+from captioning.decoding.search import Options
 from captioning.model import plain_vit
+from captioning.model.hugging_face import tokenizer_config
+from captioning.model.tokenizer import CaptionTokenizer
 from captioning.sharing import model_card
 
 SCRIPT = Path(__file__).resolve().parents[2] / "MyLLM_Vit_gpt2_captioning.py"
 SOURCE, SAMPLES = "source", "samples"
 OWN_FOLDERS = (f"{SOURCE}/", f"{SAMPLES}/")  # in a repository, only uploads write there
 CHECKPOINT_FILES = (WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE)
-PROJECT_FILES = ("LICENSE", "requirements.txt")  # shared with the source code
+FOR_TRANSFORMERS = "transformers_captioner"  # the module beside this one that transformers loads
+FOR_TRANSFORMERS_FILE = f"{SCRIPT.parent.name}/captioning/sharing/{FOR_TRANSFORMERS}.py"
+PROJECT_FILES = ("LICENSE", "requirements.txt", FOR_TRANSFORMERS_FILE)  # shared with the source code
 NOT_IN_RECIPE = {"resume", "push_every_epoch"}  # constants that only concern one run
+MODEL_TYPE = "myllm-vit-gpt2-captioner"  # in config.json, for transformers
 PACKAGE_OF = {"PIL": "pillow"}  # modules whose package has another name
 
 EXAMPLE = '''"""Caption photos with the model in this folder, with the source in this folder.
@@ -71,7 +78,7 @@ for photo, caption in zip(args.photos, captions):
 
 
 def source_files(script=SCRIPT):
-    """The script, all files of the project that it imports directly or indirectly, LICENSE and requirements.txt
+    """The script, all files of the project that it imports directly or indirectly, and PROJECT_FILES
     -> {path relative to the project's root: bytes}.
 
     Imports inside functions count as well. Tools and tests are not among the files.
@@ -177,7 +184,8 @@ def write_folder(target, facts, source):
     files = {f"{SOURCE}/{name}": content for name, content in source.items()}
     files["example.py"] = EXAMPLE.encode()
     files["requirements.txt"] = "\n".join([*requirements(source, model), ""]).encode()
-    files[CONFIG_FILE] = (json.dumps(facts.config, indent=2, ensure_ascii=False) + "\n").encode()
+    files[f"{FOR_TRANSFORMERS}.py"] = source[FOR_TRANSFORMERS_FILE]
+    files |= {name: as_json(content) for name, content in configs_for_transformers(target, facts.config).items()}
     if "train_config" in facts.config:
         sections = {}
         for name in ("model_config", "train_config"):
@@ -193,6 +201,35 @@ def write_folder(target, facts, source):
     for name, content in files.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target / name, lambda path, content=content: path.write_bytes(content))
+
+
+def as_json(content):
+    """A JSON value -> the bytes of its file."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def configs_for_transformers(folder, config):
+    """The content of config.json and of three more files, with which transformers loads the checkpoint in `folder` as
+    `transformers_captioner.py` says -> {name: dict}. `config`: the content of the checkpoint's config.json."""
+    tokenizer = CaptionTokenizer(folder)
+    classes = {
+        "AutoConfig": "CaptionerConfig",
+        "AutoModelForImageTextToText": "Captioner",
+        "AutoProcessor": "CaptionProcessor",
+    }
+    auto_map = {auto: f"{FOR_TRANSFORMERS}.{name}" for auto, name in classes.items()}
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    seq_len = config["model_config"]["seq_len"]
+    return {
+        CONFIG_FILE: config | dict(model_type=MODEL_TYPE, architectures=["Captioner"], auto_map=auto_map),
+        "generation_config.json": special | {"max_new_tokens": Options.max_tokens},
+        "tokenizer_config.json": tokenizer_config(tokenizer, seq_len) | {"padding_side": "left"},
+        "processor_config.json": {
+            "processor_class": "CaptionProcessor",
+            "auto_map": {"AutoProcessor": auto_map["AutoProcessor"]},
+            "preprocessing": config["preprocessing"],
+        },
+    }
 
 
 def count_parameters(weights_file):

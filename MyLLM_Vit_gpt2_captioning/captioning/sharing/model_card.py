@@ -185,8 +185,8 @@ def _front_matter(facts):
     data = ModelCardData(
         license=facts.license,
         **license_name,
-        pipeline_tag="image-to-text",
-        library_name="pytorch",
+        pipeline_tag="image-text-to-text",
+        library_name="transformers",
         tags=["image-captioning", "gpt2", *(["vit"] if "vit" in encoder else []), "safetensors"],
         datasets=facts.datasets or None,
         metrics=_metric_names(facts) or None,
@@ -229,7 +229,16 @@ def _what_it_is(facts, parameters):
 
 
 def _use(facts):
-    return f"""Without the project, with the source code beside the weights:
+    return f"""With transformers 5 or newer, which runs the source code beside the weights:
+
+```python
+from transformers import pipeline
+
+captioner = pipeline("image-text-to-text", model="{facts.repo_id}", trust_remote_code=True)
+print(captioner(images="photo.jpg", text="")[0]["generated_text"])
+```
+
+`text` is the caption's first words, or a question if the model answers them. Without transformers, with the same code:
 
 ```
 hf download {facts.repo_id} --local-dir captioner
