@@ -5,8 +5,8 @@
     python MyLLM_Vit_gpt2_captioning/export_onnx.py --web FOLDER --checkpoint examples/shapes
 
 FOLDER gets the two graphs and example_onnx.py, which captions photos with onnxruntime, NumPy and Pillow. The folder of
---web is a page for any web server that captions a photo in the visitor's browser. Before anything is written, the graphs
-caption photos beside the model, and what was found is printed.
+--web is a page for any web server that captions a photo in the visitor's browser. Before anything is written, the
+graphs caption photos beside the model, and what was found is printed.
 """
 
 import os
@@ -30,7 +30,7 @@ TOLERANCE = 1e-3  # of float32 logits, relative to the largest if that is above 
 def main(argv=None):
     parser = ToolParser(__doc__)
     parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="folder to write, which does not exist")
-    parser.add_argument("--web", type=Path, metavar="FOLDER", help="write a page for the browser, with the graphs in it")
+    parser.add_argument("--web", type=Path, metavar="FOLDER", help="write a page for the browser, graphs included")
     parser.add_argument("--checkpoint", default=OUTPUT_DIR, help="folder or hub id of a captioner (default: captioner)")
     parser.add_argument("--int8", action="store_true", help="weights in 8 bits: a third of the size, other captions")
     parser.add_argument(

@@ -1,8 +1,8 @@
 """Caption photos with the captioner in this folder, by onnxruntime, NumPy and Pillow.
 
-    pip install onnxruntime numpy pillow
-    python example_onnx.py photo.jpg another.png
-    python example_onnx.py photo.jpg --beams 4    beam search instead of the likeliest token every time
+pip install onnxruntime numpy pillow
+python example_onnx.py photo.jpg another.png
+python example_onnx.py photo.jpg --beams 4    beam search instead of the likeliest token every time
 """
 
 import argparse
@@ -130,7 +130,7 @@ def main():
     for photo in args.photos:
         try:
             print(f"{photo}: {captioner.caption(photo, args.beams)}")
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a decoder may stumble over a damaged file in any way
             print(f"error: {photo}: not a readable photo ({error})", file=sys.stderr)
             failed = True
     sys.exit(int(failed))

@@ -12,6 +12,7 @@ graphs are traced from the model's own code, and the photo is normalised inside,
 """
 
 import contextlib
+import importlib
 import io
 import json
 import logging
@@ -128,12 +129,11 @@ def export(model, tokenizer, folder, int8=False):
 
 def require_libraries():
     """Raise ImportError that says what to install where a library is missing."""
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"exporting needs {error.name}: pip install -r requirements-extra.txt") from error
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ImportError(f"exporting needs {name}: pip install -r requirements-extra.txt") from error
 
 
 def _export_graph(path, graph, inputs, input_names, output_names, dynamic_shapes, int8):
@@ -165,7 +165,7 @@ def _export_graph(path, graph, inputs, input_names, output_names, dynamic_shapes
     _forget_sources(proto)
     onnx.save(proto, path)
     if int8:
-        _quantize(path)
+        quantize(path)
 
 
 def _forget_sources(proto):
@@ -176,13 +176,11 @@ def _forget_sources(proto):
         part.ClearField("doc_string")
 
 
-def _quantize(path):
+def quantize(path):
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _silence():
-        quantize_dynamic(
-            path, path, op_types_to_quantize=INT8_OPERATORS, per_channel=True, weight_type=QuantType.QInt8
-        )
+        quantize_dynamic(path, path, op_types_to_quantize=INT8_OPERATORS, per_channel=True, weight_type=QuantType.QInt8)
 
 
 @contextlib.contextmanager
@@ -278,7 +276,7 @@ def compare(model, tokenizer, folder, photos, beams=4):
         for token, row in zip(ids.tolist(), expected.numpy(), strict=True):
             logits, past = captioner.step([[token]], past, image)
             written = np.isfinite(row)  # not the unknown word, which is -inf
-            found.logits = max(found.logits, np.abs(logits[0] - row)[written].max().item())
+            found.logits = max(found.logits, np.abs(logits[0, written] - row[written]).max().item())
             found.largest = max(found.largest, np.abs(row[written]).max().item())
     found.torch_ms, found.onnx_ms = (median(values) for values in times.values())
     return found

@@ -42,8 +42,8 @@ def fetch_package():
         download(URL, path, SIZE, HASH)
     except (OSError, ValueError) as error:
         raise type(error)(
-            f"{error}. Where there is a network, `npm pack onnxruntime-web@{VERSION}` gets the file {PACKAGE}: bring it "
-            f"here and add --onnxruntime_web {PACKAGE}"
+            f"{error}. Where there is a network, `npm pack onnxruntime-web@{VERSION}` gets the file {PACKAGE}: "
+            f"bring it here and add --onnxruntime_web {PACKAGE}"
         ) from error
     return path
 
