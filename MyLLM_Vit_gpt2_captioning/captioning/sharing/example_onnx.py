@@ -120,6 +120,11 @@ def best_of(table, count):
     return [divmod(int(i), table.shape[1]) for i in best[np.argsort(-flat[best], kind="stable")]]
 
 
+def visible(text):
+    """The text with its control characters written out: a terminal would obey those of a stranger's tokens."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", nargs="+", metavar="PHOTO")
@@ -129,7 +134,7 @@ def main():
     failed = False
     for photo in args.photos:
         try:
-            print(f"{photo}: {captioner.caption(photo, args.beams)}")
+            print(f"{photo}: {visible(captioner.caption(photo, args.beams))}")
         except Exception as error:  # a decoder may stumble over a damaged file in any way
             print(f"error: {photo}: not a readable photo ({error})", file=sys.stderr)
             failed = True

@@ -34,7 +34,7 @@ from captioning.images.preprocessing import resize, to_tensor
 
 EXAMPLE = Path(__file__).with_name("example_onnx.py")
 ENCODER_FILE, DECODER_FILE, DESCRIPTION_FILE = "encoder.onnx", "decoder.onnx", "captioner.json"
-LARGEST_GRAPH = 2_000_000_000  # bytes of weights; an ONNX file is a protocol buffer, which ends at 2 GiB
+LARGEST_GRAPH = 2_000_000_000  # bytes of weights; an ONNX file is a protocol buffer, which may have 2 GiB
 MAX_TOKENS = 50  # new tokens of a caption, EOS included, as in `Options`
 INT8_OPERATORS = ["MatMul", "Gather"]  # linear layers and embeddings; convolutions would be slower than in float32
 
@@ -92,9 +92,8 @@ def export(model, tokenizer, folder, int8=False):
     """Write a captioner in eval mode into `folder`, which exists.
 
     `int8`: weights of linear layers and embeddings in 8 bits, activations quantised while the graph runs. Raises
-    ValueError for a captioner that cannot be exported, and ImportError that says what to install.
+    ValueError for a captioner that cannot be exported.
     """
-    require_libraries()
     config, size = model.config, model.preprocessing["img_size"]
     head_dim = config.embed_dim // config.num_heads
     description = dict(
@@ -120,6 +119,7 @@ def export(model, tokenizer, folder, int8=False):
         ENCODER_FILE: (EncoderGraph(model), (pixels,), ["pixels"], ["image"], None),
         DECODER_FILE: (DecoderGraph(model), (tokens, past, image), [*shapes], ["logits", "present"], shapes),
     }
+    _check_sizes(model)
     for name, graph in graphs.items():
         write_atomically(Path(folder) / name, lambda path, graph=graph: _export_graph(path, *graph, int8))
     text = json.dumps(description, ensure_ascii=False)
@@ -136,12 +136,19 @@ def require_libraries():
             raise ImportError(f"exporting needs {name}: pip install -r requirements-extra.txt") from error
 
 
+def _check_sizes(model):
+    cross_attention = [block.cross_attn for block in model.gpt.trf_blocks]
+    keys_and_values = [layer for attention in cross_attention for layer in (attention.k, attention.v)]
+    for name, parts in {"encoder": [model.encoder, model.bridges, *keys_and_values], "decoder": [model.gpt]}.items():
+        weights = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+        if weights > LARGEST_GRAPH:
+            raise ValueError(f"the {name} has {weights / 1e9:.1f} GB of weights, and an ONNX file holds 2 GB")
+
+
 def _export_graph(path, graph, inputs, input_names, output_names, dynamic_shapes, int8):
     """Trace `graph` (a module) with `inputs` and write it to `path`."""
-    weights = sum(p.numel() * p.element_size() for p in graph.parameters())
-    part, model = ("encoder" if "pixels" in input_names else "decoder"), graph.model
-    if weights > LARGEST_GRAPH:
-        raise ValueError(f"the captioner has {weights / 1e9:.1f} GB of weights, and an ONNX file holds 2 GB")
+    import onnx
+
     try:
         with _silence():
             program = torch.onnx.export(
@@ -156,11 +163,9 @@ def _export_graph(path, graph, inputs, input_names, output_names, dynamic_shapes
     except Exception as error:  # torch.export and onnxscript raise classes of their own
         cause = error.__cause__ or error
         raise ValueError(
-            f"the {part} cannot be exported to ONNX with encoder {model.config.encoder}: "
-            f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"
+            f"the {'encoder' if 'pixels' in input_names else 'decoder'} cannot be exported to ONNX with encoder "
+            f"{graph.model.config.encoder}: {type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
         ) from error
-    import onnx
-
     proto = program.model_proto
     _forget_sources(proto)
     onnx.save(proto, path)
@@ -208,21 +213,23 @@ def token_texts(tokenizer, vocab_size):
     """
     from tokenizers import decoders
 
-    is_bytes = isinstance(tokenizer.backend.decoder, decoders.ByteLevel)
+    decoder = tokenizer.backend.decoder
+    if not (decoder is None or isinstance(decoder, decoders.ByteLevel)):
+        raise ValueError(
+            f"{tokenizer.source}: its tokens become text by {type(decoder).__name__}; only a byte-level BPE and a list "
+            "of words can be exported"
+        )
     byte_of, texts = _byte_alphabet(), []
     for i in range(vocab_size):
         token, decoded = tokenizer.backend.id_to_token(i), tokenizer.decode([i])
         if not decoded:
             text = b""
-        elif is_bytes and set(token) <= byte_of.keys():
+        elif decoder is None:  # words, with spaces between them
+            text = f" {token}".encode()
+        elif set(token) <= byte_of.keys():
             text = bytes(byte_of[character] for character in token)
         else:
-            text = f" {token}".encode()
-        if text.decode(errors="replace").strip() != decoded.strip():
-            raise ValueError(
-                f"{tokenizer.source}: its token {i} is written as {decoded!r}; only a byte-level BPE and a list of "
-                "words can be exported"
-            )
+            text = decoded.encode()
         texts.append(text.decode("latin-1"))
     return texts
 
