@@ -91,7 +91,7 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             keys, values = cache.append(keys, values)  # (B, heads, S, head_dim), S >= T
             new_tokens, all_tokens = queries.size(2), keys.size(2)
-            is_causal = new_tokens == all_tokens
+            is_causal = bool(new_tokens == all_tokens)  # torch.export compares symbols, and a symbol comes of it
             if 1 < new_tokens < all_tokens:
                 # The newest tokens are the last rows of the (S, S) causal mask. A single newest token attends to all
                 # tokens and needs no mask.

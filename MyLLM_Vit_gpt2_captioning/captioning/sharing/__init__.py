@@ -1,1 +1,1 @@
-"""Sharing on the Hugging Face Hub: the folder that is uploaded, its model card, the upload."""
+"""Captioners for others: the folder on the Hugging Face Hub, its model card, the upload; ONNX, a page for browsers."""
