@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
+from captioning.common.printable import warn_once
 from captioning.scoring import metrics, ptb_tokenization, tokenization
 from captioning.scoring.metrics import CiderD, describe_captions, score_captions, shuffled_scores
 from captioning.scoring.ptb_tokenization import PUNCTUATION, tokenize
@@ -705,6 +706,7 @@ THAI = {1: ["สุนัขสีน้ำตาลวิ่งบนหญ้�
 
 @pytest.mark.parametrize("references", [CHINESE, THAI])
 def test_a_caption_that_equals_its_reference_scores_full(references, capsys):
+    warn_once.cache_clear()
     references = {image: captions[:1] for image, captions in references.items()}
     candidates = {image: captions[0] for image, captions in references.items()}
     by_words = metrics.score_captions(candidates, references, java=False, meteor=False)

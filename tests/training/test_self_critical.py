@@ -38,10 +38,8 @@ class Photos:
 
 
 def config(**changes):
-    return SimpleNamespace(
-        **dict(scst_samples=4, scst_draws="sample", scst_baseline="mean", batch_size=24, num_workers=0, device="cpu")
-        | changes
-    )
+    values = dict(scst_samples=4, scst_draws="sample", scst_baseline="mean", batch_size=24, num_workers=0)
+    return SimpleNamespace(**values | dict(device="cpu", score_tokens="words") | changes)
 
 
 @pytest.fixture
@@ -65,6 +63,17 @@ def ids_of(tokenizer, captions, length=8):
         fill = words[-1] if caption.endswith("...") else tokenizer.eos_token_id
         rows.append(row + [fill] * (length - len(row)))
     return torch.tensor(rows)
+
+
+def test_rewards_of_a_language_without_spaces_count_characters(model, photos):
+    photos.captions_of = {"1.jpg": ["狗在草地上奔跑"], "2.jpg": ["两个孩子玩耍"]}
+    photos.tokenizer = CaptionTokenizer.train([text for [text] in photos.captions_of.values()], 100, "character")
+    scst = SelfCritical(model, photos, config(score_tokens="characters"))
+    ids = ids_of(photos.tokenizer, ["狗在草地上奔跑", "狗在草地", "两个孩子"], length=10)
+    full, part, wrong = scst.rewards(ids, torch.tensor([0, 0, 0])).tolist()
+    assert full == pytest.approx(10) and 0 < part < full and wrong < part
+    by_words = SelfCritical(model, photos, config()).rewards(ids, torch.tensor([0, 0, 0])).tolist()
+    assert by_words[1] == pytest.approx(by_words[2])  # half of a caption is worth no more than a wrong one
 
 
 def test_rewards_are_cider_with_the_end_as_a_word(model, photos):
