@@ -300,16 +300,8 @@ def test_options_named_in_the_text_exist(script):
     for folder in (FOLDER, REPO_ROOT / "MyLLM", REPO_ROOT / "benchmarks"):
         for path in folder.rglob("*.py"):
             known |= set(re.findall(r'"(--[\w-]+)"', path.read_text(encoding="utf-8")))
-    known |= {
-        "--help",
-        "--recipe",
-        "--download",
-        "--standalone",
-        "--nproc-per-node",
-        "--max-restarts",
-        "--logdir",
-        "--sort",
-    }
+    known |= {"--help", "--recipe", "--download", "--standalone", "--nproc-per-node", "--max-restarts"}
+    known |= {"--logdir", "--sort", "--directory"}  # of other programs
     for page in PAGES:
         for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text(encoding="utf-8")):
             assert option in known, f"{page}: {option}"
