@@ -128,7 +128,7 @@ def faults(photos):
         "half the captions shuffled": (dict(df=partial(shuffled, every=2)), "many captions belong to other photos"),
         "pixels in 0..255": (
             dict(options=["--preprocessing", json.dumps(dict(mean=[0.0] * 3, std=[1 / 255] * 3))]),
-            "the encoder gets pixels of the wrong size",
+            f"the encoder gets {'other pixels than it was trained with' if photos else 'pixels of the wrong size'}",
         ),
         "cross-attention's output held at zero": (dict(trainer=silent_cross_attention), "cross-attention adds nothing"),
         "the encoder returns a constant": (

@@ -4,12 +4,14 @@ import csv
 import json
 import math
 import shutil
+import signal
 import tarfile
 
 import pandas as pd
 import pytest
 
 import prepare_data
+from captioning.common.stopping import Stopped, listening
 from captioning.data import exclusions, shapes, sources
 from captioning.scoring.pair_check import PairScorer
 from conftest import REPO_ROOT
@@ -55,6 +57,21 @@ def test_wrong_captions_come_first_and_are_left_out(damaged, tmp_path, capsys):
     assert len(df[df["split"] == "train"]) == 117
     assert not wrong & {(exclusions.name_of(i, folder), c) for i, c in zip(df["image"], df["caption"], strict=True)}
     assert (folder / "results.csv").read_bytes() == before
+
+
+def test_a_signal_stops_the_check(script, damaged):
+    """It may take an hour."""
+    model, tokenizer = script.load_captioner(SHAPES)
+    photos = sorted((damaged[0] / "images").iterdir())[:2]
+    scorer = PairScorer(model, tokenizer)
+    with listening("start again"):
+        for ask in (
+            lambda: scorer.rank({photo: ["a small red circle"] for photo in photos}),
+            lambda: scorer.best_photos(["a small red circle"], photos),
+        ):
+            signal.raise_signal(signal.SIGTERM)
+            with pytest.raises(Stopped, match="start again"):
+                ask()
 
 
 def test_a_captions_own_photo_is_not_among_the_others(script, damaged):

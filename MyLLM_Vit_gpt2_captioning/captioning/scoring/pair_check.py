@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from captioning.common.progress import progress_bar
+from captioning.common.stopping import stop_if_asked
 from captioning.data import exclusions
 from captioning.data.batching import to_device
 from captioning.decoding.search import token_log_probabilities
@@ -91,6 +92,7 @@ class PairScorer:
                 batch = same[start : start + size]
                 pairs += self._score_batch(batch, captions_of, sample, states_of_sample)
                 bar.update(len(batch))
+                stop_if_asked()
         bar.close()
         return sorted(pairs, key=lambda pair: pair.ratio)
 
@@ -110,6 +112,7 @@ class PairScorer:
         """For each caption the photo that fits it best -> list of (photo, log-probability)."""
         best = [(None, -torch.inf)] * len(captions)
         for start in range(0, len(images), self.batch_size):
+            stop_if_asked()
             batch = images[start : start + self.batch_size]
             states = self.encode(batch)
             for n, image in enumerate(batch):
