@@ -28,7 +28,7 @@ import torch
 from captioning.command_line.arguments import ToolParser, integer
 from captioning.command_line.decoding_options import add_decoding_arguments, decoding_options
 from captioning.common.files import CONFIG_FILE, write_atomically
-from captioning.common.form import check
+from captioning.common.form import check, misfit
 from captioning.common.precision import mixed_precision
 from captioning.data import batching, shapes, sources
 from captioning.data.conventions import SPLITS
@@ -280,14 +280,19 @@ def read_predictions(path, images):
     known = {image_id(image): image for image in images} | {image.name: image for image in images}
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        check(entries, [{"image_id": (str, int), "caption": str}])
+        check(entries, [{"image_id": object, "caption": object}])
     except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
         raise ValueError(f'{path}: expected [{{"image_id": ..., "caption": ...}}, ...] ({error})') from error
     candidates = {}
     for number, entry in enumerate(entries):
         name, caption = entry["image_id"], entry["caption"]
+        if misfit(entry, {"image_id": (str, int), "caption": str}):
+            raise ValueError(
+                f"{path}, entry {number}: image_id {repr(name)[:60]} and caption {repr(caption)[:60]} must be "
+                "a name and a text"
+            )
         if name not in known:
-            raise ValueError(f"{path}, entry {number}: the image {name!r:.100} is not in this split")
+            raise ValueError(f"{path}, entry {number}: the image {repr(name)[:100]} is not in this split")
         if known[name] in candidates:
             raise ValueError(f"{path}, entry {number}: the image {name!r} comes twice")
         candidates[known[name]] = caption

@@ -32,7 +32,7 @@ from captioning.common.printable import printable
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict")  # under which training loops save that of the model
 # In front of all names: put there by DistributedDataParallel, by torch.compile, by the attribute of a LightningModule.
 WRAPPERS = ("module.", "_orig_mod.", "model.")
-LINES_SHOWN = 100  # about tensors that do not fit
+LINES_SHOWN = 1000  # about tensors that do not fit
 OTHER_COPY = "take another copy of the checkpoint, or train again"
 SIZES = (
     "embed_dim",
@@ -255,7 +255,7 @@ def load_strictly(model, path):
 
 
 def shortened(problems):
-    """Lines about single tensors -> one text, the first hundred of them sorted."""
+    """Lines about single tensors -> one text, the first LINES_SHOWN of them sorted."""
     lines = sorted(problems)
     more = [f"and {len(lines) - LINES_SHOWN:,} more"] if len(lines) > LINES_SHOWN else []
     return "\n  ".join(lines[:LINES_SHOWN] + more)
