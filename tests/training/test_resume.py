@@ -352,7 +352,7 @@ def test_killed_at_random_moments(tmp_path, signals):
         except subprocess.TimeoutExpired:
             number = rng.choice(signals)
             run.send_signal(number)
-            out, _ = run.communicate(timeout=60)
+            out, _ = run.communicate(timeout=600)
             done += 1
             saved = run.returncode == 0 and (f"stopped by {number.name}; " in out or "checkpoint and plots" in out)
             # Before it trains there is nothing to save, and a signal ends it as any program.
