@@ -28,7 +28,7 @@ import torch
 from captioning.command_line.arguments import ToolParser, integer
 from captioning.command_line.decoding_options import add_decoding_arguments, decoding_options
 from captioning.common.files import CONFIG_FILE, write_atomically
-from captioning.common.form import check
+from captioning.common.form import check, misfit
 from captioning.common.precision import mixed_precision
 from captioning.data import batching, shapes, sources
 from captioning.data.annotation_folders import read_image_ids
@@ -315,8 +315,8 @@ class ImageFinder:
     def __init__(self, ids):
         self.by = [{}, {}, {}, {}]  # by id, name, name without ending, number in it
         for image, number in ids.items():
-            digits = re.search(r"(\d+)$", image.stem)
-            names = (str(number), image.name, image.stem, str(int(digits[1])) if digits else None)
+            digits = re.search(r"[0-9]+$", image.stem)
+            names = (str(number), image.name, image.stem, digits and _without_zeros(digits[0]))
             for table, name in zip(self.by, names, strict=True):
                 table.setdefault(name, []).append(image)
 
@@ -324,7 +324,7 @@ class ImageFinder:
         """The images that `name`, a str or an int, may mean: one where it is clear."""
         parts = PurePosixPath(str(name).strip().replace("\\", "/")).parts
         last = parts[-1] if parts else ""
-        number = str(int(last)) if last.isascii() and last.isdigit() else None
+        number = _without_zeros(last) if re.fullmatch(r"[0-9]+", last) else None
         for table, wanted in zip(self.by, (str(name).strip(), last, last, number), strict=True):
             found = table.get(wanted, []) if wanted is not None else []
             if len(parts) > 1 and table is self.by[1]:  # folders have to agree where that tells images apart
@@ -333,6 +333,11 @@ class ImageFinder:
             if found:
                 return found
         return []
+
+
+def _without_zeros(digits):
+    """ "000139" -> "139". Not by way of a number: a stranger's may have too many digits for one."""
+    return digits.lstrip("0") or "0"
 
 
 def read_predictions(path, ids):
@@ -344,19 +349,24 @@ def read_predictions(path, ids):
     finder = ImageFinder(ids)
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
-        check(entries, [{"image_id": (str, int), "caption": str}])
+        check(entries, [{"image_id": object, "caption": object}])
     except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
         raise ValueError(f'{path}: expected [{{"image_id": ..., "caption": ...}}, ...] ({error})') from error
     candidates = {}
     for number, entry in enumerate(entries):
         name, caption = entry["image_id"], entry["caption"]
+        if misfit(entry, {"image_id": (str, int), "caption": str}):
+            raise ValueError(
+                f"{path}, entry {number}: image_id {repr(name)[:60]} and caption {repr(caption)[:60]} must be "
+                "a name and a text"
+            )
         found = finder.find(name)
         if not found:
-            raise ValueError(f"{path}, entry {number}: the image {name!r:.100} is not in this split")
+            raise ValueError(f"{path}, entry {number}: the image {repr(name)[:100]} is not in this split")
         if len(found) > 1:
             raise ValueError(
-                f"{path}, entry {number}: the image {name!r:.100} may be {found[0]} or {found[1]}; give its id, or its "
-                "name with the folder"
+                f"{path}, entry {number}: the image {repr(name)[:100]} may be {found[0]} or {found[1]}; give its id, "
+                "or its name with the folder"
             )
         if found[0] in candidates:
             raise ValueError(f"{path}, entry {number}: the image {name!r} comes twice")

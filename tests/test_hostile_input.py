@@ -874,7 +874,7 @@ changed_config("`encoder_options` with patches of 0 pixels", "model_config", pat
 changed_config("`encoder_options` with images that are no squares", "model_config", img_size=[384, 256])
 changed_config("`encoder_options` with a class token that is missing", "model_config", class_token=False)
 changed_config("photos of 100,000 pixels a side", "model_config", img_size=100_000)
-changed_config("a network far larger than its weights", "model_config", encoder="resnet10t", stem_width=50_000)
+changed_config("`encoder_options` of a network far larger than its weights", "model_config", mlp_ratio=50_000)
 changed_config("a `refiner` of width 'x'", "model_config", refiner={"width": "x"}, encoder="resnet10t")
 
 
@@ -1033,8 +1033,8 @@ def _(make_trainer, tmp_path):
     trainer.run_training()
     state = torch.load(tmp_path / "run" / "last" / "state.pt", weights_only=True)
     state["optimization"]["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1)
-    torch.save(state, tmp_path / "state.pt")
-    make_trainer(tmp_path / "other", resume=str(tmp_path / "state.pt"))
+    torch.save(state, tmp_path / "run" / "last" / "state.pt")
+    make_trainer(tmp_path / "other", resume=str(tmp_path / "run"))
 
 
 @case("Files", "half an archive")

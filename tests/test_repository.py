@@ -297,7 +297,7 @@ def test_the_options_of_tools_in_the_pages_exist(tool, capsys):
 def test_options_named_in_the_text_exist(script):
     """Those that a sentence or a table names, outside of whole commands."""
     known = {f"--{key}" for section in (script.model_config, script.train_config) for key in vars(section)}
-    for folder in (FOLDER, REPO_ROOT / "MyLLM", REPO_ROOT / "benchmarks"):
+    for folder in (FOLDER, REPO_ROOT / "MyLLM", REPO_ROOT / "benchmarks", REPO_ROOT / "tests"):
         for path in folder.rglob("*.py"):
             known |= set(re.findall(r'"(--[\w-]+)"', path.read_text(encoding="utf-8")))
     known |= {"--help", "--recipe", "--download", "--standalone", "--nproc-per-node", "--max-restarts"}

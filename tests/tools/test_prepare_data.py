@@ -414,16 +414,17 @@ def test_only_what_is_lost_is_fetched_again(server, publish, tmp_path):
 @pytest.mark.parametrize("killed", [False, True])
 def test_an_interrupted_unpacking_is_done_again(server, publish, tmp_path, monkeypatch, killed):
     publish("flickr8k")
-    copied = []
+    copied, content = [], downloads._content
 
-    def copy(source, file, length):
-        if file.name.endswith("3.jpg"):
-            file.write(b"half a photo")
+    def half(opened, member):
+        if member.filename.endswith("3.jpg"):
+            yield b"half a photo"
             raise KeyboardInterrupt
-        copied.append(file.write(source.read()))
+        copied.append(member)
+        yield from content(opened, member)
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit, match="again"):
-        patched.setattr(shutil, "copyfileobj", copy)
+        patched.setattr(downloads, "_content", half)
         if killed:  # a process that is killed cleans nothing up
             patched.setattr(shutil, "rmtree", lambda *args, **options: None)
         prepare_data.main(["flickr8k", "--to", str(tmp_path)])

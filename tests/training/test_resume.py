@@ -319,9 +319,13 @@ def wait_for_a_state(run, folder):
         time.sleep(0.02)
 
 
-def test_killed_at_random_moments(tmp_path):
-    """SIGKILL, resumed each time: weights and metrics are those of the uninterrupted run. KILLS says how often: `make
-    soak` makes it 20."""
+@pytest.mark.parametrize(
+    "signals",
+    [[signal.SIGKILL], pytest.param(SIGNALS, marks=pytest.mark.skipif("SOAK" not in os.environ, reason="long"))],
+)
+def test_killed_at_random_moments(tmp_path, signals):
+    """Killed or stopped by signals, resumed each time: weights and metrics are those of the uninterrupted run, and one
+    that a signal stopped says that it can be resumed. KILLS says how often: `make soak` makes it 20."""
     from captioning.data import shapes
 
     kills, rng = int(os.environ.get("KILLS", 2)), random.Random(int(os.environ.get("KILL_SEED", 0)))
@@ -346,10 +350,15 @@ def test_killed_at_random_moments(tmp_path):
             assert run.returncode == 0, out  # it was done before it could be killed: once more from the start
             shutil.rmtree(killed)
         except subprocess.TimeoutExpired:
-            run.kill()
-            run.communicate()
+            number = rng.choice(signals)
+            run.send_signal(number)
+            out, _ = run.communicate(timeout=600)
             done += 1
-            print(f"kill {done} after {delay:.1f} s")
+            saved = run.returncode == 0 and (f"stopped by {number.name}; " in out or "checkpoint and plots" in out)
+            # Before it trains there is nothing to save, and a signal ends it as any program.
+            assert saved or run.returncode == -number or out.rstrip().endswith("interrupted"), out
+            assert read_state(killed / "last")[1] is not None
+            print(f"{number.name} {done} after {delay:.1f} s: {'saved' if saved else 'ended at once'}")
     run = train(killed, data, "--resume", "auto")
     out, _ = run.communicate(timeout=600)
     assert run.returncode == 0, out

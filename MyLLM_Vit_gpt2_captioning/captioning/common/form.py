@@ -48,11 +48,7 @@ def _is(value, kind):
 
 
 def form_of(value):
-    """The form of a value that is as it must be; in a list, that of each of its parts counts only where all are alike,
-    else any list fits."""
+    """The form of a value that is as it must be, for dicts of dicts of single values."""
     if isinstance(value, dict):
-        return {key: form_of(part) for key, part in value.items()} if value else dict
-    if isinstance(value, (list, tuple)):
-        forms = [form_of(part) for part in value]
-        return [forms[0]] if isinstance(value, list) and forms and all(f == forms[0] for f in forms) else type(value)
+        return {key: form_of(part) for key, part in value.items()}
     return None if value is None else type(value)

@@ -316,7 +316,8 @@ def _vit_options(vit, source):
     kind = (vit.model_type, getattr(vit, "hidden_act", None))
     if kind not in kinds:
         known = ", ".join(f"{model_type} with {act}" for model_type, act in kinds)
-        raise ValueError(f"{source}: the encoder is {kind[0]} with {kind[1]}; only these can be read: {known}")
+        found = printable(f"{kind[0]} with {kind[1]}")[:100]
+        raise ValueError(f"{source}: the encoder is {found}; only these can be read: {known}")
     try:
         check({key: getattr(vit, key, None) for key in VIT_FORM}, VIT_FORM, "")
     except ValueError as error:

@@ -83,12 +83,15 @@ def _load_file(path):
     expressions of its own."""
     with _named(path):
         backend = Tokenizer.from_file(str(path))
-        for part in (backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder):
-            for pattern in _patterns(json.loads(part.__getstate__())) if part is not None else ():
-                if pattern not in KNOWN_PATTERNS:
-                    raise ValueError(
-                        f"the regular expression {pattern[:60]!r} is not one of GPT-2's or of this project"
-                    )
+        parts = (backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder)
+        patterns = [p for part in parts if part is not None for p in _patterns(json.loads(part.__getstate__()))]
+    for pattern in patterns:
+        if pattern not in KNOWN_PATTERNS:
+            raise ValueError(
+                f"{path}: has the regular expression {pattern[:60]!r}, which is neither GPT-2's nor this project's and "
+                "may take for ever on a caption: take a tokenizer without it"
+            )
+    with _named(path):
         _check_vocabulary(backend)
         # One that encodes nothing, such as a vocabulary without a token for unknown words, is found now.
         backend.decode(backend.encode("a\u0301 \U0001f600, 1").ids)
