@@ -324,7 +324,7 @@ def test_files_of_the_machine_are_not_served(demo):
 def call(url, path):
     """Send `path` as an uploaded photo's, without uploading it -> how the answer is called."""
     photo = {"path": path, "meta": {"_type": "gradio.FileData"}}
-    values = [photo, "examples/shapes", "greedy", 1, "", 4, 1.0, 1.0, 0, 1.0, 0]
+    values = [photo, "examples/shapes", "greedy", 1, "", 4, 1.0, 1.0, 0, 1.0, 0, 0, 0, 0]
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{url}gradio_api/call/caption", json.dumps({"data": values}).encode(), headers)
     with urllib.request.urlopen(request) as answer:
