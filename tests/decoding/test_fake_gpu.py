@@ -18,12 +18,10 @@ aten = torch.ops.aten
 OPTIONS = {
     "greedy": dict(deterministic=True),
     "draws": dict(num_return_sequences=3, temperature=0.7, top_k=20, top_p=0.9),
-    "penalties": dict(deterministic=True, repetition_penalty=1.5),
+    "penalties": dict(deterministic=True, repetition_penalty=1.5, min_tokens=2, max_words=4),
     "beams": dict(num_beams=4, length_penalty=2.0),
-    "short": dict(deterministic=True, min_tokens=2, max_words=4),
-    "short beams": dict(num_beams=3, max_chars=9),
     "early": dict(num_beams=3, early_stopping=True, num_return_sequences=3),
-    "never": dict(num_beams=3, early_stopping="never"),
+    "never": dict(num_beams=3, early_stopping="never", max_chars=9),
 }
 BATCH, LENGTH = 5, 7
 VALUES = aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default

@@ -45,7 +45,7 @@ class LengthLimits:
             if options.tokenizer is None:
                 raise ValueError("max_words and max_chars need the captioner's tokenizer: give tokenizer=...")
             self.texts = options.tokenizer.token_bytes
-            counts = torch.tensor(_counts(options.tokenizer, vocab_size), device=device)
+            counts = torch.tensor(_counts(options.tokenizer, vocab_size)).to(device)
             self.chars, self.spaces = counts  # (vocab_size,) each
 
     def __call__(self, ids, logits):
@@ -88,7 +88,7 @@ class LengthLimits:
             columns = tokens, log_probs.argmax(-1), of_tokens, of_eos
             found += zip(*(column.tolist() for column in columns), strict=True)
         lengths = [self._best_length(*row) for row in found]
-        ends = torch.tensor(lengths, device=ids.device)[:, None]  # (rows, 1)
+        ends = torch.tensor(lengths).to(ids.device)[:, None]  # (rows, 1)
         behind = torch.arange(targets.size(1), device=ids.device) >= ends  # (rows, new)
         return torch.cat([ids[:, : self.prompt_length], targets.masked_fill(behind, self.eos)], dim=1)
 
