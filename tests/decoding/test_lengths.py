@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from captioning.decoding import search
-from captioning.decoding.confidence import caption_with_confidence
+from captioning.decoding.confidence import Confidence, caption_with_confidence
 from captioning.decoding.lengths import DANGLING_WORDS, LengthLimits
 from captioning.decoding.search import Options, generate_ids
+from captioning.images.preprocessing import preprocess
 from captioning.model.tokenizer import CaptionTokenizer
-from conftest import REPO_ROOT, tiny_model_of
+from conftest import REPO_ROOT
 from helpers.calibrated import calibrated_copy
+from MyLLM_Vit_gpt2_captioning import load_captioner
 
 SHAPES = REPO_ROOT / "examples" / "shapes"
 SEARCHES = {
@@ -17,59 +19,57 @@ SEARCHES = {
     "beams": dict(num_beams=4, num_return_sequences=4),
     "draws": dict(num_return_sequences=4, seed=1, temperature=2.0),
 }
-ENGLISH = ["the dog runs across the grass with a ball", "an old unbelievable submarine, on top of the water."] * 3
 
 
-@pytest.fixture
-def wordy(script):
-    """A captioner of random weights with a vocabulary of pieces of words, and its tokenizer."""
-    tokenizer = CaptionTokenizer.train(ENGLISH, 300)
-    torch.manual_seed(0)
-    model = script.VisionGPT2Model(tiny_model_of(tokenizer)).eval()
-    with torch.no_grad():
-        model.gpt.tok_emb.weight.mul_(20)  # other captions for other images
-        for i, text in enumerate(tokenizer.token_bytes):  # few tokens that are no letters
-            model.gpt.tok_emb.weight[i] *= 1.5 if text.strip().isalpha() else 0.3
-    return model, tokenizer
+@pytest.fixture(scope="module")
+def shapes():
+    """The captioner of examples/shapes and four of its scenes: model, tokenizer, images (4, 3, H, W)."""
+    model, tokenizer = load_captioner(SHAPES)
+    pixels = [preprocess(SHAPES / f"scene_{i}.png", **model.preprocessing) for i in range(4)]
+    return model, tokenizer, torch.stack(pixels)
 
 
-def captions(model, tokenizer, ids, start=1):
-    return [tokenizer.decode(row[start:]).strip() for row in ids.tolist()]
+def caption(shapes, max_tokens=30, **options):
+    """-> ids of the captions, and their texts."""
+    model, tokenizer, images = shapes
+    start = torch.full((len(images), 1), model.config.eos_token_id)
+    ids = generate_ids(model, images, start, max_tokens, tokenizer=tokenizer, **options)
+    return ids, [tokenizer.decode(row).strip() for row in ids.tolist()]
 
 
-@pytest.mark.parametrize(
-    "limits", [dict(max_words=3), dict(max_chars=20), dict(max_words=6, max_chars=14, min_tokens=3)]
-)
+@pytest.mark.parametrize("limits", [dict(max_words=3), dict(max_chars=38), dict(max_words=6, max_chars=24)])
 @pytest.mark.parametrize("name", SEARCHES)
-def test_captions_fit(wordy, name, limits):
+def test_captions_fit(shapes, name, limits):
     """And they end behind a whole word that may be the last."""
-    model, tokenizer = wordy
-    images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    start = torch.full((6, 1), model.config.eos_token_id)
-    free = generate_ids(model, images, start, 20, **SEARCHES[name])
-    ids = generate_ids(model, images, start, 20, **SEARCHES[name], **limits, tokenizer=tokenizer)
-    assert len(ids) == len(free)
-    fit = captions(model, tokenizer, ids)
+    words, chars = limits.get("max_words", 99), limits.get("max_chars", 99)
+    free, (_, fit) = caption(shapes, **SEARCHES[name])[1], caption(shapes, **SEARCHES[name], **limits)
+    vocabulary = set(" ".join(free).split()) | {"below", "there", "yellow", "triangle", "square", "circle", "cross"}
+    assert len(fit) == len(free) and any(len(text.split()) > words or len(text) > chars for text in free)
     for text in fit:
-        assert len(text.split()) <= limits.get("max_words", 99) and len(text) <= limits.get("max_chars", 99)
-        assert not text or text.split()[-1].strip(".") not in DANGLING_WORDS | {","}
-    assert len(set(fit)) > 1 and any(fit)
-    assert any(len(text.split()) > limits.get("max_words", 99) or len(text) > limits.get("max_chars", 99)
-               for text in captions(model, tokenizer, free))  # fmt: skip
+        assert text and len(text.split()) <= words and len(text) <= chars
+        assert text.split()[-1] not in DANGLING_WORDS
+        if name != "draws":  # those have invented words
+            assert set(text.split()) <= vocabulary
 
 
 @pytest.mark.parametrize("name", SEARCHES)
-def test_limits_that_nothing_reaches_change_nothing(wordy, name):
-    model, tokenizer = wordy
-    images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        model.gpt.tok_emb.weight[model.config.eos_token_id] *= 8
-    start = torch.full((6, 1), model.config.eos_token_id)
-    free = generate_ids(model, images, start, 20, **SEARCHES[name])
-    ends = [row for row, ids in enumerate(free[:, 1:]) if model.config.eos_token_id in ids]
-    assert len(ends) > len(free) / 3
-    ids = generate_ids(model, images, start, 20, **SEARCHES[name], max_words=99, max_chars=999, tokenizer=tokenizer)
-    assert torch.equal(ids[ends], free[ends])  # the others were cut off by max_tokens
+def test_limits_that_nothing_reaches_change_nothing(shapes, name):
+    free = caption(shapes, **SEARCHES[name])[0]
+    assert torch.equal(caption(shapes, **SEARCHES[name], max_words=99, max_chars=999)[0], free)
+
+
+def test_what_max_tokens_cuts_off_ends_well_under_a_limit(shapes):
+    free, limited = caption(shapes, 5, deterministic=True)[1], caption(shapes, 5, deterministic=True, max_words=9)[1]
+    assert any(text.split()[-1] in DANGLING_WORDS for text in free)
+    assert not any(text.split()[-1] in DANGLING_WORDS for text in limited)
+
+
+def test_an_end_inside_a_word_moves_in_front_of_it():
+    """Behind a whole word where beam search would like it best; with nothing in front, the caption is empty."""
+    limits = LengthLimits(Options(max_chars=11, tokenizer=Texts(["", "the", " old", " sub", "marine"])), 1, 0, 5, "cpu")
+    assert limits._best_length([1, 2, 3, 0], [1, 2, 3, 4, 0], [-1.0] * 4, [-9.0] * 5) == 2
+    assert limits._best_length([3, 0], [3, 4, 0], [-1.0] * 2, [-9.0] * 3) == 0
+    assert limits._best_length([1, 2, 3, 0], [1, 2, 3, 0, 0], [-1.0] * 4, [-9.0] * 5) == 3  # its own end
 
 
 @pytest.mark.parametrize(
@@ -103,8 +103,8 @@ class Texts:
 
 
 @pytest.mark.parametrize("text", ["a caf\u00e9 in \u5317\u4eac \U0001f600!", "the dog's t-shirt, wet"])
-def test_characters_are_counted_as_they_are_shown(bpe, words_tokenizer, text):
-    for tokenizer in (bpe, words_tokenizer):
+def test_characters_are_counted_as_they_are_shown(bpe, text):
+    for tokenizer in (bpe, CaptionTokenizer.train([text], 99, kind="word")):
         ids = tokenizer.encode(text)
         shown = tokenizer.decode(ids)
         written = b"".join(tokenizer.token_bytes[i] for i in ids).decode()
@@ -115,19 +115,17 @@ def test_characters_are_counted_as_they_are_shown(bpe, words_tokenizer, text):
             assert bool(too_long) == (limit < len(shown))
 
 
-def test_the_prompt_does_not_count(script):
-    model, tokenizer = script.load_captioner(SHAPES)
+def test_the_prompt_does_not_count(shapes):
+    model, tokenizer, _ = shapes
     [caption] = search.caption_images(model, tokenizer, [SHAPES / "scene_0.png"], max_words=3, prompt="a small blue")
     assert caption == "a small blue triangle"
     [answer] = search.caption_images(model, tokenizer, [SHAPES / "scene_0.png"], max_words=3, prompt=["a small blue"])
     assert answer == "triangle"
 
 
-def test_the_confidence_is_that_of_the_shorter_caption(script, tmp_path):
-    from captioning.decoding.confidence import Confidence
-
+def test_the_confidence_is_that_of_the_shorter_caption(tmp_path):
     folder = calibrated_copy(SHAPES, tmp_path / "calibrated")
-    model, tokenizer = script.load_captioner(folder)
+    model, tokenizer = load_captioner(folder)
     options = Options(deterministic=True, max_chars=22, tokenizer=tokenizer)
     [[(caption, judged)]] = caption_with_confidence(
         model, tokenizer, [SHAPES / "scene_0.png"], Confidence.load(folder), options

@@ -15,6 +15,9 @@ DECODING = [
     (["--temperature", "nan"], "--temperature must be a number above 0, not nan"),
     (["--temperature", "inf"], "--temperature must be a number above 0, not inf"),
     (["--length_penalty", "x"], "--length_penalty must be a number, not x"),
+    (["--max_words", "-1"], "--max_words must be an integer of at least 0, not -1"),
+    (["--max_chars", "many"], "--max_chars must be an integer of at least 0, not many"),
+    (["--min_tokens", "-1"], "--min_tokens must be an integer of at least 0, not -1"),
     (["--seed", "-1"], "--seed must be an integer from 0 to 18446744073709551615, not -1"),
     (["--seed", "1.5"], "--seed must be an integer from 0 to 18446744073709551615, not 1.5"),
     (["--precision", "fp8"], "--precision: invalid choice: 'fp8' (choose from "),
@@ -25,6 +28,7 @@ DECODING = [
 ]
 CAPTION_IMAGE = [
     (["--max_tokens", "-1"], "--max_tokens must be an integer of at least 0, not -1"),
+    (["--existing", "keep"], "--existing: invalid choice: 'keep' (choose from "),
     (["--num", "0"], "--num must be an integer of at least 1, not 0"),
     (["--block", "-1"], "--block must be an integer of at least 0, not -1"),
     (["--head", "one"], "--head must be an integer of at least 0, not one"),

@@ -334,7 +334,7 @@ def call(url, path):
 def answer_to(url, photo, **options):
     """Send a photo and options to the API -> the text of the answer."""
     defaults = dict(model="examples/shapes", method="greedy", number=1, prompt="", beams=4, penalty=1.0)
-    defaults |= dict(temperature=1.0, top_k=0, top_p=1.0, seed=0)
+    defaults |= dict(temperature=1.0, top_k=0, top_p=1.0, seed=0, min_tokens=0, max_words=0, max_chars=0)
     values = [photo, *(defaults | options).values()]
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{url}gradio_api/call/caption", json.dumps({"data": values}).encode(), headers)

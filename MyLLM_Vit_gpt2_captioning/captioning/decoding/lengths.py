@@ -11,6 +11,7 @@ Words are what spaces separate; the words that no caption ends with are English.
 import unicodedata
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from captioning.decoding.cached_decoder import next_token_logits
@@ -44,7 +45,8 @@ class LengthLimits:
             if options.tokenizer is None:
                 raise ValueError("max_words and max_chars need the captioner's tokenizer: give tokenizer=...")
             self.texts = options.tokenizer.token_bytes
-            self.chars, self.spaces = _counts(options.tokenizer, vocab_size).to(device)  # (vocab_size,) each
+            counts = torch.tensor(_counts(options.tokenizer, vocab_size)).to(device)
+            self.chars, self.spaces = counts  # (vocab_size,) each
 
     def __call__(self, ids, logits):
         new, given = ids[:, self.prompt_length :], logits  # (rows, new)
@@ -86,7 +88,7 @@ class LengthLimits:
             columns = tokens, log_probs.argmax(-1), of_tokens, of_eos
             found += zip(*(column.tolist() for column in columns), strict=True)
         lengths = [self._best_length(*row) for row in found]
-        ends = torch.tensor(lengths, device=ids.device)[:, None]  # (rows, 1)
+        ends = torch.tensor(lengths).to(ids.device)[:, None]  # (rows, 1)
         behind = torch.arange(targets.size(1), device=ids.device) >= ends  # (rows, new)
         return torch.cat([ids[:, : self.prompt_length], targets.masked_fill(behind, self.eos)], dim=1)
 
@@ -131,7 +133,7 @@ def _counts(tokenizer, vocab_size):
     """-> integers (2, vocab_size): the characters of each token's text, and whether it begins with a space."""
     texts = (tokenizer.token_bytes + [b""] * vocab_size)[:vocab_size]
     chars = [sum(byte >> 6 != 0b10 for byte in text) for text in texts]  # the other bytes of UTF-8 continue one
-    return torch.tensor([chars, [text[:1].isspace() for text in texts]])
+    return np.array([chars, [text[:1].isspace() for text in texts]])
 
 
 def _is_unspaced(character):
