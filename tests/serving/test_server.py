@@ -263,7 +263,7 @@ def test_bad_requests(client, options, said):
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("data:image/png;base64,@@@", "not base64 ("),
+        ("data:image/png;base64,@@@", "what follows the comma is not base64"),
         ("data:image/png,abc", "a data URL must be base64"),
         (data_url(b"hello"), "not a readable image (cannot identify image file the image)"),
         (data_url(png(20_000, 20_000, 8, 2, b"\0")), "not a readable image (Image size (400000000"),

@@ -157,8 +157,8 @@ def read_data_url(url, param):
         raise ApiError(400, f"{param}: a data URL must be base64, data:image/jpeg;base64,...", param)
     try:
         return base64.b64decode("".join(data.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ApiError(400, f"{param}: not base64 ({error})", param) from None
+    except (binascii.Error, ValueError):
+        raise ApiError(400, f"{param}: what follows the comma is not base64", param) from None
 
 
 class Answer:
