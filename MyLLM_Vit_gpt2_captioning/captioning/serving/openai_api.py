@@ -79,7 +79,7 @@ def read_request(body):
         first = error.errors(include_url=False, include_input=False)[0]
         param = ".".join(map(str, first["loc"])) or None
         problem = first["msg"][0].lower() + first["msg"][1:]
-        raise ApiError(400, f"{param}: {problem}" if param else f"the body is {problem}", param) from None
+        raise ApiError(400, f"{param or 'the body'}: {problem}", param) from None
     for name, value in (request.model_extra or {}).items():
         if name in NOT_SUPPORTED and not NOT_SUPPORTED[name](value):
             raise ApiError(400, f"{name} is not supported; leave it out", name, "unsupported_parameter")
@@ -157,8 +157,8 @@ def read_data_url(url, param):
         raise ApiError(400, f"{param}: a data URL must be base64, data:image/jpeg;base64,...", param)
     try:
         return base64.b64decode("".join(data.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ApiError(400, f"{param}: not base64 ({error})", param) from None
+    except (binascii.Error, ValueError):
+        raise ApiError(400, f"{param}: what follows the comma is not base64", param) from None
 
 
 class Answer:
