@@ -122,7 +122,7 @@ def test_a_captioner_of_other_parts(script, tiny_config, tmp_path):
     assert len(set(captions)) >= 3
     found = onnx_export.compare(model, words, tmp_path, photos, beams=3)
     assert (found.greedy, found.beam, found.pixels) == (6, 6, 6)
-    assert found.logits <= 1e-5 * found.largest
+    assert found.logits <= 1e-4 * found.largest
 
     from captioning.sharing.example_onnx import Captioner
 
