@@ -1,12 +1,23 @@
 """The DataLoader of everything here that loads photos: in training, for the token cache, for photo store and shards."""
 
+import atexit
 import signal
 import threading
+import weakref
 
 import torch
 import torch.utils.data
 
 from captioning.common.stopping import leave_signals_to_the_main_process
+
+_running = weakref.WeakSet()  # iterators with worker processes
+
+
+@atexit.register
+def _end_workers():
+    """Before multiprocessing's own hook, which sends workers a SIGTERM, that they leave alone, and waits for them."""
+    for batches in list(_running):
+        batches._shutdown_workers()
 
 
 class Loader(torch.utils.data.DataLoader):
@@ -19,6 +30,8 @@ class Loader(torch.utils.data.DataLoader):
 
     def __iter__(self):
         batches = _without_sigchld_handler(super().__iter__)
+        if self.num_workers:
+            _running.add(batches)
         while True:
             try:
                 batch = next(batches)
