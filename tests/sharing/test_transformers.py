@@ -109,6 +109,10 @@ def check(script, config, tokenizer, folder, source, photos, prompts):
     torch.manual_seed(0)
     model = script.VisionGPT2Model(config).eval()
     randomize(model)
+    if tokenizer.unk_token_id >= 0:  # it would be written, were it allowed: likelier than a token that is written
+        first = tokenizer.encode(caption_images(model, tokenizer, photos[:1], max_tokens=1)[0])[0]
+        rows = model.gpt.tok_emb.weight.detach()
+        rows[tokenizer.unk_token_id] = 3 * rows[first]
     model.save_pretrained(folder, tokenizer)
     hub_folder.write_folder(folder, model_card.read_facts(folder, "anna/tiny"), source)
     other, processor = in_transformers(folder)

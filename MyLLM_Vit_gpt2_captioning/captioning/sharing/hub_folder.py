@@ -221,7 +221,7 @@ def configs_for_transformers(folder, config):
     }
     auto_map = {auto: f"{FOR_TRANSFORMERS}.{name}" for auto, name in classes.items()}
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    seq_len = config["model_config"]["seq_len"]
+    seq_len = config["model_config"].get("seq_len")
     return {
         CONFIG_FILE: config | dict(model_type=MODEL_TYPE, architectures=["Captioner"], auto_map=auto_map),
         "generation_config.json": special | {"max_new_tokens": Options.max_tokens},

@@ -78,8 +78,6 @@ class CaptionerConfig(PreTrainedConfig):
 
     def __init__(self, model_config=None, preprocessing=None, **kwargs):
         self.model_config, self.preprocessing = model_config or {}, preprocessing or {}
-        self.vocab_size = self.model_config.get("vocab_size")
-        self.max_position_embeddings = self.model_config.get("seq_len")
         super().__init__(**kwargs)
 
 
@@ -153,6 +151,7 @@ class Captioner(PreTrainedModel, GenerationMixin):
             constants = config.model_config | {"preprocessing": config.preprocessing, "start_from": ""}
             captioner = script.VisionGPT2Model(SimpleNamespace(**constants), encoder_weights="stored")
         self.captioner = captioner
+        self.config.vocab_size = captioner.config.vocab_size  # beam search asks for it
         self.post_init()
 
     @classmethod
@@ -278,7 +277,7 @@ class Captioner(PreTrainedModel, GenerationMixin):
 
     def _prepare_generated_length(self, generation_config, *args, **kwargs):
         generation_config = super()._prepare_generated_length(generation_config, *args, **kwargs)
-        generation_config.max_length = min(generation_config.max_length, self.config.max_position_embeddings)
+        generation_config.max_length = min(generation_config.max_length, self.captioner.config.seq_len)
         return generation_config
 
 
