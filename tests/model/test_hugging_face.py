@@ -222,12 +222,35 @@ def test_transformers_reads_tokenizer_and_preprocessing_of_an_export(ours, bpe, 
     ours.preprocessing |= dict(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     ours.export_to_transformers(tmp_path, bpe)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert tokenizer("two young men").input_ids == bpe.encode("two young men")
+    assert tokenizer("two young men").input_ids == [bpe.bos_token_id, *bpe.encode("two young men")]
     assert tokenizer.eos_token_id == bpe.eos_token_id
     photo = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
     theirs = AutoImageProcessor.from_pretrained(tmp_path)(Image.fromarray(photo), return_tensors="pt").pixel_values[0]
     assert (preprocess(photo, **ours.preprocessing) - theirs).abs().max() < 0.02  # they round to 8 bits once more
     assert hugging_face.read_preprocessing(tmp_path)["mean"] == (0.1, 0.2, 0.3)
+
+
+def test_the_pipeline_of_transformers_captions_with_an_export(script, tiny_config, bpe, tmp_path):
+    """Without code of ours; the photos have the encoder's size, so that nobody resizes them."""
+    import numpy as np
+    from PIL import Image
+    from transformers import pipeline
+
+    from captioning.decoding.search import caption_images
+
+    tiny_config.coupling = "final"
+    ours = script.VisionGPT2Model(tiny_config).eval()
+    randomize(ours)
+    ours.export_to_transformers(tmp_path, bpe)
+    size = ours.preprocessing["img_size"]
+    pixels = np.random.default_rng(0).integers(0, 255, (2, size, size, 3), dtype=np.uint8)
+    photos = [Image.fromarray(photo) for photo in pixels]
+    captioner = pipeline("image-text-to-text", model=str(tmp_path))
+    for prompt, options in (("", {}), ("a red", {}), ("", dict(num_beams=3))):
+        found = captioner(images=photos, text=[prompt] * 2, generate_kwargs=dict(max_new_tokens=9, **options))
+        expected = caption_images(ours, bpe, photos, max_tokens=9, prompt=prompt, **options)
+        assert [record["generated_text"].strip() for record in found] == expected
+    assert len(captioner(images=photos[0], text="", return_tensors=True)[0]["generated_token_ids"]) <= 24
 
 
 def test_an_old_checkpoint_with_masks_and_an_explicit_head(script, folder, ours, tmp_path):

@@ -8,6 +8,7 @@ that beam search would score best.
 Words are what spaces separate; the words that no caption ends with are English.
 """
 
+import re
 import unicodedata
 from functools import lru_cache
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from captioning.decoding.cached_decoder import next_token_logits
+from captioning.model.tokenizer import CHARACTER_SCRIPTS
 
 ENDS_OF_WORDS = tuple(".,;:!?")  # a token that begins with one of them does not go on with the word before
 # Articles, prepositions, conjunctions and the like: behind them something must follow.
@@ -25,8 +27,7 @@ across along against around toward towards during beyond inside outside undernea
 and or but nor while as than because if when where which who whose is are was were be being been has have very
 """
 DANGLING_WORDS = frozenset(DANGLING.split())
-# Scripts without spaces: a word may end behind any character.
-UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "BOPOMOFO", "YI SYLLABLE")
+_is_unspaced = re.compile(CHARACTER_SCRIPTS).match  # a character behind which a word may end without a space
 
 
 class LengthLimits:
@@ -134,7 +135,3 @@ def _counts(tokenizer, vocab_size):
     texts = (tokenizer.token_bytes + [b""] * vocab_size)[:vocab_size]
     chars = [sum(byte >> 6 != 0b10 for byte in text) for text in texts]  # the other bytes of UTF-8 continue one
     return np.array([chars, [text[:1].isspace() for text in texts]])
-
-
-def _is_unspaced(character):
-    return unicodedata.name(character, "").startswith(UNSPACED)

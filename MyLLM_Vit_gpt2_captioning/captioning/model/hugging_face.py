@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import save
+from tokenizers import Tokenizer, processors
 
 from captioning.common.files import CONFIG_FILE, TOKENIZER_FILE, read_json, write_atomically
 from captioning.common.form import check
@@ -23,6 +24,7 @@ MODEL_TYPE = "vision-encoder-decoder"  # in the config.json of a VisionEncoderDe
 WEIGHTS_FILE, TORCH_FILE = "model.safetensors", "pytorch_model.bin"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 SMALL_FILES = ("*.json", "merges.txt")  # configs, tokenizer, indices of sharded weights
+MAX_TOKENS = 50  # of captions in transformers, where nothing else is said, as in the project
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, which preprocessor_config.json holds
 VIT_FORM = dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"), int)
 VIT_FORM |= dict(patch_size=(int, [int]), image_size=(int, [int], tuple), layer_norm_eps=float)
@@ -470,7 +472,9 @@ def write_captioner(folder, model, gpt2_name, tokenizer=None):
         PREPROCESSOR_FILE: _hf_preprocessor(model.preprocessing),
     }
     if tokenizer is not None:
-        files[TOKENIZER_FILE] = json.loads(tokenizer.to_json())
+        files[TOKENIZER_FILE] = _beginning_with_bos(tokenizer)
+        # Of transformers' processors one of those that make `pixel_values` and `input_ids`, as its pipeline needs them.
+        files["processor_config.json"] = dict(processor_class="GitProcessor")
         files["tokenizer_config.json"] = tokenizer_config(tokenizer, model.config.seq_len)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -478,6 +482,15 @@ def write_captioner(folder, model, gpt2_name, tokenizer=None):
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         write_atomically(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
     write_atomically(folder / WEIGHTS_FILE, lambda path: path.write_bytes(save(weights, metadata={"format": "pt"})))
+
+
+def _beginning_with_bos(tokenizer):
+    """The content of tokenizer.json for a `CaptionTokenizer`, with BOS in front of every text: there captions begin,
+    also those without a prompt."""
+    backend, bos = Tokenizer.from_str(tokenizer.to_json()), tokenizer.bos_token
+    special = [(bos, tokenizer.bos_token_id)]
+    backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=special)
+    return json.loads(backend.to_str())
 
 
 def tokenizer_config(tokenizer, max_length):
@@ -551,7 +564,7 @@ def _hf_configs(model):
     joint = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
     joint.architectures, joint.tie_word_embeddings = ["VisionEncoderDecoderModel"], False
     generation = dict(special, decoder_start_token_id=eos, pad_token_id=eos)
-    return joint.to_dict() | generation, generation
+    return joint.to_dict() | generation, generation | {"max_new_tokens": min(MAX_TOKENS, config.seq_len - 1)}
 
 
 def _hf_preprocessor(preprocessing):

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import SimpleNamespace
 
@@ -98,8 +99,9 @@ def source_files(script=SCRIPT):
     return files
 
 
+@cache
 def imports(source, in_functions=True):
-    """Source code -> set of the dotted names of the modules it imports; `from a import b` gives a and a.b."""
+    """Source code -> frozenset of the dotted names of the modules it imports; `from a import b` gives a and a.b."""
     names, queue = set(), [ast.parse(source)]
     while queue:
         node = queue.pop()
@@ -109,7 +111,7 @@ def imports(source, in_functions=True):
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif in_functions or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             queue += ast.iter_child_nodes(node)
-    return names
+    return frozenset(names)
 
 
 def _own_files(module, script):

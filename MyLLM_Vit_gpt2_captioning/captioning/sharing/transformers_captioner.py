@@ -12,6 +12,7 @@ same, token for token.
 """
 
 import filecmp
+import shutil
 import sys
 from dataclasses import dataclass
 from importlib import import_module
@@ -50,9 +51,9 @@ def load_source(folder):
     if SCRIPT not in sys.modules:
         if not (source / SCRIPT / f"{SCRIPT}.py").is_file():
             raise ImportError(f"{source}: the captioner's source code is missing; take another copy of its folder")
-        sys.path.insert(0, str(source / SCRIPT))
+        sys.path[:0] = [str(source / SCRIPT), str(source)]
     script = import_module(SCRIPT)
-    root = Path(script.__file__).resolve().parents[1]
+    root = Path(script.__file__).absolute().parents[1]  # not resolved: in the Hub's cache, each file is a link
     for file in source.rglob("*.py"):
         loaded = root / file.relative_to(source)
         if not loaded.is_file() or not filecmp.cmp(file, loaded, shallow=False):
@@ -63,15 +64,11 @@ def load_source(folder):
     return script
 
 
-def copy_source(folder):
-    """Copy the source code that is loaded into `folder`, where it is not there yet."""
-    root, target = Path(sys.modules[SCRIPT].__file__).resolve().parents[1], Path(folder) / SOURCE
-    if target.exists():
-        return
-    hub_folder = import_module("captioning.sharing.hub_folder")
-    for name, content in hub_folder.source_files(root / SCRIPT / f"{SCRIPT}.py").items():
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (target / name).write_bytes(content)
+def copy_source(folder, target):
+    """Copy the source code in the shared `folder` to the folder `target`."""
+    if Path(folder).resolve() != Path(target).resolve():
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(Path(folder) / SOURCE, Path(target) / SOURCE, ignore=ignore, dirs_exist_ok=True)
 
 
 class CaptionerConfig(PreTrainedConfig):
@@ -147,11 +144,12 @@ class Captioner(PreTrainedModel, GenerationMixin):
     _is_stateful = True  # the cache cannot be cut: no assisted generation
     _supports_sdpa = True  # it calls scaled_dot_product_attention itself
 
-    def __init__(self, config, captioner=None):
-        """`captioner`: the loaded model; without it, one with random weights is built."""
+    def __init__(self, config, folder=None, captioner=None):
+        """`captioner`: the loaded model of the shared `folder`; without it, one with random weights is built."""
         super().__init__(config)
+        self.folder = folder or shared_folder(config.name_or_path, {})
         if captioner is None:
-            script = load_source(shared_folder(config.name_or_path, {}))
+            script = load_source(self.folder)
             constants = config.model_config | {"preprocessing": config.preprocessing, "start_from": ""}
             captioner = script.VisionGPT2Model(SimpleNamespace(**constants), encoder_weights="stored")
         self.captioner = captioner
@@ -172,7 +170,7 @@ class Captioner(PreTrainedModel, GenerationMixin):
         script = load_source(folder)
         if config is None:
             config = cls.config_class.from_pretrained(folder)
-        model = cls(config, script.VisionGPT2Model.from_pretrained(folder))
+        model = cls(config, folder, script.VisionGPT2Model.from_pretrained(folder))
         model.name_or_path = str(name_or_path)
         model.generation_config = GenerationConfig.from_pretrained(folder)
         dtype = options.get("torch_dtype") if dtype is None else dtype
@@ -199,7 +197,7 @@ class Captioner(PreTrainedModel, GenerationMixin):
         self.generation_config.save_pretrained(folder)
         weights = {name: tensor.contiguous() for name, tensor in self.captioner.state_dict().items()}
         save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        copy_source(folder)
+        copy_source(self.folder, folder)
 
     def _init_weights(self, module):
         """The project's constructors have done that."""
@@ -294,12 +292,15 @@ class CaptionProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, name_or_path, **options):
-        load_source(shared_folder(name_or_path, options))
-        return super().from_pretrained(name_or_path, **options)
+        folder = shared_folder(name_or_path, options)
+        load_source(folder)
+        processor = super().from_pretrained(name_or_path, **options)
+        processor.folder = folder
+        return processor
 
     def save_pretrained(self, save_directory, **options):
         files = super().save_pretrained(save_directory, **options)
-        copy_source(save_directory)
+        copy_source(self.folder, save_directory)
         return files
 
     def __call__(self, images=None, text=None, return_tensors="pt", **unused):
