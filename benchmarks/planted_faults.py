@@ -91,8 +91,12 @@ def silent_cross_attention(trainer):
 
 
 def constant_encoder(trainer):
-    embed = trainer.model.encoder.embed
-    trainer.model.encoder.embed = lambda images: embed(images)[:1].expand(len(images), -1, -1)
+    encoder = trainer.model.encoder
+    embed, levels = encoder.embed, encoder.levels
+    if hasattr(encoder, "vit"):  # its blocks take up what comes out of `embed`
+        encoder.embed = lambda images: embed(images)[:1].expand(len(images), -1, -1)
+    else:
+        encoder.levels = lambda images: [level[:1].expand(len(images), -1, -1) for level in levels(images)]
 
 
 def overflow(trainer):

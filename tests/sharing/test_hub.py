@@ -30,6 +30,7 @@ from captioning.common.printable import printable
 from captioning.model import checkpoint
 from captioning.sharing import hub_folder, model_card, upload
 from conftest import REDUCED_ENCODERS, REPO_ROOT, randomize
+from helpers.calibrated import calibrated_copy
 from helpers.hub_stand_in import HubStandIn, Repo
 from helpers.runs import TINY
 
@@ -753,6 +754,17 @@ def test_nobody_is_asked_who_cannot_answer_or_has_shared(server, monkeypatch, tm
     upload.offer_upload("anna/shapes", SHAPES)
     assert terminal.asked == []
     assert server.requests == []
+
+
+def test_what_was_shared_is_shared_with_its_confidence(server, monkeypatch, tmp_path, capsys):
+    """A run calibrates its captioner when the last upload of an epoch is over."""
+    Terminal(monkeypatch, "y", terminal=False)
+    folder = calibrated_copy(SHAPES, tmp_path / "run")
+    upload.offer_upload("anna/shapes", folder, shared=True)
+    assert f"shared with its confidence: {server.url}/anna/shapes" in capsys.readouterr().out
+    assert "confidence" in json.loads(server.repos["anna/shapes"].files["config.json"])
+    upload.offer_upload("forbidden/shapes", folder, shared=True)
+    assert capsys.readouterr().out.startswith("shared without its confidence: ")
 
 
 def test_a_whole_run_ends_with_the_offer(script, server, flickr, tmp_path, monkeypatch):

@@ -12,7 +12,9 @@ import threading
 from pathlib import Path
 
 from captioning.common import stopping
+from captioning.common.files import CONFIG_FILE, read_json
 from captioning.common.hub_errors import LOG_IN, explain, is_final
+from captioning.decoding.confidence import KEY as CONFIDENCE
 from captioning.sharing.hub_folder import OWN_FOLDERS, copy_checkpoint, source_files, write_folder
 from captioning.sharing.model_card import read_facts
 
@@ -96,9 +98,15 @@ def share(checkpoint_folder, repo_id):
 def offer_upload(repo_id, checkpoint_folder, shared=False):
     """At the end of a run, ask once on the terminal whether to share the captioner, and do so; Enter means no.
 
-    Without a terminal, or if the run has `shared` it already, nothing is asked. Errors are only printed, because the
-    results of the run are safe.
+    Without a terminal, or if the run has `shared` it already, nothing is asked; what it shared is uploaded once more if
+    it was calibrated since, when the last epoch was over. Errors are only printed, because the results of the run are
+    safe.
     """
+    if shared and CONFIDENCE in read_json(Path(checkpoint_folder) / CONFIG_FILE):
+        try:
+            print(f"shared with its confidence: {share(checkpoint_folder, repo_id)}")
+        except (OSError, ValueError) as error:
+            print(f"shared without its confidence: {error}\n{LATER.format(checkpoint_folder)}")
     if shared or sys.stdin is None or not sys.stdin.isatty():
         return
     question = "Share the captioner on the Hugging Face Hub (a new repository is private)"
