@@ -526,7 +526,8 @@ def _(folder):
     damaged = (folder / "DAMAGED").read_text()
     data = folder / "data"
     if damaged == "predictions.json":
-        read_predictions(folder / damaged, sorted((data / "flickr30k_images").iterdir()))
+        photos = sorted((data / "flickr30k_images").iterdir())
+        read_predictions(folder / damaged, {photo: photo.name for photo in photos})
     elif damaged == "exclude.csv":
         sources.load_usable(data, None, None, "flickr30k", exclude=str(folder / damaged))
     elif damaged == "recipe.toml":

@@ -9,7 +9,7 @@ import fuzz
 
 # Inputs of each kind: those that are read in no time. The others need minutes: `make soak`.
 COUNTS = dict(config=15, weights=15, tokenizer=15, token_cache=15, photo_store=10, shard_records=5, tar=10,
-              annotations=40, results=30, zip=40)  # fmt: skip
+              annotations=15, results=20, zip=30)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

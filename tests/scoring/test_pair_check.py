@@ -64,14 +64,13 @@ def test_a_signal_stops_the_check(script, damaged):
     model, tokenizer = script.load_captioner(SHAPES)
     photos = sorted((damaged[0] / "images").iterdir())[:2]
     scorer = PairScorer(model, tokenizer)
-    with listening("start again"):
-        for ask in (
-            lambda: scorer.rank({photo: ["a small red circle"] for photo in photos}),
-            lambda: scorer.best_photos(["a small red circle"], photos),
-        ):
+    for check in (
+        lambda: scorer.rank({photo: ["a small red circle"] for photo in photos}),
+        lambda: scorer.best_photos(["a small red circle"], photos),
+    ):
+        with listening("start again"), pytest.raises(Stopped, match="start again"):
             signal.raise_signal(signal.SIGTERM)
-            with pytest.raises(Stopped, match="start again"):
-                ask()
+            check()
 
 
 def test_a_captions_own_photo_is_not_among_the_others(script, damaged):
@@ -89,6 +88,18 @@ def test_a_captions_own_photo_is_not_among_the_others(script, damaged):
         assert pair.others == pytest.approx(math.log(sum(given.values()) / 3), abs=1e-3)
     [(best, _)] = scorer.best_photos([pairs[-1].caption], images)
     assert best == pairs[-1].image
+
+
+def test_words_that_a_word_list_lacks_do_not_count(script):
+    """A captioner never writes <unk>: its probability of one is 0."""
+    model, tokenizer = script.load_captioner(SHAPES)
+    scenes = [str(SHAPES / f"scene_{i}.png") for i in (0, 2)]
+    truth = ["a small blue triangle above a small white circle", "above a large blue cross is a large red square"]
+    captions_of = {scene: [caption] for scene, caption in zip(scenes, truth, strict=True)}
+    (model.config.unk_token_id,) = tokenizer.encode(" blue")
+    for pair in PairScorer(model, tokenizer).rank(captions_of):
+        assert pair.ratio > 1 and math.isfinite(pair.own) and math.isfinite(pair.best_fit)
+        assert pair.tokens == len(tokenizer.encode(pair.caption))  # EOS, but not the word
 
 
 def test_photos_with_other_numbers_of_captions(script):

@@ -28,7 +28,8 @@ PAGE_FILE, TABLE_FILE, EXCLUDE_FILE = "pairs.html", "pairs.csv", "exclude.csv"
 
 @dataclass
 class Pair:
-    """A caption with its photo. Log-probabilities are in nats; `tokens` of the caption, EOS included."""
+    """A caption with its photo. Log-probabilities are in nats; `tokens` of the caption, EOS included. Words that a word
+    list lacks count in neither: any word may stand for them."""
 
     image: str
     caption: str
@@ -72,10 +73,11 @@ class PairScorer:
         `states` of B photos: those of one photo are for all captions, else each photo has equally many of them, which
         lie side by side.
         """
-        rows = [torch.tensor(encode_caption(self.tokenizer, c, self.model.config.seq_len)) for c in captions]
-        eos = self.model.config.eos_token_id
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=eos).to(self.device)
-        return token_log_probabilities(self.model, states, ids, prompt_length=1).sum(1).float()
+        config = self.model.config
+        rows = [torch.tensor(encode_caption(self.tokenizer, caption, config.seq_len)) for caption in captions]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=config.eos_token_id).to(self.device)
+        log_probs = token_log_probabilities(self.model, states, ids, prompt_length=1)  # (captions, T - 1)
+        return log_probs.masked_fill(ids[:, 1:] == config.unk_token_id, 0).sum(1).float()
 
     def rank(self, captions_of, others=OTHERS, seed=0):
         """{path of a photo: its captions} -> list of `Pair`, the worst first; `others`: how many photos are sampled."""
@@ -104,7 +106,8 @@ class PairScorer:
         is_own = torch.tensor([[image == other for image in own_image] for other in sample], device=self.device)
         given = given.masked_fill(is_own, -torch.inf)
         mean = given.logsumexp(0) - (~is_own).sum(0).log()
-        lengths = [len(encode_caption(self.tokenizer, c, self.model.config.seq_len)) - 1 for c in captions]
+        ids = [encode_caption(self.tokenizer, caption, self.model.config.seq_len)[1:] for caption in captions]
+        lengths = [sum(token != self.model.config.unk_token_id for token in row) for row in ids]
         columns = own.tolist(), mean.tolist(), given.amax(0).tolist()
         return [Pair(*row) for row in zip(own_image, captions, lengths, *columns, strict=True)]
 
