@@ -430,7 +430,7 @@ class Captioner:
         self.model, self.tokenizer, self.args = model, tokenizer, args
         self.device = next(model.parameters()).device
         generator = torch.Generator(self.device).manual_seed(args.seed)  # one generator for all batches
-        self.options = replace(options, seed=generator, tokenizer=tokenizer)
+        self.options = replace(options, seed=generator)
         self.prompt = read_prompt(tokenizer, args.prompt, model.config)
         if self.prompt.unknown:
             print_to_stderr(f"warning: {self.prompt.warning()}")
@@ -460,7 +460,8 @@ class Captioner:
         prompt_length, log_probs, judged = len(self.prompt.ids), None, []
         with self.autocast():
             levels = self.model.levels(pixels)  # encoded once for captions and log-probabilities
-            ids = generate_ids(self.model, levels, sequences, **vars(self.options))  # (B * num, T + new)
+            options = vars(self.options) | {"tokenizer": self.tokenizer}
+            ids = generate_ids(self.model, levels, sequences, **options)  # (B * num, T + new)
             if self.known:
                 judged = self.known.judge(self.model, self.tokenizer, levels, ids, prompt_length, pixels)
                 log_probs = [one.evidence.log_probability for one in judged]

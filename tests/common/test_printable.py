@@ -86,7 +86,7 @@ def test_what_caption_image_prints(photos, capsys, monkeypatch):
     outputs.args = type(
         "Args", (), dict(attention=None, json=False, grid=None, out=None, min_confidence=None, words=None)
     )
-    outputs.tables, outputs.attention_paths = {}, {}
+    outputs.tables, outputs.attention_paths, outputs.sidecars = {}, {}, ()
     photo = caption_image.find_photos([str(photos / "images" / "0.jpg")])[0]
     outputs.write(None, {photo: (None, None)}, [(photo, [EVIL], None, None, [])])
     assert capsys.readouterr().out == f"{photo.name}: {printable(EVIL)}\n"

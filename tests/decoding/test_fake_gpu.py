@@ -128,7 +128,12 @@ def test_captions(tiny_model, bpe, gpu, asked, name, graphs, dtype, monkeypatch)
     assert {of for of, _ in asked} == {kind}
 
 
-@pytest.mark.parametrize("name", REDUCED_ENCODERS)
+# One of each kind: what differs among the others are layers of timm's, which know nothing of devices.
+KINDS = ("vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "eva02_tiny_patch14_224", "resnet10t",
+         "swin_tiny_patch4_window7_224", "mixer_s32_224")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_captions_with_any_encoder(script, tiny_config, gpu, name):
     tiny_config.encoder, tiny_config.encoder_options = name, REDUCED_ENCODERS[name]
     tiny_config.normalize_tokens = True

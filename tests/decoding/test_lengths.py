@@ -66,7 +66,7 @@ def test_what_max_tokens_cuts_off_ends_well_under_a_limit(shapes):
 
 def test_an_end_inside_a_word_moves_in_front_of_it():
     """Behind a whole word where beam search would like it best; with nothing in front, the caption is empty."""
-    limits = LengthLimits(Options(max_chars=11, tokenizer=Texts(["", "the", " old", " sub", "marine"])), 1, 0, 5, "cpu")
+    limits = LengthLimits(Options(max_chars=11), Texts(["", "the", " old", " sub", "marine"]), 1, 0, 5, "cpu")
     assert limits._best_length([1, 2, 3, 0], [1, 2, 3, 4, 0], [-1.0] * 4, [-9.0] * 5) == 2
     assert limits._best_length([3, 0], [3, 4, 0], [-1.0] * 2, [-9.0] * 3) == 0
     assert limits._best_length([1, 2, 3, 0], [1, 2, 3, 0, 0], [-1.0] * 4, [-9.0] * 5) == 3  # its own end
@@ -91,7 +91,7 @@ def test_an_end_inside_a_word_moves_in_front_of_it():
     ],
 )
 def test_where_a_caption_may_end(tokens, following, may):
-    limits = LengthLimits(Options(max_words=9, tokenizer=Texts([tokens, following])), 1, 2, 3, "cpu")
+    limits = LengthLimits(Options(max_words=9), Texts([tokens, following]), 1, 2, 3, "cpu")
     assert limits._may_end([0], 1) == may
 
 
@@ -110,7 +110,7 @@ def test_characters_are_counted_as_they_are_shown(bpe, text):
         written = b"".join(tokenizer.token_bytes[i] for i in ids).decode()
         assert written.strip() == shown
         for limit in (len(shown), len(shown) - 1):
-            limits = LengthLimits(Options(max_chars=limit, tokenizer=tokenizer), 1, 0, len(tokenizer), "cpu")
+            limits = LengthLimits(Options(max_chars=limit), tokenizer, 1, 0, len(tokenizer), "cpu")
             too_long = limits._too_long(torch.tensor([ids[:-1]]))[0, ids[-1]]
             assert bool(too_long) == (limit < len(shown))
 
@@ -126,7 +126,7 @@ def test_the_prompt_does_not_count(shapes):
 def test_the_confidence_is_that_of_the_shorter_caption(tmp_path):
     folder = calibrated_copy(SHAPES, tmp_path / "calibrated")
     model, tokenizer = load_captioner(folder)
-    options = Options(deterministic=True, max_chars=22, tokenizer=tokenizer)
+    options = Options(deterministic=True, max_chars=22)
     [[(caption, judged)]] = caption_with_confidence(
         model, tokenizer, [SHAPES / "scene_0.png"], Confidence.load(folder), options
     )

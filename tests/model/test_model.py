@@ -364,7 +364,7 @@ def test_image_size_of_a_cnn(script, tiny_config):
         ({"resample": "lanczos"}, "resample 'lanczos' is neither bicubic nor bilinear"),
         ({"mean": 0.5}, "mean 0.5 is not one finite number for each of three channels"),
         ({"img_size": 64}, "img_size is the encoder's, 32; change it in encoder_options"),
-        ({"crop": 0.9}, "preprocessing has no crop; it has mean, std and resample"),
+        ({"crop": 0.9}, "preprocessing has no crop; it has mean, std, resample and grey16"),
     ],
 )
 def test_bad_preprocessing_is_refused(script, tiny_config, preprocessing, message):

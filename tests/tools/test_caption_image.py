@@ -423,7 +423,7 @@ def server():
 
 def test_urls_are_fetched_only_where_that_is_allowed(server, capsys, monkeypatch):
     monkeypatch.setattr(photo_arguments, "MAX_BYTES", 100_000)
-    monkeypatch.setattr(photo_arguments.fetch_image, "__defaults__", (100_000, 5, 30))
+    monkeypatch.setattr(photo_arguments.fetch_image, "__defaults__", (100_000, 5, 30, "full"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     root = f"http://127.0.0.1:{server.server_port}"
     with pytest.raises(SystemExit, match=r"^error: http://127.*photo\.png: a URL; .*--allow_urls$"):

@@ -455,8 +455,8 @@ def test_configs_may_hold_only_the_promised_fields(script, dls, tmp_path, monkey
 def test_fp16_goes_on_from_a_state_of_another_precision(tiny_model):
     """A state without the scale of a loss leaves the scaler as it is; one with it brings it along."""
     optimizer = torch.optim.AdamW(tiny_model.parameters())
-    saved = dict(optimizer=optimizer.state_dict(), scheduler=dict(total_steps=3), average=None, lr=1.0)
-    scheduler = SimpleNamespace(total_steps=3, load_state_dict=lambda state: None)
+    scheduler = schedule.one_cycle(optimizer, 3, 0.1)
+    saved = dict(optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(), average=None, lr=1.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     for state, scale in (({}, 8.0), (torch.amp.GradScaler("cpu", init_scale=2.0).state_dict(), 2.0)):
         schedule.load_optimization_state(saved | {"scaler": state}, optimizer, scheduler, scaler, None, 1.0, 0.1)

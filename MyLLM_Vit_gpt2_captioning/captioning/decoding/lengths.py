@@ -27,7 +27,7 @@ across along against around toward towards during beyond inside outside undernea
 and or but nor while as than because if when where which who whose is are was were be being been has have very
 """
 DANGLING_WORDS = frozenset(DANGLING.split())
-_is_unspaced = re.compile(CHARACTER_SCRIPTS).match  # a character behind which a word may end without a space
+_unspaced = re.compile(CHARACTER_SCRIPTS)  # behind such a character a word may end without a space
 
 
 class LengthLimits:
@@ -37,16 +37,17 @@ class LengthLimits:
     As a logits processor, `limits(ids (rows, T), logits (rows, vocab_size))`, it never waits for the device.
     """
 
-    def __init__(self, options, prompt_length, eos, vocab_size, device):
-        """`options`: a `search.Options`. Raises ValueError for limits in words or characters without a tokenizer."""
+    def __init__(self, options, tokenizer, prompt_length, eos, vocab_size, device):
+        """`options`: a `search.Options`; `tokenizer`: the captioner's, which limits in words or characters need. Raises
+        ValueError where it is missing."""
         self.options, self.prompt_length, self.eos = options, prompt_length, eos
         self.is_eos = torch.arange(vocab_size, device=device) == eos  # (vocab_size,)
         self.of_text = bool(options.max_words or options.max_chars)
         if self.of_text:
-            if options.tokenizer is None:
+            if tokenizer is None:
                 raise ValueError("max_words and max_chars need the captioner's tokenizer: give tokenizer=...")
-            self.texts = options.tokenizer.token_bytes
-            counts = torch.tensor(_counts(options.tokenizer, vocab_size)).to(device)
+            self.texts = tokenizer.token_bytes
+            counts = torch.tensor(_counts(tokenizer, vocab_size)).to(device)
             self.chars, self.spaces = counts  # (vocab_size,) each
 
     def __call__(self, ids, logits):
@@ -121,12 +122,13 @@ class LengthLimits:
     def _may_end(self, tokens, following):
         """Whether a caption may end behind these tokens, where the token `following` would follow."""
         text, rest = self._text(tokens), self.texts[following].decode("utf-8", "replace")
-        if not text or not (text[-1].isalnum() or text[-1] in ".!?\"')" or _is_unspaced(text[-1])):
+        if not text or not (text[-1].isalnum() or text[-1] in ".!?\"')" or _unspaced.match(text[-1])):
             return False  # behind a comma, or between the bytes of a character
         last_word = text.split()[-1].strip("\"'(").lower()
         between = not rest or rest[0].isspace() or rest[0] in ENDS_OF_WORDS
         mark = bool(rest) and unicodedata.category(rest[0]).startswith("M")  # belongs to the letter before
-        return (between or (_is_unspaced(text[-1]) and not mark)) and last_word not in DANGLING_WORDS
+        may_end = between or (_unspaced.match(text[-1]) is not None and not mark)
+        return may_end and last_word not in DANGLING_WORDS
 
 
 @lru_cache(maxsize=4)

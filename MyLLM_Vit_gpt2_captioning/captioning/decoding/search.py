@@ -20,6 +20,7 @@ from captioning.images.photo_batches import photo_batches
 from captioning.model.tokenizer import read_prompt
 
 MAX_LOGITS = 2**24  # that are in memory at a time where finished captions are looked at
+MANY_BEAMS = 16  # above which the memory is compared with what they need: asking a GPU costs time
 SHRINK_BELOW = 0.8  # finished images leave the batch when this share or less is unfinished: copying the rest has a cost
 
 
@@ -51,7 +52,6 @@ class Options:
     # Limits of the text behind the prompt, 0: off. No caption ends inside a word or behind an article, see lengths.py.
     max_words: int = 0
     max_chars: int = 0
-    tokenizer: object = None  # the captioner's `CaptionTokenizer`, for these two limits
 
     def __post_init__(self):
         beams = self.num_beams > 1
@@ -115,10 +115,13 @@ class Options:
 
 
 @torch.inference_mode()
-def generate_ids(model, images, sequences, max_tokens=50, temperature=1.0, deterministic=False, **options):
+def generate_ids(
+    model, images, sequences, max_tokens=50, temperature=1.0, deterministic=False, tokenizer=None, **options
+):
     """Continue each sequence by up to `max_tokens` tokens, for a batch of images; see `Options` for how.
 
     images (B, 3, H, W) or the model's `levels` of them; sequences (B, T) start with BOS, more tokens are a prompt.
+    `tokenizer`: the captioner's, which max_words and max_chars need.
     Returns ids (B * num_return_sequences, T + new) on the model's device, the captions of an image in adjacent rows;
     after a row's first generated EOS all ids are EOS. A caption ends at the decoder's seq_len at the latest. Dropout is
     off; the model's mode is restored afterwards. Raises ValueError for unsuitable options and for a prompt longer than
@@ -134,7 +137,7 @@ def generate_ids(model, images, sequences, max_tokens=50, temperature=1.0, deter
     check_beams(options.num_beams, model, len(sequences), sequences.size(1) + max_tokens)
     eos, limits = model.config.eos_token_id, None
     if options.min_tokens or options.max_words or options.max_chars:
-        limits = LengthLimits(options, sequences.size(1), eos, model.config.vocab_size, sequences.device)
+        limits = LengthLimits(options, tokenizer, sequences.size(1), eos, model.config.vocab_size, sequences.device)
     with _eval_mode(model):
         encoder_states = model.encoder_states(images)
         ids = _search(model, encoder_states, sequences, max_tokens, options, limits)
@@ -173,6 +176,8 @@ def check_beams(num_beams, model, images, length):
             f"num_beams is {num_beams:,}, but must be at most {config.vocab_size:,}, the size of the vocabulary: "
             "beams begin with different tokens"
         )
+    if num_beams <= MANY_BEAMS:
+        return
     # Of a beam: keys and values of all blocks, twice while beams are chosen; scores of all tokens, a few times.
     of_beam = 4 * images * (4 * config.depth * length * config.embed_dim + 4 * config.vocab_size)
     memory = device_memory(device)
@@ -380,7 +385,6 @@ def caption_batches(model, tokenizer, images, options, batch_size=64, prompt="",
         raise ValueError(f"{len(prompts)} prompts for {len(images)} images")
     if isinstance(options.seed, int):  # one generator for all batches
         options = replace(options, seed=torch.Generator(device).manual_seed(options.seed))
-    options = replace(options, tokenizer=tokenizer)
     count, by_length = options.num_return_sequences, {}  # prompts of one length make a batch without padding
     for i, of_image in enumerate(prompts):
         by_length.setdefault(len(of_image.ids), []).append(i)
@@ -404,7 +408,7 @@ def caption_batches(model, tokenizer, images, options, batch_size=64, prompt="",
                 pixels = inputs_of_model
                 with torch.inference_mode():  # encoded once, for the captions and for what is observed
                     inputs_of_model = model.levels(pixels)
-            rows = generate_ids(model, inputs_of_model, sequences, **vars(options))
+            rows = generate_ids(model, inputs_of_model, sequences, tokenizer=tokenizer, **vars(options))
             if observe is not None:
                 observe(batch, inputs_of_model, rows, length, pixels)
             rows = rows.tolist()
