@@ -131,7 +131,10 @@ def _damaged_json(content, suffix, rng):
     except (ValueError, RecursionError):
         return _damaged_bytes(content, rng)
     value, twice = damaged_value(value, rng)
-    text = json.dumps(value, ensure_ascii=rng.random() < 0.5)
+    try:
+        text = json.dumps(value, ensure_ascii=rng.random() < 0.5)
+    except RecursionError:  # nested twice: too deep to be written
+        return b"[" * 2000
     if twice:  # a key that comes twice
         text = text[:1] + f'"{twice}": {json.dumps(rng.choice(ABSURD))}, ' + text[1:]
     return text.encode("utf-8", "surrogatepass")
