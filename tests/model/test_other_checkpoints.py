@@ -96,6 +96,8 @@ def test_what_is_left_is_strict(script, tiny_model, folder):
         (None, "embed_dim", 64, "embed_dim is 64, but the weights beside it have 32;"),
         (None, "seq_len", 10**9, "seq_len is 1000000000, but the weights beside it have 24;"),
         ("encoder_options", "depth", 10**5, "encoder_options: depth is 100000, but the weights beside it have 2;"),
+        ("encoder_options", "norm_eps", [1, 2], "encoder_options: norm_eps is [1, 2], but must be a number from 0"),
+        (None, "unk_token_id", 10**9, "unk_token_id is 1000000000, but there are 300 tokens;"),
         ("encoder_options", "embed_dim", 48, "encoder_options: embed_dim is 48, but the weights beside it have 24;"),
         ("encoder_options", "img_size", 10**5, "encoder_options: img_size is 100000, but the weights beside it are "),
         ("refiner", "layers", 10**6, "refiner: layers is 1000000, but the weights beside it are "),

@@ -176,10 +176,12 @@ def check_options(options):
             fits = 0 < len(numbers) <= 100 and all(type(n) is int and 1 <= n <= LARGEST_OPTION for n in numbers)
             kind = f"a whole number from 1 to {LARGEST_OPTION:,}, or a list of them"
         elif name in NUMBERS:
+            may_be_list = name.startswith("mlp_ratio")
             fits = 0 < len(numbers) <= 100 and all(
                 type(n) in (int, float) and 0 <= n <= LARGEST_OPTION for n in numbers
             )
-            kind = f"a number from 0 to {LARGEST_OPTION:,}, or a list of them"
+            fits = fits and (may_be_list or numbers[0] is value)
+            kind = f"a number from 0 to {LARGEST_OPTION:,}" + (", or a list of them" if may_be_list else "")
         else:
             near = difflib.get_close_matches(name, ["img_size", *COUNTS, *NUMBERS, *SWITCHES, *WORDS], n=1)
             raise ValueError(f"encoder_options has no {name[:60]!r}" + (f"; did you mean {near[0]}?" if near else ""))

@@ -401,7 +401,9 @@ def read_captioner_config(folder, read_decoder):
     model_config = vars(read_decoder(decoder, folder))
     eos, start = _special_tokens(folder, config)
     if eos != start or eos is None:
-        raise ValueError(f"{folder}: captions begin with id {start} and end with {eos}; here one id does both")
+        raise ValueError(
+            f"{folder}: captions begin with id {start!r:.40} and end with {eos!r:.40}; here one id does both"
+        )
     width = getattr(decoder, "cross_attention_hidden_size", None)
     if width not in (None, decoder.n_embd):
         raise ValueError(f"{folder}: cross_attention_hidden_size {width} is not the decoder's width {decoder.n_embd}")

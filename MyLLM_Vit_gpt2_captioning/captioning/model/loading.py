@@ -79,6 +79,11 @@ def check_stored_sizes(config, folder):
     }
     for section, (values, names) in sections.items():
         for key, value in values.items():
+            if key in ("eos_token_id", "unk_token_id") and value >= config.vocab_size:
+                raise ValueError(
+                    f"{folder / CONFIG_FILE}: {key} is {value}, but there are {config.vocab_size:,} tokens; "
+                    f"{checkpoint.OTHER_COPY}"
+                )
             if not isinstance(value, int) or key in ("eos_token_id", "unk_token_id"):
                 continue
             stored = next((size for name in names.get(key, ()) if (size := _stored_size(shapes, *name))), None)
