@@ -401,7 +401,7 @@ def write_page(path, title, scores, candidates, references, judged, absent, by="
 
     def photos(chosen):
         shown = {i: f"confidence {sure[i]:.2f}, " if sure else "" for i in chosen}
-        shown |= {i: f"not seen: {', '.join(absent[i])}; {shown[i]}" for i in chosen if i in absent}
+        shown |= {i: f"not there: {', '.join(absent[i])}; {shown[i]}" for i in chosen if i in absent}
         return [(i, candidates[i], references[i], f"{shown[i]}CIDEr {each[i]:.3f}, {i.name}") for i in chosen]
 
     best, worst = order[:SHOWN], order[SHOWN:][::-1][:SHOWN]
