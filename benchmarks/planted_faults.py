@@ -119,7 +119,7 @@ def faults(photos):
     lr, words = (PHOTO_LR, 50) if photos else (2e-3, 10)
     never_cached = NEVER_CACHED if photos else []
     trained = (
-        [*UNFROZEN, "--trainable_stages", "all", *never_cached]
+        [*UNFROZEN, "--trainable_stages", "-1", *never_cached]
         if photos
         else ["--encoder_weights", "pretrained", *UNFROZEN]
     )
