@@ -33,7 +33,7 @@ ROWS = {  # of a dry run: step: how many rows each of its tables has
 }
 
 
-SOME = ("versions", "gradients", "generation", "options")
+SOME = ("gradients", "options")
 
 
 @pytest.mark.parametrize(
