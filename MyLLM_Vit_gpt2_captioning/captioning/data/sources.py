@@ -196,9 +196,8 @@ def _cleaned(df, path, case):
         not_text = df[column].map(lambda value: isinstance(value, (dict, list)))
         if not_text.any():
             row = not_text.to_numpy().argmax()
-            raise ValueError(
-                f"{path}, {df.index.name} {df.index[row]}: the {column} is {df[column].iloc[row]!r}, not a text"
-            )
+            shown = repr(df[column].iloc[row])[:60]
+            raise ValueError(f"{path}, {df.index.name} {df.index[row]}: the {column} is {shown}, not a text")
         df[column] = df[column].astype(object).fillna("").map(lambda value: clean_text(str(value), case))
     if "split" in df:
         if df["split"].isna().all():
@@ -208,7 +207,7 @@ def _cleaned(df, path, case):
         if unknown.any():
             row = df.index[unknown.argmax()]
             raise ValueError(
-                f"{path}, {df.index.name} {row}: unknown split {df['split'][unknown].iloc[0]!r}; "
+                f"{path}, {df.index.name} {row}: unknown split {repr(df['split'][unknown].iloc[0])[:60]}; "
                 f"expected {', '.join(SPLITS)}"
             )
     return df

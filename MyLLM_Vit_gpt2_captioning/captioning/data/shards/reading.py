@@ -409,7 +409,7 @@ def _first_value(record, keys):
 
 def _cleaned(text, unescape, case):
     if not isinstance(text, str | None):
-        raise ValueError(f"the caption {text!r} is not a text")
+        raise ValueError(f"the caption {repr(text)[:60]} is not a text")
     return clean_text(without_markup(text or "") if unescape else text or "", case)
 
 

@@ -73,7 +73,9 @@ def write_shards(
         if not manifest["photos"]:
             raise ValueError(f"{data_dir}: none of its photos can be read; the first: {manifest['left_out'][0]}")
         text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-        write_atomically(folder / reading.MANIFEST_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+        # Half a surrogate pair, in a stranger's records, becomes its escape, which is JSON as well.
+        content = text.encode("utf-8", "backslashreplace")
+        write_atomically(folder / reading.MANIFEST_FILE, lambda path: path.write_bytes(content))
         (folder / reading.PROGRESS_FILE).unlink(missing_ok=True)
     print(f"{folder}: {len(plan):,} shards, {len(missing):,} of them written now")
     for split, totals in manifest["splits"].items():
