@@ -328,7 +328,7 @@ def test_killed_at_random_moments(tmp_path, signals):
     that a signal stopped says that it can be resumed. KILLS says how often: `make soak` makes it 20."""
     from captioning.data import shapes
 
-    kills, rng = int(os.environ.get("KILLS", 1)), random.Random(int(os.environ.get("KILL_SEED", 0)))
+    kills, rng = int(os.environ.get("KILLS", 2)), random.Random(int(os.environ.get("KILL_SEED", 0)))
     data, whole, killed = tmp_path / "shapes", tmp_path / "whole", tmp_path / "killed"
     shapes.write_dataset(data, SCENES)
     start = time.monotonic()
