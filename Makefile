@@ -23,7 +23,7 @@ test: .venv/test-installed
 
 soak: .venv/test-installed
 	SOAK=1 KILLS=$(KILLS) .venv/bin/python -m pytest -s -k "killed_at_random or memory_stays_flat" tests/training/test_resume.py
-	SOAK=1 .venv/bin/python -m pytest tests/test_check_gpu.py
+	SOAK=1 .venv/bin/python -m pytest tests/test_check_gpu.py tests/decoding/test_fake_gpu.py
 	.venv/bin/python tests/fuzz.py --minutes 30
 
 bench: .venv/run-installed

@@ -1,6 +1,8 @@
 """Everything that a caption needs runs on tensors that say they are on a GPU and hold no values (`FakeTensorMode`): an
 operation on tensors of two devices, or of dtypes that do not fit, is an error there without a GPU, too."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -133,7 +135,13 @@ KINDS = ("vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "eva02_tiny_pa
          "swin_tiny_patch4_window7_224", "mixer_s32_224")  # fmt: skip
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(name not in KINDS and "SOAK" not in os.environ, reason="make soak"))
+        for name in REDUCED_ENCODERS
+    ],
+)
 def test_captions_with_any_encoder(script, tiny_config, gpu, name):
     tiny_config.encoder, tiny_config.encoder_options = name, REDUCED_ENCODERS[name]
     tiny_config.normalize_tokens = True
