@@ -44,6 +44,7 @@ from captioning.images.augmentation import CaptionsOfPicture, TrainingTransforms
 from captioning.images.preprocessing import normalize_pixels
 from captioning.model import checkpoint, hugging_face, loading
 from captioning.model.encoders import build_encoder, meta_device_for, preprocessing_of, run_block
+from captioning.model.front import FrontOutput
 from captioning.model.loss import IGNORED_LABEL, chunked_cross_entropy, label_places
 from captioning.model.positions import SinusoidalPositions
 from captioning.model.stages import keep_frozen_in_eval, pretrained_names, stage_of, train_only, trainable_names
@@ -131,7 +132,7 @@ class TrainConfig(Config):
     captions_per_image: int = 1  # captions that share one encoding of their image; 5 suits Flickr and COCO
     length_window: int = 16  # batches sorted by caption length together, so that little is padding; 1: unsorted
     shuffle_buffer: int = 5000  # of tar shards: groups of captions_per_image captions that are mixed, in memory
-    cache_tokens: bool = False  # compute a frozen encoder's tokens once, keep them on disk and train from there
+    cache_tokens: bool = False  # compute what the frozen part of an encoder makes once, and train from that on disk
     cache_dir: Path = DATA_DIR / "token_cache"  # where; runs with the same encoder and photos share it
     cache_views: int = 1  # versions of a training photo in the cache: the photo itself, and augmented ones
     crop_scale: float = 0.8  # smallest share of a photo's area that a training crop keeps
@@ -274,7 +275,7 @@ class Dataset(torch.utils.data.Dataset):
         return [item for start in range(0, len(rows), K) for item in self._items(rows[start : start + K])]
 
     def load_input(self, path, row):
-        """The model's input for an image (grey if unreadable): (3, H, W), or with a token cache (N, C) a level."""
+        """The model's input for an image (grey if unreadable): (3, H, W), or what the token cache holds of it."""
         seed = [self.seed, int(self.epoch), row]
         if self.token_caches:
             return self.token_caches[np.random.default_rng(seed).integers(len(self.token_caches))][path]
@@ -301,7 +302,7 @@ class Dataset(torch.utils.data.Dataset):
 def collate_fn(batch, tokenizer=None, captions_per_image=1):
     """Items of `Dataset` -> images (B, 3, H, W), input_ids (B*K, T), labels (B*K, T) with K = `captions_per_image`.
 
-    With a token cache the images are the encoder's tokens: a list of (B, N, C).
+    With a token cache the images are the encoder's tokens, a list of (B, N, C), or a `FrontOutput`.
 
     A label is -100 at and behind the last real token of its row, where there is nothing to predict. That is decided by
     length: the pad id is also EOS, and EOS is a target that the model has to learn.
@@ -330,8 +331,7 @@ def build_dataloaders(df, tokenizer, model_config, train_config):
     """DataFrame of `_load_flickr_dataframe` -> (training DataLoader, validation DataLoader)."""
     model_config, config = complete_configs(model_config, train_config)
     photo = preprocessing_of(model_config)
-    loaders = []
-    size_and_norm = photo["img_size"], photo["mean"], photo["std"]
+    loaders, size_and_norm = [], (photo["img_size"], photo["mean"], photo["std"])
     transforms = build_transforms(*size_and_norm, config.crop_scale, photo["resample"], normalized=False)
     for split, tfms in zip(("train", "val"), transforms, strict=True):
         tfms.grey16 = photo.get("grey16", "full")  # how photos with 16 bits of grey are opened
@@ -470,13 +470,15 @@ class VisionGPT2Model(nn.Module):
         return self.encoder.embed(normalize_pixels(images, self.preprocessing))
 
     def levels(self, images):
-        """images (B, 3, H, W), normalised, or uint8 pixels -> `encoder.levels`, a list of tokens (B, N, C)."""
+        """images (B, 3, H, W), normalised or uint8, or their `FrontOutput` -> `encoder.levels`, a list of (B, N, C)."""
+        if isinstance(images, FrontOutput):
+            return self.encoder.levels_behind(images, self.config.trainable_stages)
         return self.encoder.levels(normalize_pixels(images, self.preprocessing))
 
     def encoder_states(self, images):
         """images as in `levels`, or the result of `levels` -> list of the tokens (B, N, embed_dim) that each decoder
         block attends to."""
-        levels = images if isinstance(images, (list, tuple)) else self.levels(images)
+        levels = images if isinstance(images, list) else self.levels(images)
         levels = self.encoder.refine([level.to(self.gpt.tok_emb.weight.dtype) for level in levels])
         tokens = [bridge(level) for bridge, level in zip(self.bridges, levels, strict=True)]  # (B, N, embed_dim) each
         if self.config.coupling == "final":
@@ -868,8 +870,7 @@ class Trainer:
         relative to the repository."""
         configs = {"model": self.model.config, "train": self.train_config}
         configs = {name: checkpoint.portable(config, REPO_ROOT) for name, config in configs.items()}
-        datasets = [loader.dataset for loader in (self.train_dl, self.valid_dl)]
-        return {"config": configs, "dataset": [dataset_digest(dataset) for dataset in datasets]}
+        return {"config": configs, "dataset": [dataset_digest(dl.dataset) for dl in (self.train_dl, self.valid_dl)]}
 
     def state_dict(self):
         """Everything that the rest of the run depends on, beside position and random numbers, which `RunState` adds."""

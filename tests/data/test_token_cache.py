@@ -13,6 +13,8 @@ from PIL import Image
 
 from captioning.data import token_cache
 from captioning.data.token_cache import TokenCache, fill_caches
+from captioning.images.augmentation import ValidationTransforms
+from captioning.model.front import FrontOutput, front_of
 from conftest import REDUCED_ENCODERS
 
 PHOTOS = 10
@@ -344,8 +346,8 @@ def test_training_reads_tokens_and_never_runs_the_encoder(script, frozen, views,
     frozen[1].cache_views, frozen[1].epochs, frozen[1].num_workers = views, 2, 1 if views == 3 else 0
     trainer = build(script, frozen)
     assert len(list(frozen[1].cache_dir.iterdir())) == views
-    embed = trainer.model.encoder.embed  # the summary and the report look at one photo at a time
-    monkeypatch.setattr(trainer.model.encoder, "embed", lambda images: embed(images) if len(images) == 1 else 1 / 0)
+    levels = trainer.model.encoder.levels  # the summary and the report look at one photo at a time
+    monkeypatch.setattr(trainer.model.encoder, "levels", lambda images: levels(images) if len(images) == 1 else 1 / 0)
     result = trainer.run_training()
     assert result["best_perplexity"] > 1
     assert "CIDEr" in trainer.metrics[0]
@@ -376,13 +378,12 @@ def test_computing_tokens_does_not_change_the_run(script, frozen):
 
 
 def test_an_encoder_that_trains_is_not_cached(script, frozen):
-    frozen[0].trainable_stages = 1
-    with pytest.raises(
-        ValueError, match=r"cache_tokens: \d+ parameters of the encoder train \(the first is vit\.blocks\.1"
-    ):
-        build(script, frozen)
     frozen[0].trainable_stages, frozen[1].epochs, frozen[1].freeze_epochs_all = -1, 2, 1
-    with pytest.raises(ValueError, match="set --trainable_stages 0"):
+    with pytest.raises(
+        ValueError,
+        match=r"cache_tokens: \d+ parameters of the encoder train \(the first is vit\.cls_token\), so its tokens "
+        "change: set --trainable_stages 0",
+    ):
         build(script, frozen)
     frozen[1].freeze_epochs_all = 2
     build(script, frozen)
@@ -408,3 +409,154 @@ def test_a_refiner_is_trained_on_cached_features(script, frozen, tmp_path):
     before = trainer.model.encoder.refiner.positions.clone()
     trainer.train_one_epoch(0)
     assert (trainer.model.encoder.refiner.positions != before).any()
+
+
+# --- in front of stages that train ------------------------------------------------------------------------------------
+
+
+def with_front(script, config, name, coupling, last, feature_levels=1):
+    """A captioner of a pretrained encoder (random weights that are called so) whose `last` stages train."""
+    config.encoder, config.encoder_options, config.coupling = name, REDUCED_ENCODERS[name], coupling
+    config.feature_levels, config.trainable_stages, config.depth = feature_levels, last, 3
+    torch.manual_seed(0)
+    model = script.VisionGPT2Model(config).eval()
+    model.config.encoder_weights = "pretrained"
+    return model
+
+
+@pytest.mark.parametrize("coupling", ["stepped", "final"])
+@pytest.mark.parametrize("name", REDUCED_ENCODERS)
+def test_what_follows_the_front_is_what_the_encoder_makes(script, tiny_config, name, coupling, photos, tmp_path):
+    """Loss and gradients of the last stages are those of the whole encoder."""
+    maps = 2 if name.startswith(("resnet", "convnext", "tf_", "swin")) else 1
+    model = with_front(script, tiny_config, name, coupling, 1, maps)
+    if name.startswith("beit"):  # it adds class token and positions between its parts
+        assert front_of(model) == (0, 0)
+        return
+    model.pretrained_layers_trainable(True)
+    cache = TokenCache(tmp_path / "cache", model).fill(model, photos, batch_size=4)
+    stored = cache.batch(photos)
+    assert isinstance(stored, FrontOutput)
+    images = torch.stack([token_cache.preprocess(path, **model.preprocessing) for path in photos])
+    ids = torch.randint(0, tiny_config.vocab_size, (PHOTOS, 7))
+    behind = [p for n, p in model.encoder.named_parameters() if n not in model.encoder.weights_before(1)]
+    assert behind
+    found = []
+    for batch in (stored, images):
+        loss = model(batch, ids, ids)
+        found.append([loss, *torch.autograd.grad(loss, behind, allow_unused=True)])
+    assert any(gradient is not None and gradient.any() for gradient in found[0][1:])
+    for ours, theirs in zip(*found, strict=True):
+        if theirs is not None:  # not of the pooling that nothing uses
+            assert (ours - theirs).norm() <= 0.02 * theirs.norm() + 1e-6
+
+
+def test_only_what_does_not_follow_is_kept(script, tiny_config, photos, tmp_path):
+    """In front of the last stage but one of an EfficientNet its second map is what enters, in front of the last it is
+    kept; a ViT keeps the levels in front of the last step that the front ends with."""
+    name = "tf_efficientnet_lite0"
+    kept = [front_of(with_front(script, tiny_config, name, "final", last, 2)) for last in (1, 2)]
+    assert kept == [(1, 1), (2, 0)]
+    name = "vit_tiny_patch16_224"
+    for last, levels in ((1, 0), (2, 0)):
+        assert front_of(with_front(script, tiny_config, name, "stepped", last)) == (last, levels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(REDUCED_ENCODERS, name, REDUCED_ENCODERS[name] | {"depth": 6})
+        model = with_front(script, tiny_config, name, "stepped", 1)  # steps of two blocks: after 2 and 4 come 5 and 6
+        assert front_of(model) == (1, 2)
+        cache = TokenCache(tmp_path, model).fill(model, photos)
+    N, C = cache.batch(photos).entering.shape[1:]
+    files = {file.name: file.stat().st_size for file in cache.folder.glob("*.float16")}
+    assert files == dict.fromkeys(["entering.float16", "level_0.float16", "level_1.float16"], PHOTOS * N * C * 2)
+
+
+def test_only_weights_of_the_front_change_its_cache(script, tiny_config, photos, tmp_path):
+    model = with_front(script, tiny_config, "tf_efficientnet_lite0", "final", 2)
+    cache = TokenCache(tmp_path, model).fill(model, photos)
+    state = model.encoder.state_dict()
+    behind = set(state) - set(model.encoder.weights_before(2))
+    for name in ("cnn.blocks.5.0.conv_pw.weight", "cnn.bn2.running_mean"):
+        assert name in behind
+        state[name].add_(1)
+    assert not TokenCache(tmp_path, model).missing(photos)
+    state["cnn.blocks.4.0.bn1.running_mean"].add_(1)
+    other = TokenCache(tmp_path, model)
+    assert other.folder != cache.folder
+    assert len(other.missing(photos)) == PHOTOS
+
+
+@pytest.fixture
+def tuned(frozen, tmp_path):
+    """Configs of a captioner whose encoder's last stage trains, from the first epoch on."""
+    frozen[0].trainable_stages, frozen[1].freeze_epochs_gpt, frozen[1].freeze_epochs_all = 1, 0, 0
+    return frozen
+
+
+def use_efficientnet(configs, folder):
+    import timm
+    from safetensors.torch import save_file
+
+    name, config = "tf_efficientnet_lite0", configs[0]
+    torch.manual_seed(0)
+    save_file(timm.create_model(name).state_dict(), folder / "cnn.safetensors")
+    config.encoder, config.encoder_options, config.feature_levels = name, REDUCED_ENCODERS[name], 2
+    config.encoder_weights, config.coupling = str(folder / "cnn.safetensors"), "final"
+
+
+@pytest.mark.parametrize("family", ["vit", "cnn"])
+def test_training_behind_the_front_is_training(script, tuned, family, tmp_path, monkeypatch):
+    """The same epoch with and without cache but for float16's rounding, and no photo passes the front again."""
+    if family == "cnn":
+        use_efficientnet(tuned, tmp_path)
+    for name in ("emb", "attention", "mlp", "residual"):
+        setattr(tuned[0], f"{name}_dropout", 0.0)
+    cached = build(script, tuned)
+    start = {name: p.clone() for name, p in cached.model.encoder.named_parameters()}
+    monkeypatch.setattr(cached.model.encoder, "levels", lambda images: 1 / 0)
+    losses = [cached.train_one_epoch(0), cached.valid_one_epoch(0)]
+    tuned[1].cache_tokens = False
+    plain = build(script, tuned)
+    photo = plain.model.preprocessing
+    tfms = ValidationTransforms(photo["img_size"], photo["mean"], photo["std"], normalized=False)
+    plain.train_dl.dataset.tfms = tfms  # a cache of one view holds the photos as they are
+    assert losses == pytest.approx([plain.train_one_epoch(0), plain.valid_one_epoch(0)], rel=1e-3)
+    trained = {name for name, p in cached.model.encoder.named_parameters() if (p != start[name]).any()}
+    behind = {name for name in start if name not in cached.model.encoder.weights_before(1)}
+    assert trained
+    assert trained <= behind
+
+
+def test_a_run_behind_a_front_goes_on_and_its_cache_serves_the_evaluation(script, tuned, tmp_path, monkeypatch):
+    use_efficientnet(tuned, tmp_path)
+    tuned[1].epochs, tuned[1].cache_views = 2, 2
+    whole = build(script, tuned)
+    computed = []
+    monkeypatch.setattr(TokenCache, "_compute", lambda *args: computed.append(args))
+    whole.run_training()
+    tuned[1].model_path = tmp_path / "resumed"
+    first = build(script, tuned)
+    monkeypatch.setattr(first, "_run_epoch", lambda epoch, run=first._run_epoch: run(epoch) if epoch == 0 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        first.run_training()
+    tuned[1].resume = "auto"
+    resumed = build(script, tuned)
+    resumed.run_training()
+    assert [row["valid_loss"] for row in resumed.metrics] == [row["valid_loss"] for row in whole.metrics]
+    model, _ = script.load_captioner(tmp_path / "resumed")
+    photos = list(resumed.valid_dl.dataset.captions_of)
+    assert not TokenCache(tuned[1].cache_dir, model).missing(photos)
+    assert not computed
+
+
+def test_self_critical_training_behind_a_front(script, tuned):
+    tuned[1].epochs, tuned[1].scst_epochs, tuned[1].scst_lr, tuned[1].pretrained_lr_scale = 1, 1, 1e-2, 1.0
+    trainer = build(script, tuned)
+    trainer.start_self_critical()
+    start = {name: p.clone() for name, p in trainer.model.encoder.named_parameters()}
+    trainer.stage = None
+    trainer.enter_stage(0)
+    trainer.objective = trainer.self_critical
+    trainer.train_one_epoch(0)
+    changed = {name for name, p in trainer.model.encoder.named_parameters() if (p != start[name]).any()}
+    assert changed
+    assert not changed & set(trainer.model.encoder.weights_before(1))

@@ -195,14 +195,14 @@ def test_unsuitable_refiners(name, options, refiner, message):
 )
 def test_the_last_stages_of_an_encoder(name, options, last, trains):
     encoder = build_encoder(name, 2, "final", options)
-    before = encoder.parameters_before(last)
-    after = [key for key, _ in encoder.named_parameters() if key not in before]
+    before = encoder.weights_before(last)
+    after = [key for key in encoder.state_dict() if key not in before]
     assert after
     assert all(key.startswith(trains) for key in after)
     assert not any(key.startswith(trains) for key in before)
-    assert len(encoder.parameters_before(0)) == len(list(encoder.parameters()))
+    assert encoder.weights_before(0) == list(encoder.state_dict())
     with pytest.raises(ValueError, match=r"trainable_stages 99: the encoder has \d+ stages"):
-        encoder.parameters_before(99)
+        encoder.weights_before(99)
 
 
 @pytest.mark.parametrize("stages", [0, 2])

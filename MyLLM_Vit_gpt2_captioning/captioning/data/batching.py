@@ -10,6 +10,7 @@ from torch.utils.data import Sampler
 
 from captioning.common.distributed import rank_and_world_size
 from captioning.data.unreadable_photos import CheckedLoader
+from captioning.model.front import FrontOutput
 from captioning.model.tokenizer import encode_caption
 
 LOOKED_AT = 2000  # captions in which unknown words are counted
@@ -176,15 +177,19 @@ def warn_of_unknown_words(tokenizer, captions):
 
 
 def stack(inputs):
-    """Inputs of the model for single photos -> for a batch: images (3, H, W) -> (B, 3, H, W), and lists of the tokens
-    (N, C) of each encoder level -> a list of (B, N, C)."""
+    """Inputs of the model for single photos -> for a batch: images (3, H, W) -> (B, 3, H, W), lists of the tokens
+    (N, C) of each encoder level -> a list of (B, N, C), and `FrontOutput`s -> one."""
+    if isinstance(inputs[0], FrontOutput):
+        return FrontOutput(*map(stack, zip(*inputs, strict=True)))
     if isinstance(inputs[0], list):
         return [torch.stack(level) for level in zip(*inputs, strict=True)]
     return torch.stack(inputs)
 
 
 def to_device(inputs, device):
-    """A tensor, or a list of tensors and lists, copied to the device without waiting for it."""
+    """A tensor, a `FrontOutput`, or a list of tensors and lists, copied to the device without waiting for it."""
+    if isinstance(inputs, FrontOutput):
+        return FrontOutput(*to_device([*inputs], device))
     if isinstance(inputs, (list, tuple)):
         return [to_device(part, device) for part in inputs]
     return inputs.to(device, non_blocking=True)

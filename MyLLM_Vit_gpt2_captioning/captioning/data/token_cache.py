@@ -1,10 +1,13 @@
-"""Token cache: a frozen encoder's tokens of a photo never change, so they are computed once and kept on disk.
+"""Token cache: what a frozen encoder makes of a photo never changes, so it is computed once and kept on disk. Where the
+encoder's last `trainable_stages` train, that is what its front makes: see `model.front`.
 
 A cache is a folder that holds one view of the photos, plain or augmented:
     manifest.json      everything except the photos that its tokens depend on; a hash of it ends the folder's name
     index.jsonl        one line per photo, in the order of the rows: path, size, time of last change, may be mirrored,
                        CRC-32 of the tokens
     level_0.float16    tokens (rows, N, C); a file for each level of the encoder
+    entering.float16   in front of stages that train, what enters them, (rows, C, h, w) or (rows, N, C); beside it only
+                       those first levels that do not follow from it
 A photo's tokens are on the disk before its line, so whatever ends the work, what the index lists is whole, and the rest
 is computed the next time. A photo that changed gets a new row.
 """
@@ -34,8 +37,8 @@ from captioning.data.workers import Loader
 from captioning.images import tar_members
 from captioning.images.augmentation import TrainingTransforms, may_mirror
 from captioning.images.preprocessing import load_image, preprocess
+from captioning.model.front import FrontOutput, front_of
 from captioning.model.stages import stages_of_run, trainable_names
-from captioning.model.summary import token_shapes
 
 CACHE_FORMAT = 2  # of these files; a change makes every cache a new one
 AUGMENTATION_VERSION = 3  # of TrainingTransforms; a change makes every cache of an augmented view a new one
@@ -45,7 +48,8 @@ SPARE_BYTES = 2**30  # of the disk stay free
 
 
 class TokenCache:
-    """`cache[path]` -> the photo's tokens, a float16 tensor (N, C) for each level of the encoder."""
+    """`cache[path]` -> the photo's tokens, a float16 tensor (N, C) for each level of the encoder; a `FrontOutput` of
+    such tensors for a captioner whose encoder's last stages alone train."""
 
     def __init__(self, folder, model, view=0, crop_scale=0.8, precision="auto"):
         """The cache in `folder` for `model`, a `VisionGPT2Model`; nothing is computed before `fill`.
@@ -59,16 +63,18 @@ class TokenCache:
         self.dtype = autocast_dtype(device, precision) if device.type in MIXED_PRECISION_DEVICES else None
         augmented = dict(view=view, crop_scale=crop_scale, augmentation=AUGMENTATION_VERSION) if view else dict(view=0)
         self.view, self.preprocessing = augmented, model.preprocessing
+        self.last, self.kept_levels = front_of(model)
         # As a ViT has in "final" coupling. A refiner's output is normalised, too, but tokens are cached before it.
         has_final_norm = encoder.normalized and getattr(encoder, "refiner", None) is None
         self.manifest = {
             "format": CACHE_FORMAT,
             "encoder": str(config.encoder),
             "encoder_options": config.encoder_options,
-            "weights": weights_digest(encoder),
+            "weights": weights_digest(encoder, self.last),
             "own final norm": has_final_norm,
             "levels": len(encoder.widths),
             "preprocessing": {key: list(v) if isinstance(v, tuple) else v for key, v in self.preprocessing.items()},
+            **({"in front of": self.last, "levels kept": self.kept_levels} if self.last else {}),
             **({"computed in": str(self.dtype)} if self.dtype else {}),
             **augmented,
         }
@@ -98,10 +104,11 @@ class TokenCache:
                     f"{self.folder}: the tokens of {path} are damaged; remove this folder, and they are computed again"
                 )
             self._checked.add(row)
-        return [torch.from_numpy(level) for level in levels]
+        levels = [torch.from_numpy(level) for level in levels]
+        return FrontOutput(levels[0], levels[1:]) if self.last else levels
 
     def batch(self, paths):
-        """Photos -> their tokens as the model takes them: float16 (B, N, C) for each level."""
+        """Photos -> their tokens as the model takes them: float16 (B, N, C) for each level, or a `FrontOutput`."""
         return stack([self[path] for path in paths])
 
     def missing(self, images, captions_of=None):
@@ -122,7 +129,7 @@ class TokenCache:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with after_other_writers(self.folder / LOCK_FILE):  # a second run that needs the same tokens waits for them
-            entries, shapes = self._read_index(), [tuple(shape) for shape in token_shapes(model, refined=False)]
+            entries, shapes = self._read_index(), self.shapes_of(model)
             if self.shapes != shapes:  # a damaged manifest: all is computed again
                 entries, self.shapes, self.index, self.rows = [], shapes, {}, 0
             missing = self.missing(images, captions_of)
@@ -180,13 +187,29 @@ class TokenCache:
         finally:
             bar.close()
 
+    def shapes_of(self, model):
+        """The shape of each tensor that is kept of a photo."""
+        side, device, was_training = model.preprocessing["img_size"], next(model.parameters()).device, model.training
+        model.eval()  # BatchNorm must not take up the statistics of a photo of zeros
+        try:
+            return [tuple(part.shape[1:]) for part in self._parts(model, torch.zeros(1, 3, side, side, device=device))]
+        finally:
+            model.train(was_training)
+
     @torch.inference_mode()
+    def _parts(self, model, images):
+        """images (B, 3, H, W) -> list of the tensors that are kept of them, B in front."""
+        if not self.last:
+            return model.levels(images)
+        front = model.encoder.front(images, self.last, self.kept_levels)
+        return [front.entering, *front.levels]
+
     def _float16_tokens(self, model, images, paths):
         """images (B, 3, H, W) -> their tokens (B, N, C) for each level, on the CPU. Raises ValueError that names the
         first of the `paths` whose tokens float16 cannot hold."""
         device = next(model.parameters()).device
         with torch.autocast(device.type, self.dtype) if self.dtype else nullcontext():
-            levels = model.levels(to_device(images, device))
+            levels = self._parts(model, to_device(images, device))
         levels = [level.half().cpu().contiguous() for level in levels]
         for level in levels:
             bad = (~level.isfinite()).flatten(1).any(1).nonzero()
@@ -202,7 +225,9 @@ class TokenCache:
             raise FileNotFoundError(f"{path}: no such image") from None
 
     def _files(self):
-        return [self.folder / f"level_{i}.float16" for i in range(len(self.shapes))]
+        names = ["entering"] if self.last else []
+        names += [f"level_{i}" for i in range(len(self.shapes) - len(names))]
+        return [self.folder / f"{name}.float16" for name in names]
 
     def _read_index(self):
         """Read {path: [row, size, time, mirrored, checksum]} from the disk -> the entries of the index that count: in
@@ -212,7 +237,7 @@ class TokenCache:
         if not (index.is_file() and manifest.is_file()):
             return []
         try:
-            self.shapes = [(int(n), int(c)) for n, c in read_json(manifest)["shapes"]]
+            self.shapes = [tuple(int(side) for side in shape) for shape in read_json(manifest)["shapes"]]
         except (ValueError, KeyError, TypeError, OverflowError):
             self.shapes = []
         if not self.shapes or min(min(shape) for shape in self.shapes) < 1:  # damaged: all is computed again
@@ -252,11 +277,11 @@ def fill_caches(model, jobs, num_workers=0):
     """
     missing = [len(cache.missing(images, captions_of)) for cache, images, captions_of in jobs]
     if any(missing):
-        folder, shapes = jobs[0][0].folder.parent, token_shapes(model, refined=False)
+        folder, shapes = jobs[0][0].folder.parent, jobs[0][0].shapes_of(model)
         need = sum(missing) * sum(2 * math.prod(shape) for shape in shapes)
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
-        each = " + ".join(f"{n} x {c}" for n, c in shapes)
+        each = " + ".join(" x ".join(map(str, shape)) for shape in shapes)
         print(f"token cache: {sum(missing):,} views of photos x {each} numbers take {need / 1e9:.2f} GB in {folder}")
         if need > free - SPARE_BYTES:
             raise OSError(
@@ -269,17 +294,19 @@ def fill_caches(model, jobs, num_workers=0):
 
 
 def read_tokens_from_disk(model, loaders, train_config):
-    """Let the `Dataset`s of the training and the validation loader read the frozen encoder's tokens from caches in
-    `train_config.cache_dir`; those that are not there are computed first.
+    """Let the `Dataset`s of the training and the validation loader read the tokens of the encoder, or of the front of
+    one whose last stages train, from caches in `train_config.cache_dir`; those that are not there are computed first.
 
-    Raises ValueError when the encoder does not stay frozen, and what `fill_caches` and `TokenCache.fill` raise.
+    Raises ValueError when what would be kept does not stay frozen, and what `fill_caches` and `TokenCache.fill` raise.
     """
     config = train_config
     trainable = set().union(*(trainable_names(stage, model) for stage in stages_of_run(model, config)))
-    cached = [name for name, _ in model.encoder.named_parameters() if not name.startswith("refiner.")]
-    trained = [name for name in cached if f"encoder.{name}" in trainable]
+    last, _ = front_of(model)
+    trained = [name for name in model.encoder.weights_before(last) if f"encoder.{name}" in trainable]
     if trained:
-        remedy = "set --trainable_stages 0, or leave out --cache_tokens"
+        remedy = "set --trainable_stages 0 (or 1: only the last stage trains), or leave out --cache_tokens"
+        if model.config.trainable_stages > 0:
+            remedy = f"{model.config.encoder} cannot be entered in front of its last stages; leave out --cache_tokens"
         if not set(model.pretrained_parameters()) & {f"encoder.{name}" for name in trained}:
             remedy = "an encoder from scratch has to train; leave out --cache_tokens"
         raise ValueError(
@@ -297,13 +324,14 @@ def read_tokens_from_disk(model, loaders, train_config):
     training.token_caches, validation.token_caches = views, views[:1]
 
 
-def weights_digest(encoder):
-    """SHA-256 of all weights and buffers that cached tokens depend on, as hexadecimal text."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(encoder.state_dict().items()):
-        if not name.startswith("refiner."):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+def weights_digest(encoder, last=0):
+    """SHA-256 of all weights and buffers that cached tokens depend on, those in front of the `last` stages, as
+    hexadecimal text."""
+    digest, tensors = hashlib.sha256(), encoder.state_dict()
+    for name in sorted(encoder.weights_before(last)):
+        tensor = tensors[name].detach().cpu()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

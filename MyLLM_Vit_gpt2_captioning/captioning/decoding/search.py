@@ -120,7 +120,8 @@ def generate_ids(
 ):
     """Continue each sequence by up to `max_tokens` tokens, for a batch of images; see `Options` for how.
 
-    images (B, 3, H, W) or the model's `levels` of them; sequences (B, T) start with BOS, more tokens are a prompt.
+    images (B, 3, H, W), the model's `levels` of them or a `FrontOutput`; sequences (B, T) start with BOS, more tokens
+    are a prompt.
     `tokenizer`: the captioner's, which max_words and max_chars need.
     Returns ids (B * num_return_sequences, T + new) on the model's device, the captions of an image in adjacent rows;
     after a row's first generated EOS all ids are EOS. A caption ends at the decoder's seq_len at the latest. Dropout is
@@ -405,9 +406,9 @@ def caption_batches(model, tokenizer, images, options, batch_size=64, prompt="",
             length = sequences.size(1)
             inputs_of_model, pixels = to_device(pixels_or_tokens, device), None
             if observe is not None and not isinstance(inputs_of_model, list):
-                pixels = inputs_of_model
+                pixels = inputs_of_model if torch.is_tensor(inputs_of_model) else None
                 with torch.inference_mode():  # encoded once, for the captions and for what is observed
-                    inputs_of_model = model.levels(pixels)
+                    inputs_of_model = model.levels(inputs_of_model)
             rows = generate_ids(model, inputs_of_model, sequences, tokenizer=tokenizer, **vars(options))
             if observe is not None:
                 observe(batch, inputs_of_model, rows, length, pixels)

@@ -16,6 +16,7 @@ import re
 import sys
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from captioning.common.printable import printable
 from captioning.model import hugging_face, plain_vit
 from captioning.model.checkpoint import OTHER_COPY, read_shapes, weights_file
+from captioning.model.front import FrontOutput, without_front
 
 COUPLINGS = ("stepped", "final")
 # What `encoder_options` may hold. They come from the config.json of strangers, too, and timm has arguments that read
@@ -248,19 +250,40 @@ class Encoder(nn.Module):
         """The parts of the timm model that run one after the other: the blocks of a ViT, the stages of a CNN."""
         raise NotImplementedError
 
-    def parameters_before(self, last):
-        """Names of the parameters that come before the `last` stages; with 0 all names except the refiner's.
+    def front(self, images, last, kept=None):
+        """images (B, 3, H, W) -> what enters the `last` stages, and the first `kept` levels (by default all), as a
+        `FrontOutput`."""
+        entering = []
+        hook = self.stages()[-last].register_forward_pre_hook(lambda stage, inputs: entering.append(inputs[0]))
+        try:
+            levels = self.levels(images)
+        finally:
+            hook.remove()
+        return FrontOutput(entering[0], levels[:kept])
+
+    def levels_behind(self, front, last):
+        """`FrontOutput` in front of the `last` stages -> the result of `levels`: list of tokens (B, N, C)."""
+        levels = self._levels_from(front.entering.to(next(self.parameters()).dtype), last)
+        return [*front.levels, *levels[len(front.levels) :]]
+
+    def _levels_from(self, entering, last):
+        """What enters the `last` stages, in the weights' dtype -> the levels behind; those in front may be wrong."""
+        raise NotImplementedError
+
+    def weights_before(self, last):
+        """Names of the weights (parameters and buffers, as in the state_dict) in front of the `last` stages; with 0 all
+        names except the refiner's.
 
         Raises ValueError when the encoder has fewer stages.
         """
         stages = self.stages()
         if last > len(stages):
             raise ValueError(f"trainable_stages {last}: the encoder has {len(stages)} stages")
-        names = [name for name, _ in self.named_parameters() if not name.startswith("refiner.")]
+        names = [name for name in self.state_dict() if not name.startswith("refiner.")]
         if last == 0:
             return names
-        first = next(stages[-last].parameters())
-        start = next(i for i, name in enumerate(names) if self.get_parameter(name) is first)
+        [path] = (name for name, part in self.named_modules() if part is stages[-last])
+        start = next(i for i, name in enumerate(names) if name.startswith(f"{path}."))
         return names[:start]  # timm registers the parts in the order in which they run
 
 
@@ -283,23 +306,36 @@ class ViTEncoder(Encoder):
         self.rotary = None
 
     def embed(self, images):
+        return self._patches(images) if self.coupling == "stepped" else self.levels(images)[0]
+
+    def levels(self, images):
+        return self._levels(self._patches(images), 0)
+
+    def _patches(self, images):
+        """images (B, 3, H, W) -> the tokens (B, N, C) that enter the first block."""
         tokens = self.vit.patch_embed(images)  # (B, N_patches, C)
         tokens = self.vit._pos_embed(tokens)  # (B, N, C): class token in front, positions added
         if isinstance(tokens, tuple):  # an Eva rotates queries and keys in each block by the patch's position (RoPE)
             tokens, self.rotary = tokens  # the rotations are the same for all images
         else:
             tokens = self.vit.patch_drop(tokens)
-        tokens = self.vit.norm_pre(tokens)  # CLIP's norm before the first block; identity elsewhere
-        if self.coupling == "stepped":
-            return tokens
-        return self.vit.norm(self._run(tokens, 0, len(self.vit.blocks)))
+        return self.vit.norm_pre(tokens)  # CLIP's norm before the first block; identity elsewhere
 
-    def levels(self, images):
-        levels, tokens = [], self.embed(images)
-        for i in range(len(self.widths)):
-            tokens = self.step(i, tokens)  # (B, N, C)
+    def _levels(self, tokens, first):
+        """Tokens (B, N, C) that enter the block `first` -> the levels, list of (B, N, C)."""
+        if self.coupling == "final":
+            return [self.vit.norm(self._run(tokens, first, len(self.vit.blocks)))]
+        levels = []
+        for start, end in pairwise(self.bounds):
+            tokens = self._run(tokens, max(start, first), end)
             levels.append(tokens)
         return levels
+
+    def _levels_from(self, entering, last):
+        if getattr(self.vit, "rope", None) is not None:  # the rotations of any photo will do
+            side = self.vit.patch_embed.img_size
+            self._patches(entering.new_zeros(1, 3, *side))
+        return self._levels(entering, len(self.vit.blocks) - last)
 
     def step(self, i, tokens):
         return self._run(tokens, *self.bounds[i : i + 2]) if self.coupling == "stepped" else tokens
@@ -396,10 +432,18 @@ class GridEncoder(Encoder):
         return self.levels(images)[-1]
 
     def levels(self, images):
-        images = images.contiguous(memory_format=torch.channels_last)  # still (B, 3, H, W)
+        return self._levels(self.cnn, images)
+
+    def _levels_from(self, entering, last):
+        return self._levels(without_front(self.cnn, self.stages()[-last]), entering)
+
+    def _levels(self, cnn, images):
+        """`cnn`: the timm model, or what is left of it behind a front, with its input in place of the images."""
+        if images.ndim == 4:
+            images = images.contiguous(memory_format=torch.channels_last)  # still (B, 3, H, W)
         if self.feature_levels == 1:
-            return [self._as_tokens(self.norm(self.cnn.forward_features(images)))]
-        last, earlier = self._feature_maps(images)
+            return [self._as_tokens(self.norm(cnn.forward_features(images)))]
+        last, earlier = self._feature_maps(cnn, images)
         levels = []
         grid = last.size(-1 if self.channels_first else 1)  # cells a side of the last map
         for features in earlier:  # (B, C, h, w), h and w at least `grid`
@@ -408,18 +452,16 @@ class GridEncoder(Encoder):
             levels.append(F.pixel_unshuffle(features, ratio).flatten(2).transpose(1, 2))  # (B, N, C * ratio ** 2)
         return [*levels, self._as_tokens(self.norm(last))]
 
-    def _feature_maps(self, images):
+    def _feature_maps(self, cnn, images):
         """-> (the last map as `forward_features` returns it, list of the maps (B, C, h, w) of the stages before it).
 
         Raises ValueError when the model has fewer stages or no `forward_intermediates`.
         """
-        stages = len(getattr(self.cnn, "feature_info", [])) if hasattr(self.cnn, "forward_intermediates") else 1
+        stages = len(getattr(cnn, "feature_info", [])) if hasattr(cnn, "forward_intermediates") else 1
         if stages < self.feature_levels:
-            raise ValueError(
-                f"feature_levels {self.feature_levels}: {type(self.cnn).__name__} gives {stages} feature maps"
-            )
+            raise ValueError(f"feature_levels {self.feature_levels}: {type(cnn).__name__} gives {stages} feature maps")
         indices = list(range(stages - self.feature_levels, stages - 1))
-        return self.cnn.forward_intermediates(images, indices=indices, output_fmt="NCHW")
+        return cnn.forward_intermediates(images, indices=indices, output_fmt="NCHW")
 
     def refine(self, levels):
         return levels if self.refiner is None else [self.refiner(levels[0])]

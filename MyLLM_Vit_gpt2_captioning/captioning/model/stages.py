@@ -55,7 +55,7 @@ def always_frozen(model):
     """Names of pretrained parameters that no stage trains: those of the encoder before its `trainable_stages`."""
     if model.config.trainable_stages < 0:
         return set()
-    before = {f"encoder.{name}" for name in model.encoder.parameters_before(model.config.trainable_stages)}
+    before = {f"encoder.{name}" for name in model.encoder.weights_before(model.config.trainable_stages)}
     return before & set(model.pretrained_parameters())
 
 

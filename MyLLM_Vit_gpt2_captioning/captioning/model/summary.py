@@ -75,15 +75,13 @@ def shapes_of(model):
 
 
 @torch.inference_mode()
-def token_shapes(model, refined=True):
-    """The encoder's tokens of one photo: (N, C) of each level, as cross-attention's bridges get them, or before the
-    refiner."""
+def token_shapes(model):
+    """The encoder's tokens of one photo: (N, C) of each level, as cross-attention's bridges get them."""
     was_training, size = model.training, model.preprocessing["img_size"]
     device = next(model.parameters()).device
     model.eval()  # BatchNorm must not take up the statistics of a photo of zeros
     try:
-        levels = model.levels(torch.zeros(1, 3, size, size, device=device))
-        levels = model.encoder.refine(levels) if refined else levels
+        levels = model.encoder.refine(model.levels(torch.zeros(1, 3, size, size, device=device)))
     finally:
         model.train(was_training)
     return [tuple(level.shape[1:]) for level in levels]

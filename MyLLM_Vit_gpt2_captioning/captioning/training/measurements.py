@@ -18,6 +18,7 @@ from captioning.common.printable import printable
 from captioning.decoding.attention_maps import eager_attend
 from captioning.images.preprocessing import normalize_pixels
 from captioning.model.encoders import timm_data_config
+from captioning.model.front import FrontOutput
 from captioning.model.loss import IGNORED_LABEL
 from captioning.model.summary import part_of
 from captioning.model.tokenizer import encode_caption
@@ -141,16 +142,15 @@ def of_model(model, batch):
     evenly it looks at the tokens.
     """
     images, ids, labels = batch[:3]
-    B = len(images[0]) if isinstance(images, list) else len(images)
+    B = len(images[0]) if isinstance(images, (list, tuple)) else len(images)
     K, few = len(ids) // B, min(B, PHOTOS)
     if few < 2:
         return {}
-    images = [level[:few] for level in images] if isinstance(images, list) else images[:few]
     ids, labels = ids[: few * K : K], labels[: few * K : K]  # (few, T): one caption of each photo
     was_training = model.training
     model.eval()
     try:
-        states = model.encoder_states(images)  # depth x (few, N, embed_dim)
+        states = model.encoder_states(_first(images, few))  # depth x (few, N, embed_dim)
         own, first, cross = _losses(model, ids, labels, states)
         kept = {id(tokens): tokens.roll(1, 0) for tokens in states}  # blocks may share the same tensor
         other, _, _ = _losses(model, ids, labels, [kept[id(tokens)] for tokens in states])
@@ -170,6 +170,13 @@ def of_model(model, batch):
         **cross,
     }
     return dict(zip(numbers, torch.stack([value.float() for value in numbers.values()]).tolist(), strict=True))
+
+
+def _first(images, few):
+    """The first photos of a batch of pixels, of the encoder's levels, or of a `FrontOutput`."""
+    if isinstance(images, FrontOutput):
+        return FrontOutput(images.entering[:few], _first(images.levels, few))
+    return [level[:few] for level in images] if isinstance(images, list) else images[:few]
 
 
 def _between_photos(tokens):
