@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from captioning.data import sources
+from captioning.data import sources, workers
 from captioning.data.batching import CaptionBatchSampler
 from captioning.data.splits import assign_splits
 from captioning.images.preprocessing import load_image, normalize_pixels
@@ -274,6 +274,23 @@ def test_plain_albumentations_pipelines_work_too(script, flickr, bpe):
     df = script._load_flickr_dataframe(flickr, flickr / "flickr30k_images")
     tfms = A.Compose([A.Resize(16, 16), A.Normalize(), ToTensorV2()])
     assert script.Dataset(df, tfms, bpe)[0][0].shape == (3, 16, 16)
+
+
+def test_workers_are_told_to_end_and_start_again():
+    """Also those that wait for the next epoch; none is left to wait until it is noticed that nobody needs it."""
+    loader = workers.Loader(range(40), 4, num_workers=2, persistent_workers=True)
+    for epoch in range(3):
+        assert [int(batch[0]) for batch in loader] == list(range(0, 40, 4))
+        processes = loader._iterator._workers
+        if epoch == 0:
+            pids = [process.pid for process in processes]
+        assert (pids == [process.pid for process in processes]) == (epoch < 2)
+        if epoch == 1:
+            workers.end_workers()
+            assert [process.exitcode for process in processes] == [0, 0]
+    next(iter(loader))
+    workers.end_workers()
+    assert [process.exitcode for process in loader._iterator._workers] == [0, 0]
 
 
 def test_data_is_the_same_for_any_number_of_workers(script, dls, bpe):

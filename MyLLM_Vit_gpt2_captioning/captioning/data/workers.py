@@ -14,8 +14,10 @@ _running = weakref.WeakSet()  # iterators with worker processes
 
 
 @atexit.register
-def _end_workers():
-    """Before multiprocessing's own hook, which sends workers a SIGTERM, that they leave alone, and waits for them."""
+def end_workers():
+    """End all workers; loaders that go on start new ones. At the end of a run and of the process, since later it takes
+    10 seconds a loader: garbage collection closes the queue on which workers are told, and multiprocessing's own hook
+    sends them a SIGTERM, that they leave alone, and waits for them."""
     for batches in list(_running):
         batches._shutdown_workers()
 
@@ -29,6 +31,8 @@ class Loader(torch.utils.data.DataLoader):
         super().__init__(dataset, *args, **options)
 
     def __iter__(self):
+        if getattr(self._iterator, "_shutdown", False):  # of persistent workers, which were ended
+            self._iterator = None
         batches = _without_sigchld_handler(super().__iter__)
         if self.num_workers:
             _running.add(batches)

@@ -22,6 +22,7 @@ from captioning.common import stopping
 from captioning.common.files import write_atomically
 from captioning.common.form import misfit
 from captioning.common.printable import printable
+from captioning.data.workers import end_workers
 from captioning.images import tar_members
 from captioning.model.checkpoint import check_finite
 from captioning.training import run_folder
@@ -134,8 +135,9 @@ class RunState:
 
     @contextmanager
     def run(self, state_dict, has_best):
-        """Around the run: its folder is its own, and whatever ends it, its state is saved. A signal ends it as
-        `stopping.listening` says. `has_best`: some epoch was the best so far, so a checkpoint goes with the state."""
+        """Around the run: its folder is its own, and whatever ends it, its state is saved and its workers are ended. A
+        signal ends it as `stopping.listening` says. `has_best`: some epoch was the best so far, so a checkpoint goes
+        with the state."""
         how_to_go_on = "the same command with --resume auto resumes the run"
         with run_folder.writing(self.run_folder), stopping.listening(how_to_go_on):
             if self.resumed and has_best and self.processes.is_main:
@@ -145,6 +147,8 @@ class RunState:
             except BaseException:
                 self.save(state_dict)
                 raise
+            finally:
+                end_workers()
 
     def stop_if_asked(self):
         """Raise Stopped when a signal has come to this or another process."""
