@@ -1,10 +1,11 @@
-"""How much faster is an epoch that reads a frozen encoder's tokens from disk than one that computes them?
+"""How much faster is an epoch that reads from disk what the frozen part of an encoder makes than one that computes it?
 
     python benchmarks/bench_token_cache.py                                   photos of the built-in Shapes
     python benchmarks/bench_token_cache.py --data data/flickr8k --photos 160   those of another dataset
 
-The decoder is that of recipes/flickr8k_frozen.toml. Epochs with and without cache are timed in turns in one process;
-the table shows medians and ranges. Encoders have random weights, which does not change their time.
+The decoder is that of recipes/flickr8k_frozen.toml. The first table has frozen encoders, the second those whose last
+stages train. Epochs of all kinds are timed in turns in one process; the tables show medians and ranges. Encoders have
+random weights, which does not change their time.
 """
 
 import argparse
@@ -32,10 +33,15 @@ CASES = [  # encoder, captions that share one encoding of their photo
     ("resnet50", 5),
     ("vit_base_patch16_224", 5),
 ]
+TUNED = [  # encoder, how many of its last stages (blocks of a ViT) train
+    ("tf_efficientnet_lite0", 2),
+    ("resnet50", 1),
+    ("vit_base_patch16_224", 2),
+]
 
 
-def make_trainer(encoder, captions_per_image, cached, df, folder):
-    """A Trainer of the recipe with another, frozen encoder."""
+def make_trainer(encoder, captions_per_image, cached, df, folder, stages=0):
+    """A Trainer of the recipe with another encoder, whose last `stages` train from the first epoch on."""
     weights = folder / f"{encoder}.safetensors"
     if not weights.exists():
         save_file(timm.create_model(encoder).state_dict(), weights)
@@ -44,6 +50,9 @@ def make_trainer(encoder, captions_per_image, cached, df, folder):
         encoder_weights=weights,
         coupling="final",
         captions_per_image=captions_per_image,
+        trainable_stages=stages,
+        freeze_epochs_gpt=0,
+        freeze_epochs_all=0,
         cache_tokens=cached,
         cache_views=1,
         cache_dir=folder,
@@ -66,6 +75,25 @@ def timed_epoch(trainer, epoch):
     return time.perf_counter() - start
 
 
+def in_turns(trainers, repeats):
+    """Time an epoch of each trainer in turns -> a list of `repeats` rows of seconds, a column for each trainer."""
+    for trainer in trainers:
+        timed_epoch(trainer, 0)
+    return [[timed_epoch(trainer, epoch) for trainer in trainers] for epoch in range(1, repeats + 1)]
+
+
+def as_cells(times):
+    """Median and range of each column of `in_turns`."""
+    return [
+        f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
+        for seconds in zip(*times, strict=True)
+    ]
+
+
+def ratio(times, column, other):
+    return statistics.median(row[column] / row[other] for row in times)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=script.DATA_DIR / "shapes", metavar="FOLDER")
@@ -83,15 +111,19 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for encoder, captions_per_image in CASES:
             trainers = [make_trainer(encoder, captions_per_image, cached, df, Path(folder)) for cached in (False, True)]
-            for trainer in trainers:
-                timed_epoch(trainer, 0)
-            times = [[timed_epoch(trainer, epoch) for trainer in trainers] for epoch in range(1, args.repeats + 1)]
-            computed, cached = (
-                f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
-                for seconds in zip(*times, strict=True)
-            )
-            ratio = statistics.median(without / with_cache for without, with_cache in times)
-            print(f"| {encoder} | {captions_per_image} | {computed} | {cached} | {ratio:.1f} |", flush=True)
+            times = in_turns(trainers, args.repeats)
+            cells = encoder, captions_per_image, *as_cells(times), f"{ratio(times, 0, 1):.1f}"
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
+        print("\n| encoder | stages that train | computed, s | from cache in front of them, s | faster | ", end="")
+        print("frozen, from cache, s | times a frozen epoch |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        for encoder, stages in TUNED:
+            kinds = (False, stages), (True, stages), (True, 0)
+            trainers = [make_trainer(encoder, 5, cached, df, Path(folder), last) for cached, last in kinds]
+            times = in_turns(trainers, args.repeats)
+            computed, front, frozen = as_cells(times)
+            cells = encoder, stages, computed, front, f"{ratio(times, 0, 1):.1f}", frozen, f"{ratio(times, 1, 2):.1f}"
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 if __name__ == "__main__":
