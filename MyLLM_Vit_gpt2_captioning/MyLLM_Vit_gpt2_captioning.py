@@ -21,7 +21,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torch.utils.data
 from torch import nn
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
@@ -163,6 +162,7 @@ class TrainConfig(Config):
     scst_epochs: int = 0  # further epochs of self-critical training, which raise CIDEr and choose the best epoch by it
     scst_lr: float = 5e-5  # their peak learning rate
     scst_samples: int = 5  # captions drawn for a photo; a step draws batch_size captions
+    scst_bleu: float = 0.0  # weight of a caption's BLEU-4 in its reward, beside CIDEr; it works against short captions
     scst_draws: str = "sample"  # "sample" from the model, or the finished captions of a "beam" search
     scst_baseline: str = "mean"  # reward a draw is compared with: "mean" of the other draws, or the "greedy" caption
     tracker: str = "none"  # "tensorboard", "wandb" or "trackio" also get the metrics of the run

@@ -48,6 +48,7 @@ REFUSED = [
     ("--score_tokens letters", "score_tokens is 'letters', but must be one of 'words', 'characters'"),
     ("--precision fp8", "precision is 'fp8', but must be one of 'auto', 'float32', 'bf16'"),
     ("--best_by BLEU", "best_by is 'BLEU', but must be one of 'perplexity', 'CIDEr'"),
+    ("--scst_bleu -0.5", "scst_bleu is -0.5, but must be at least 0"),
     ("--scst_draws greedy", "scst_draws is 'greedy', but must be one of 'sample', 'beam'"),
     ("--scst_baseline best", "scst_baseline is 'best', but must be one of 'mean', 'greedy'"),
     ("--tracker wandbb", "tracker is 'wandbb', but must be one of 'none', 'tensorboard', 'wandb', 'trackio'"),

@@ -39,7 +39,7 @@ class Photos:
 
 def config(**changes):
     values = dict(scst_samples=4, scst_draws="sample", scst_baseline="mean", batch_size=24, num_workers=0)
-    return SimpleNamespace(**values | dict(device="cpu", score_tokens="words") | changes)
+    return SimpleNamespace(**values | dict(device="cpu", score_tokens="words", scst_bleu=0.0) | changes)
 
 
 @pytest.fixture
@@ -94,6 +94,22 @@ def test_rewards_are_cider_with_the_end_as_a_word(model, photos):
     # The same words, but the caption does not come to its end: that is worth less.
     broken_off = scst.rewards(ids_of(photos.tokenizer, ["a dog runs ..."]), places[:1])
     assert broken_off.item() < right - 0.5
+
+
+def test_bleu_is_rewarded_beside_cider(model, photos):
+    """With the smoothing of Lin & Och; worked out by hand."""
+    captions, places = (
+        ["a dog runs .", "a dog runs ... ", "dog", "a cat sleeps and a dog runs .", ""],
+        torch.zeros(5).long(),
+    )
+    ids = ids_of(photos.tokenizer, captions, length=12)
+    cider = SelfCritical(model, photos, config()).rewards(ids, places)
+    both = SelfCritical(model, photos, config(scst_bleu=0.5)).rewards(ids, places)
+    bleu = (2 * (both - cider)).tolist()
+    assert bleu[0] == pytest.approx(1)  # with END_WORD four words, all of the reference
+    # "dog <end>": 2 of 2 words and 0 of 1 pairs, each with 1 more, no longer n-gram; the reference has 4 words
+    assert bleu[2] == pytest.approx(math.exp(1 - 4 / 2) * (1 * 1 / 2 * 1 * 1) ** (1 / 4), abs=1e-4)
+    assert 0 < bleu[1] < bleu[0] and 0 < bleu[3] < bleu[0] and bleu[4] < 0.3
 
 
 @pytest.mark.parametrize("baseline", ["mean", "greedy"])

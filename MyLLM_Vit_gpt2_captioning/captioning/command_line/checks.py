@@ -119,6 +119,7 @@ TRAIN = {
     "scst_epochs": AT_LEAST_0,
     "scst_lr": POSITIVE,
     "scst_samples": AT_LEAST_1,
+    "scst_bleu": AT_LEAST_0,
     "scst_draws": Choice(("sample", "beam")),
     "scst_baseline": Choice(("mean", "greedy")),
     "tracker": Choice(("none", "tensorboard", "wandb", "trackio")),

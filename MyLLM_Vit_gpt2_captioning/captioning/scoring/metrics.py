@@ -178,6 +178,15 @@ def bleu_scores(sums):
     return np.cumprod(precisions, axis=-1) ** (1 / np.arange(1, MAX_N + 1)) * brevity_penalty
 
 
+def sentence_bleu(candidates, references):
+    """As `bleu` -> BLEU-4 of each candidate (len(candidates),). From n = 2 on, 1 is added to the n-grams that a
+    reference has and to all (Lin & Och 2004), since else it is 0 without four words in a row of a reference."""
+    counts = bleu_counts(candidates, references)
+    counts[:, 3 : 2 + MAX_N] += 1
+    counts[:, 3 + MAX_N :] += 1
+    return bleu_scores(counts)[:, -1]
+
+
 def rouge_l(candidate, references):
     """A tokenized candidate and its references -> ROUGE-L (Lin 2004): the F-measure of the longest common subsequence,
     with recall weighted by beta = 1.2; precision and recall are each the maximum over the references."""

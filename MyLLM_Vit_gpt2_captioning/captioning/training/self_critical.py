@@ -1,10 +1,10 @@
 """Self-critical sequence training (Rennie et al. 2017): after cross-entropy the model learns from its own captions.
 
-Captions are drawn for each photo and rewarded with their CIDEr. What lies above the photo's baseline becomes likelier,
-what lies below less likely: the gradient of -(reward - baseline) * log p(caption). The baseline is the reward of the
-greedy caption, or the mean reward of the photo's other draws, which costs nothing more (Luo 2020). In place of draws
-the captions that beam search ends with may be used, as Cornia et al. (2020, Meshed-Memory Transformer) do: they are few
-good captions that differ, so what is learned is which of them is best.
+Captions are drawn for each photo and rewarded with their CIDEr, or with it and BLEU-4. What lies above the photo's
+baseline becomes likelier, what lies below less likely: the gradient of -(reward - baseline) * log p(caption). The
+baseline is the reward of the greedy caption, or the mean reward of the photo's other draws, which costs nothing more
+(Luo 2020). In place of draws the captions that beam search ends with may be used, as Cornia et al. (2020, Meshed-
+Memory Transformer) do: they are few good captions that differ, so what is learned is which of them is best.
 """
 
 from functools import partial
@@ -43,6 +43,7 @@ class SelfCritical:
         self.by = config.score_tokens
         self.model, self.tokenizer = model, dataset.tokenizer
         self.samples, self.baseline, self.draws = config.scst_samples, config.scst_baseline, config.scst_draws
+        self.bleu_weight = config.scst_bleu
         if any(dataset.prompts):
             raise ValueError(
                 "self-critical training rewards captions; this dataset asks questions: set --scst_epochs 0"
@@ -101,13 +102,18 @@ class SelfCritical:
         return (nll * advantages[:, None].expand_as(real)[real]).mean(), rewards.mean().to(ids.device)
 
     def rewards(self, ids, indices):
-        """Ids of captions (rows, T) that begin with BOS, indices (rows,) of their photos -> CIDEr, float32 (rows,)."""
+        """Ids of captions (rows, T) that begin with BOS, indices (rows,) of their photos -> CIDEr of each, and
+        `scst_bleu` times BLEU-4 on top of it, float32 (rows,)."""
+        from captioning.scoring.metrics import sentence_bleu
         from captioning.scoring.tokenization import tokenize
 
         texts = tokenize([self.tokenizer.decode(row[1:]) for row in ids.tolist()], self.by)
         ended = (ids[:, 1:] == self.tokenizer.eos_token_id).any(1).tolist()
         texts = [f"{text} {END_WORD}" if end else text for text, end in zip(texts, ended, strict=True)]
-        scores = self.cider.scores(texts, [self.references[i] for i in indices.tolist()])
+        references = [self.references[i] for i in indices.tolist()]
+        scores = np.asarray(self.cider.scores(texts, references))
+        if self.bleu_weight:
+            scores = scores + self.bleu_weight * sentence_bleu(texts, references)
         return torch.tensor(scores, dtype=torch.float32)
 
 
