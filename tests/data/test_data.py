@@ -1,5 +1,6 @@
 """Annotation files, splits and batches."""
 
+import gc
 import json
 import math
 import re
@@ -291,6 +292,18 @@ def test_workers_are_told_to_end_and_start_again():
     next(iter(loader))
     workers.end_workers()
     assert [process.exitcode for process in loader._iterator._workers] == [0, 0]
+
+
+def test_workers_of_a_forgotten_loader_end(monkeypatch):
+    """Those that garbage collection finds cannot be told; a process that waited for them at its end would never end."""
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    loader = workers.Loader(range(8), 4, num_workers=2, persistent_workers=True)
+    next(iter(loader))
+    processes = loader._iterator._workers
+    loader.cycle = loader
+    del loader
+    gc.collect()
+    assert not any(process.is_alive() for process in processes)
 
 
 def test_data_is_the_same_for_any_number_of_workers(script, dls, bpe):
