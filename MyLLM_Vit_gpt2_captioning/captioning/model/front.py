@@ -54,8 +54,8 @@ def _levels_that_do_not_follow(model, last):
 
 
 def _close(one, other):
-    """Whether two tensors are equal but for rounding."""
-    return one.shape == other.shape and bool(((one - other).abs() <= 1e-3 * other.abs().max()).all())
+    """Whether two tensors are equal but for rounding, that of a GPU with other algorithms included."""
+    return one.shape == other.shape and bool(((one - other).abs() <= 1e-2 * other.abs().max()).all())
 
 
 def without_front(module, stage):
