@@ -218,7 +218,7 @@ def test_two_runs_fill_one_cache(tiny_model, photos, tmp_path, monkeypatch):
     assert torch.equal(late.batch(photos)[0], first.batch(photos)[0])
 
 
-@pytest.mark.parametrize("damage", ["short level", "damaged line", "no manifest", "half a manifest", "no level"])
+@pytest.mark.parametrize("damage", ["short level", "damaged line", "no manifest", "half a manifest", "no shape", "no level"])
 def test_a_damaged_cache_is_mended(tiny_model, photos, tmp_path, monkeypatch, damage):
     """As after a copy that broke off: rows without tokens are computed again, never served as zeros."""
     cache = TokenCache(tmp_path, tiny_model).fill(tiny_model, photos)
@@ -230,6 +230,8 @@ def test_a_damaged_cache_is_mended(tiny_model, photos, tmp_path, monkeypatch, da
         (cache.folder / "index.jsonl").write_bytes(b"".join([*lines[:7], b"\0" * 30 + b"\n", *lines[8:]]))
     elif damage == "half a manifest":
         os.truncate(cache.folder / "manifest.json", 40)
+    elif damage == "no shape":
+        (cache.folder / "manifest.json").write_text('{"shapes": [[], [5, 24]]}')
     else:
         (cache.folder / "manifest.json" if damage == "no manifest" else level).unlink()
     seen = count_images(tiny_model, monkeypatch)

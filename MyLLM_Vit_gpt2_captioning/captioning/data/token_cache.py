@@ -240,7 +240,7 @@ class TokenCache:
             self.shapes = [tuple(int(side) for side in shape) for shape in read_json(manifest)["shapes"]]
         except (ValueError, KeyError, TypeError, OverflowError):
             self.shapes = []
-        if not self.shapes or min(min(shape) for shape in self.shapes) < 1:  # damaged: all is computed again
+        if not self.shapes or not all(shape and min(shape) > 0 for shape in self.shapes):  # damaged: all is computed again
             return []
         sizes = [file.stat().st_size if file.is_file() else 0 for file in self._files()]
         stored = min(size // (2 * math.prod(shape)) for size, shape in zip(sizes, self.shapes, strict=True))
