@@ -218,7 +218,9 @@ def test_two_runs_fill_one_cache(tiny_model, photos, tmp_path, monkeypatch):
     assert torch.equal(late.batch(photos)[0], first.batch(photos)[0])
 
 
-@pytest.mark.parametrize("damage", ["short level", "damaged line", "no manifest", "half a manifest", "no shape", "no level"])
+@pytest.mark.parametrize(
+    "damage", ["short level", "damaged line", "no manifest", "half a manifest", "no shape", "no level"]
+)
 def test_a_damaged_cache_is_mended(tiny_model, photos, tmp_path, monkeypatch, damage):
     """As after a copy that broke off: rows without tokens are computed again, never served as zeros."""
     cache = TokenCache(tmp_path, tiny_model).fill(tiny_model, photos)

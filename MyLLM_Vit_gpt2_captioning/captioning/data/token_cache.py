@@ -240,8 +240,8 @@ class TokenCache:
             self.shapes = [tuple(int(side) for side in shape) for shape in read_json(manifest)["shapes"]]
         except (ValueError, KeyError, TypeError, OverflowError):
             self.shapes = []
-        if not self.shapes or not all(shape and min(shape) > 0 for shape in self.shapes):  # damaged: all is computed again
-            return []
+        if not (self.shapes and all(shape and min(shape) > 0 for shape in self.shapes)):
+            return []  # damaged: all is computed again
         sizes = [file.stat().st_size if file.is_file() else 0 for file in self._files()]
         stored = min(size // (2 * math.prod(shape)) for size, shape in zip(sizes, self.shapes, strict=True))
         entries = resumable_work.read_index(index)[:stored]
