@@ -207,8 +207,8 @@ def test_the_last_stages_of_an_encoder(name, options, last, trains):
 
 @pytest.mark.parametrize("stages", [0, 2])
 def test_trainable_stages(script, resnet_config, images, stages):
-    """Of a pretrained ResNet only the last stages ever train; the rest keeps its BatchNorm buffers, the refiner trains
-    from the first step."""
+    """Of a pretrained ResNet only the last stages ever train, and all of it keeps its BatchNorm buffers; the refiner
+    trains from the first step."""
     resnet_config.encoder_weights, resnet_config.trainable_stages = "pretrained", stages
     model = script.VisionGPT2Model(resnet_config)
     model.pretrained_layers_trainable(trainable=False)
@@ -221,7 +221,10 @@ def test_trainable_stages(script, resnet_config, images, stages):
     model.train()(images, torch.zeros(3, 4, dtype=torch.long), torch.ones(3, 4, dtype=torch.long)).backward()
     moved = {name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])}
     assert moved
-    assert all(name.startswith(("encoder.refiner", *last)) for name in moved)
+    assert all(name.startswith("encoder.refiner") for name in moved)
+    gradients = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    norms = {f"encoder.cnn.layer{i}.0.bn2.{kind}" for i in range(5 - stages, 5) for kind in ("weight", "bias")}
+    assert norms <= gradients
 
 
 def test_a_tower_that_never_trains_has_no_last_stage(script, tiny_config, dls, tmp_path, monkeypatch, capsys):

@@ -67,15 +67,21 @@ def train_only(model, names):
     print(f"frozen parameters: {sum(p.numel() for p in model.parameters() if not p.requires_grad):,}")
 
 
-@torch.no_grad()
-def norm_of_one_value(model):
-    """The name of the first BatchNorm that trains in some stage and has one value a channel of one photo, or None."""
-    trained = trainable_names("everything", model)
-    norms = {
+def batch_norms(model, pretrained):
+    """{BatchNorm of the encoder: its name}, those whose weights are `pretrained`, or those that start at random."""
+    names = set(model.pretrained_parameters())
+    return {
         module: name
         for name, module in model.encoder.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"encoder.{name}.weight" in trained
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (f"encoder.{name}.weight" in names) == pretrained
     }
+
+
+@torch.no_grad()
+def norm_of_one_value(model):
+    """The name of the first BatchNorm that normalises with the statistics of the batch, and has one value a channel of
+    one photo, or None."""
+    norms = batch_norms(model, pretrained=False)
     if not norms:
         return None
     found = []
@@ -96,11 +102,18 @@ def norm_of_one_value(model):
 
 
 def keep_frozen_in_eval(model):
-    """Put frozen modules back into eval mode: no dropout, and BatchNorm keeps its buffers."""
+    """Put frozen modules back into eval mode: no dropout, and BatchNorm keeps its buffers.
+
+    A pretrained BatchNorm does so also while its weights train, as is usual in fine-tuning: a batch's statistics are
+    noisier than those that the weights were trained with. recipes/RESULTS.md says what that is worth.
+    """
     for module in model.modules():
         parameters = list(module.parameters())
         if parameters and not any(p.requires_grad for p in parameters):
             for part in module.modules():
                 part.training = False
+    if model.training:
+        for norm in batch_norms(model, pretrained=True):
+            norm.training = False
     if not model.gpt.tok_emb.weight.requires_grad:
         model.gpt.drop_emb.training = False

@@ -12,8 +12,9 @@ from captioning.model.stages import norm_of_one_value
 
 
 def check_batches(model, loader):
-    """Raise ValueError when a batch of the training `loader` may have a single photo, of which a BatchNorm that trains
-    sees a single value a channel: it cannot be normalised, and training would end there, maybe after an hour."""
+    """Raise ValueError when a batch of the training `loader` may have a single photo, of which a BatchNorm that
+    normalises with the batch sees a single value a channel: it cannot, and training would end there, maybe after an
+    hour."""
     if loader.batch_sampler.photos_in_smallest_batch() > 1:
         return
     if norm := norm_of_one_value(model):
@@ -21,7 +22,7 @@ def check_batches(model, loader):
             f"a batch of an epoch has one photo, of which {norm} sees one value a channel (img_size "
             f"{model.preprocessing['img_size']}), and BatchNorm cannot train on one value: change batch_size "
             f"{loader.batch_sampler.groups_per_batch * loader.batch_sampler.captions_per_image} so that the last batch "
-            "of an epoch has more, give a larger img_size in encoder_options, or set trainable_stages to 0"
+            "of an epoch has more, or give a larger img_size in encoder_options"
         )
 
 
