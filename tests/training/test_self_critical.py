@@ -99,7 +99,7 @@ def test_rewards_are_cider_with_the_end_as_a_word(model, photos):
 def test_bleu_is_rewarded_beside_cider(model, photos):
     """With the smoothing of Lin & Och; worked out by hand."""
     captions, places = (
-        ["a dog runs .", "a dog runs ... ", "dog", "a cat sleeps and a dog runs .", ""],
+        ["a dog runs .", "a dog runs ...", "dog", "a cat sleeps and a dog runs .", ""],
         torch.zeros(5).long(),
     )
     ids = ids_of(photos.tokenizer, captions, length=12)
