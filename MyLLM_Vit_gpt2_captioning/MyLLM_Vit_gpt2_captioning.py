@@ -478,7 +478,7 @@ class VisionGPT2Model(nn.Module):
     def encoder_states(self, images):
         """images as in `levels`, or the result of `levels` -> list of the tokens (B, N, embed_dim) that each decoder
         block attends to."""
-        levels = images if isinstance(images, list) else self.levels(images)
+        levels = images if type(images) in (list, tuple) else self.levels(images)  # a `FrontOutput` is a tuple, too
         levels = self.encoder.refine([level.to(self.gpt.tok_emb.weight.dtype) for level in levels])
         tokens = [bridge(level) for bridge, level in zip(self.bridges, levels, strict=True)]  # (B, N, embed_dim) each
         if self.config.coupling == "final":
@@ -505,7 +505,7 @@ class VisionGPT2Model(nn.Module):
         return [BlockCache(KeyValueCache(max_length)) for _ in self.gpt.trf_blocks]
 
     def forward(self, image, input_ids, labels=None, places=None):
-        """image (B, 3, H, W) or its `levels`, input_ids (B*K, T), labels (B*K, T) or None.
+        """image (B, 3, H, W), its `levels` or `FrontOutput`, input_ids (B*K, T), labels (B*K, T) or None.
 
         With labels: the mean cross-entropy over labels that are not -100, a scalar in nats, in training mode with label
         smoothing (Szegedy et al. 2016). Without: logits (B*K, 1, vocab_size) of the token that follows the last one.

@@ -289,8 +289,11 @@ def test_workers_are_told_to_end_and_start_again():
         if epoch == 1:
             workers.end_workers()
             assert [process.exitcode for process in processes] == [0, 0]
-    next(iter(loader))
+    batches = iter(loader)
+    next(batches)
     workers.end_workers()
+    with pytest.raises(RuntimeError, match="a run ended, and with it the processes that were loading photos here"):
+        list(batches)
     assert [process.exitcode for process in loader._iterator._workers] == [0, 0]
 
 

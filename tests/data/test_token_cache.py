@@ -15,7 +15,7 @@ from captioning.data import token_cache
 from captioning.data.token_cache import TokenCache, fill_caches
 from captioning.images.augmentation import ValidationTransforms
 from captioning.model.front import FrontOutput, front_of
-from conftest import REDUCED_ENCODERS
+from conftest import REDUCED_ENCODERS, TINY_ENCODER
 
 PHOTOS = 10
 
@@ -467,11 +467,30 @@ def test_only_what_does_not_follow_is_kept(script, tiny_config, photos, tmp_path
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(REDUCED_ENCODERS, name, REDUCED_ENCODERS[name] | {"depth": 6})
         model = with_front(script, tiny_config, name, "stepped", 1)  # steps of two blocks: after 2 and 4 come 5 and 6
+        with torch.no_grad():  # as CLIP and large ViTs have it: beside one huge channel no difference is large
+            model.encoder.vit.pos_embed[..., 0] += 300
         assert front_of(model) == (1, 2)
         cache = TokenCache(tmp_path, model).fill(model, photos)
     N, C = cache.batch(photos).entering.shape[1:]
     files = {file.name: file.stat().st_size for file in cache.folder.glob("*.float16")}
     assert files == dict.fromkeys(["entering.float16", "level_0.float16", "level_1.float16"], PHOTOS * N * C * 2)
+
+
+def test_dropout_in_the_front_is_off(script, tiny_config, photos):
+    """Also in training, as when its output was computed; behind it dropout is on."""
+    drops = dict(patch_drop_rate=0.5, pos_drop_rate=0.5, proj_drop_rate=0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(REDUCED_ENCODERS, "vit_tiny_patch16_224", TINY_ENCODER | drops)
+        model = with_front(script, tiny_config, "vit_tiny_patch16_224", "stepped", 1)
+    model.pretrained_layers_trainable(True)
+    vit = model.train().encoder.vit
+    assert not any(
+        module.training for part in (vit.pos_drop, vit.patch_drop, vit.blocks[0]) for module in part.modules()
+    )
+    assert all(module.training for module in vit.blocks[1].modules())
+    images = torch.stack([token_cache.preprocess(path, **model.preprocessing) for path in photos])
+    in_training = model.encoder.front(images, 1).entering
+    assert torch.equal(in_training, model.eval().encoder.front(images, 1).entering)
 
 
 def test_only_weights_of_the_front_change_its_cache(script, tiny_config, photos, tmp_path):

@@ -15,9 +15,10 @@ _running = weakref.WeakSet()  # iterators with worker processes
 
 @atexit.register
 def end_workers():
-    """End all workers; loaders that go on start new ones. At the end of a run, since garbage collection first closes
-    the queue on which workers are told, and then waits 5 seconds for each."""
+    """End all workers of this process; the next epoch of a loader starts new ones. At the end of a run, since garbage
+    collection first closes the queue on which workers are told, and then waits 5 seconds for each."""
     for batches in list(_running):
+        batches.ended = True
         batches._shutdown_workers()
 
 
@@ -41,6 +42,8 @@ class Loader(torch.utils.data.DataLoader):
             try:
                 batch = next(batches)
             except StopIteration:
+                if getattr(batches, "ended", False):
+                    raise RuntimeError("a run ended, and with it the processes that were loading photos here") from None
                 return
             except (OSError, ValueError) as error:
                 if not str(error).startswith("Caught "):

@@ -266,6 +266,11 @@ class Encoder(nn.Module):
         levels = self._levels_from(front.entering.to(next(self.parameters()).dtype), last)
         return [*front.levels, *levels[len(front.levels) :]]
 
+    def levels_in_front(self, last):
+        """How many of the first levels do not follow from what enters the `last` stages; None where only trying it
+        shows that."""
+        return None
+
     def _levels_from(self, entering, last):
         """What enters the `last` stages, in the weights' dtype -> the levels behind; those in front may be wrong."""
         raise NotImplementedError
@@ -330,6 +335,10 @@ class ViTEncoder(Encoder):
             tokens = self._run(tokens, max(start, first), end)
             levels.append(tokens)
         return levels
+
+    def levels_in_front(self, last):
+        first = len(self.vit.blocks) - last
+        return sum(end < first for end in self.bounds[1:]) if self.coupling == "stepped" else 0
 
     def _levels_from(self, entering, last):
         if getattr(self.vit, "rope", None) is not None:  # the rotations of any photo will do

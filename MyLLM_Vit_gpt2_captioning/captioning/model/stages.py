@@ -4,6 +4,8 @@ A run goes through the stages "new layers", "GPT-2 blocks" and "everything", as 
 parameters that start from random weights are never frozen.
 """
 
+import itertools
+
 import torch
 from torch import nn
 
@@ -67,6 +69,14 @@ def train_only(model, names):
     print(f"frozen parameters: {sum(p.numel() for p in model.parameters() if not p.requires_grad):,}")
 
 
+def _front(model):
+    """The modules that run before the stages that alone train, those without weights (dropout) included."""
+    if not always_frozen(model) or model.config.trainable_stages == 0:
+        return []
+    first = model.encoder.stages()[-model.config.trainable_stages]
+    return itertools.takewhile(lambda module: module is not first, model.encoder.modules())
+
+
 def batch_norms(model, pretrained):
     """{BatchNorm of the encoder: its name}, those whose weights are `pretrained`, or those that start at random."""
     names = set(model.pretrained_parameters())
@@ -113,7 +123,7 @@ def keep_frozen_in_eval(model):
             for part in module.modules():
                 part.training = False
     if model.training:
-        for norm in batch_norms(model, pretrained=True):
-            norm.training = False
+        for part in [*batch_norms(model, pretrained=True), *_front(model)]:
+            part.training = False
     if not model.gpt.tok_emb.weight.requires_grad:
         model.gpt.drop_emb.training = False
