@@ -26,6 +26,7 @@ SMALL_ENCODER = {
         encoder="resnet10t", encoder_options=dict(img_size=64), refiner=dict(width=32, grid=2, heads=2)
     ),
     "flickr8k_frozen": dict(encoder_options=dict(img_size=64)),
+    "flickr8k_tuned": dict(encoder_options=dict(img_size=64), freeze_epochs_all=1),
 }
 
 
@@ -111,7 +112,7 @@ def test_every_recipe_says_how_long_it_takes():
     """Its header: the command, and time, memory and score, measured or said not to be."""
     assert RECIPES.keys() >= {
         "shapes", "flickr8k_frozen", "flickr8k_frozen_scst", "vqa_shapes", "vit_gpt2_flickr30k", "vit_gpt2_coco",
-        "clip_scratch_decoder", "resnet_transformer",
+        "clip_scratch_decoder", "resnet_transformer", "flickr8k_tuned",
     }  # fmt: skip
     for name, path in RECIPES.items():
         header = path.read_text().split("\n\n")[0]
