@@ -50,19 +50,6 @@ REDUCED_ENCODERS = {  # every family, its real architecture with fewer and narro
 }
 
 
-# Files whose tests start processes, the longest first: the last file of `make test` is waited for by one worker.
-LONG = "distributed", "resume", "check_gpu", "web_demo", "meteor", "script", "trackers"
-
-
-def place(item):
-    name = item.path.stem.removeprefix("test_")
-    return LONG.index(name) if name in LONG else len(LONG)
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=place)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def temporary_files(tmp_path_factory):
     """Libraries and child processes put their temporary files into pytest's folder, which goes when all tests pass."""
