@@ -119,6 +119,7 @@ def test_training_needs_neither_albumentations_nor_opencv(flickr, tmp_path):
         "script.main(sys.argv[1:])\n"
     )
     options = ["--data_dir", str(flickr), "--model_path", str(tmp_path / "captioner"), *TINY, "--epochs", "1"]
+    options += ["--score_every", "0", "--demo_images", "0"]
     done = subprocess.run(
         [sys.executable, "-c", code, *options], cwd=SCRIPT.parent, capture_output=True, text=True, timeout=300
     )

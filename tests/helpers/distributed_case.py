@@ -15,6 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "MyLLM_Vit_gpt2_captioning"))
 
 import MyLLM_Vit_gpt2_captioning as script
+from captioning.scoring import meteor
+
+meteor.read_paraphrases = lambda references: {}  # takes seconds, in every process; as in conftest.py
 
 
 def main(losses_file, kill, stop, *argv):

@@ -10,15 +10,6 @@ from captioning.scoring import meteor, metrics
 needs_tables = pytest.mark.skipif(meteor.reason_against() is not None, reason="needs pycocoevalcap, snowballstemmer")
 
 
-READ = meteor.read_paraphrases  # conftest.py puts an empty table in its place
-
-
-@pytest.fixture
-def whole_table(monkeypatch):
-    """The real table of paraphrases, which the other tests do not wait for."""
-    monkeypatch.setattr(meteor, "read_paraphrases", READ)
-
-
 GOLDEN = (  # the example of nlg-eval: two hypotheses with two references each, and their scores
     {
         1: "this is the model generated sentence1 which seems good enough",
@@ -34,16 +25,9 @@ GOLDEN = (  # the example of nlg-eval: two hypotheses with two references each, 
 )
 
 
-@needs_tables
-def test_the_golden_example(whole_table):
-    scores = metrics.score_captions(*GOLDEN, java=False)
-    expected = {
-        "BLEU-1": 0.55, "BLEU-2": 0.428174, "BLEU-3": 0.284043, "BLEU-4": 0.201143,
-        "METEOR": 0.295797, "ROUGE-L": 0.522104, "CIDEr": 1.242192,
-    }  # fmt: skip
-    assert {name: scores[name] for name in expected} == pytest.approx(expected, abs=1e-6)
-
-
+READ = meteor.read_paraphrases  # conftest.py puts an empty table in its place
+WORDS = ("a", "the", "dog", "dogs", "man", "person", "woman", "runs", "running", "jumps", "in", "on", "grass", "lawn",
+         "two", "people", "is", "are", "street", "road", "'s", "photo", "picture", "boy", "child")  # fmt: skip
 SINGLE = (  # candidate, reference, score of the Java program
     ("a dog runs", "a dog runs", 1.0),
     ("a dog runs", "a dog runs fast", 0.3799461194352912),
@@ -59,6 +43,55 @@ SINGLE = (  # candidate, reference, score of the Java program
     ("dog", "", 0.0),
     ("", "", 0.0),
 )
+
+
+def varied():
+    """Candidates of many kinds and the four references of each, the same at every call."""
+    rng = random.Random(0)
+
+    def caption(low, high):
+        return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
+
+    references = [[caption(3, 12) for _ in range(4)] for _ in range(60)]
+    kinds = (
+        lambda captions: captions[0],
+        lambda captions: captions[0].replace("dog", "puppy").replace("runs", "ran"),
+        lambda captions: caption(3, 12),
+        lambda captions: captions[1].split()[0],
+        lambda captions: "",
+        lambda captions: " ".join(["dog"] * 9),
+        lambda captions: " ".join(captions),
+    )
+    return [kinds[i % len(kinds)](captions) for i, captions in enumerate(references)], references
+
+
+@pytest.fixture(scope="module")
+def references():
+    """All that this file scores with the table, normalized."""
+    captions = [reference for of_one in (*GOLDEN[1].values(), *varied()[1]) for reference in of_one]
+    captions += [reference for _, reference, _ in SINGLE] + ["two people walk along the street"]
+    return frozenset(" ".join(meteor.normalize(caption)) for caption in captions)
+
+
+@pytest.fixture(scope="module")
+def table(references):
+    """The real table of paraphrases. Reading it takes seconds, so the other tests do without, and these share it."""
+    return READ(references)
+
+
+@pytest.fixture
+def whole_table(table, monkeypatch):
+    monkeypatch.setattr(meteor, "read_paraphrases", lambda references: table)
+
+
+@needs_tables
+def test_the_golden_example(whole_table):
+    scores = metrics.score_captions(*GOLDEN, java=False)
+    expected = {
+        "BLEU-1": 0.55, "BLEU-2": 0.428174, "BLEU-3": 0.284043, "BLEU-4": 0.201143,
+        "METEOR": 0.295797, "ROUGE-L": 0.522104, "CIDEr": 1.242192,
+    }  # fmt: skip
+    assert {name: scores[name] for name in expected} == pytest.approx(expected, abs=1e-6)
 
 
 @needs_tables
@@ -95,13 +128,10 @@ def test_synonyms_of_inflected_words():
 
 
 @needs_tables
-def test_every_entry_of_the_table_is_read(whole_table):
+def test_every_entry_of_the_table_is_read(references, table):
     """Also those on the border of two blocks: read in blocks of one size, then of another."""
-    captions = frozenset(["two people walk along the street", "a dog in the water"])
-    found = READ(captions)
-    READ.cache_clear()
-    assert READ(captions, block=(1 << 24) + 12345) == found
-    assert found["street"]["road"] and found["two people"]
+    assert READ(references, block=(1 << 24) + 12345) == table
+    assert table["street"]["road"] and table["two people"]
 
 
 @needs_tables
@@ -131,10 +161,6 @@ def test_without_the_package_it_says_what_to_install(monkeypatch):
     assert "METEOR" not in scores["intervals"]
 
 
-WORDS = ("a", "the", "dog", "dogs", "man", "person", "woman", "runs", "running", "jumps", "in", "on", "grass", "lawn",
-         "two", "people", "is", "are", "street", "road", "'s", "photo", "picture", "boy", "child")  # fmt: skip
-
-
 @needs_tables
 def test_scores_equal_the_java_program(whole_table):
     """Captions of many kinds: nearly every score is the same, and so is that of all captions."""
@@ -143,22 +169,7 @@ def test_scores_equal_the_java_program(whole_table):
 
     if shutil.which("java") is None:
         pytest.skip("needs Java")
-    rng = random.Random(0)
-
-    def caption(low, high):
-        return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
-
-    references = [[caption(3, 12) for _ in range(4)] for _ in range(60)]
-    kinds = (
-        lambda captions: captions[0],
-        lambda captions: captions[0].replace("dog", "puppy").replace("runs", "ran"),
-        lambda captions: caption(3, 12),
-        lambda captions: captions[1].split()[0],
-        lambda captions: "",
-        lambda captions: " ".join(["dog"] * 9),
-        lambda captions: " ".join(captions),
-    )
-    candidates = [kinds[i % len(kinds)](captions) for i, captions in enumerate(references)]
+    candidates, references = varied()
     program = java.Meteor()
     whole, each = program.compute_score(dict(enumerate(references)), {i: [c] for i, c in enumerate(candidates)})
     rows = meteor.statistics(candidates, references)

@@ -301,7 +301,7 @@ SCENES = 100
 COMMAND = [
     sys.executable, str(SCRIPT), "--recipe", "shapes", "--epochs", "2", "--shapes_scenes", str(SCENES),
     "--batch_size", "8", "--embed_dim", "32", "--num_heads", "2", "--encoder_options", json.dumps(TINY_ENCODER),
-    "--score_images", "4", "--demo_images", "1", "--save_minutes", "0.002", "--ema_decay", "0.9",
+    "--score_every", "0", "--demo_images", "1", "--save_minutes", "0.002", "--ema_decay", "0.9",
     "--freeze_epochs_all", "0",
 ]  # fmt: skip
 
@@ -328,7 +328,7 @@ def test_killed_at_random_moments(tmp_path, signals):
     that a signal stopped says that it can be resumed. KILLS says how often: `make soak` makes it 20."""
     from captioning.data import shapes
 
-    kills, rng = int(os.environ.get("KILLS", 2)), random.Random(int(os.environ.get("KILL_SEED", 0)))
+    kills, rng = int(os.environ.get("KILLS", 1)), random.Random(int(os.environ.get("KILL_SEED", 0)))
     data, whole, killed = tmp_path / "shapes", tmp_path / "whole", tmp_path / "killed"
     shapes.write_dataset(data, SCENES)
     start = time.monotonic()

@@ -20,6 +20,7 @@ import re
 import zipfile
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -167,11 +168,11 @@ def read_paraphrases(references, block=1 << 24):
             first, second = lines[(1 - place) % 3 :: 3], lines[(2 - place) % 3 :: 3]
             if place == 2:  # the paraphrase of an entry whose phrase was in the chunk before
                 first = [held, *first]
-            for one, other in zip(first, second, strict=False):
-                for phrase, meaning in ((one, other), (other, one)):
-                    if phrase in phrases:
-                        counts, meaning = found.setdefault(phrase.decode(), {}), meaning.decode()
-                        counts[meaning] = counts.get(meaning, 0) + 1
+            for ours, theirs in ((first, second), (second, first)):
+                # Nearly all entries are of other phrases: `compress` and `map` pass over them without a line of Python.
+                for phrase, meaning in compress(zip(ours, theirs, strict=False), map(phrases.__contains__, ours)):
+                    counts, meaning = found.setdefault(phrase.decode(), {}), meaning.decode()
+                    counts[meaning] = counts.get(meaning, 0) + 1
             place = (place + len(lines)) % 3
             held = first[-1] if place == 2 else None
     return found
