@@ -981,7 +981,7 @@ def main(argv=None):
         trainer.log.finish(trainer.model)
         caption = partial(caption_images, trainer.model, trainer.tokenizer)
         plots.draw_demo(caption, df[df["split"] == "val"], train_cfg.demo_images, train_cfg.model_path / "demo.png")
-        calibrate_run(trainer.model, trainer.tokenizer, trainer.valid_dl.dataset, train_cfg)
+        calibrate_run(trainer.model, trainer.tokenizer, trainer.train_dl.dataset, trainer.valid_dl.dataset, train_cfg)
         result |= shapes.scores_of(caption, train_cfg.data_dir, questions="prompt" in df)
         trainer.log.print_best(result)
     upload.offer_upload(HF_REPO_ID, train_cfg.model_path, train_cfg.push_every_epoch)

@@ -39,7 +39,7 @@ from captioning.common.precision import mixed_precision
 from captioning.common.printable import printable
 from captioning.common.progress import progress_bar
 from captioning.common.stopping import Stopped, listening, stop_if_asked
-from captioning.decoding import attention_maps, confidence
+from captioning.decoding import attention_maps, confidence, familiarity
 from captioning.decoding.search import Options, generate_ids, log_probabilities, trim
 from captioning.images.preprocessing import preprocess
 from captioning.model import checkpoint, hugging_face
@@ -265,11 +265,12 @@ class Outputs:
     def _confidences(self, judged):
         """The entries of a JSON line; null for a captioner that is not calibrated."""
         if not judged:
-            return {"confidences": None, "words": None}
+            return {"confidences": None, "words": None, "familiarity": None}
         words = [
             [[word, round(sure, 4)] for word, sure in zip(one.evidence.words, one.words, strict=True)] for one in judged
         ]
         entries = {"confidences": [round(one.caption, 4) for one in judged], "words": words}
+        entries["familiarity"] = None if judged[0].familiarity is None else round(judged[0].familiarity, 4)
         if self.args.min_confidence:
             entries["to_check"] = [one.caption < self.args.min_confidence for one in judged]
         return entries
@@ -278,7 +279,9 @@ class Outputs:
         """What is printed behind caption `n` of an image that people must look at."""
         if not self.args.min_confidence or judged[n].caption >= self.args.min_confidence:
             return ""
-        return f"  (to check: confidence {judged[n].caption:.2f})"
+        strange = familiarity.is_strange(judged[n].familiarity)
+        reason = ", as the photo is unlike those of training" if strange else ""
+        return f"  (to check: confidence {judged[n].caption:.2f}{reason})"
 
     def finish(self, report):
         """Draw the grid, and report which files were written."""

@@ -237,14 +237,26 @@ def calibrate_captioner(args):
         rows = rows.assign(prompt="")
     references = rows.groupby(["image", "prompt"], sort=False)["caption"].agg(list).to_dict()
     images, prompts = map(list, zip(*references, strict=True))
-    model, tokenizer, autocast, batches = load_model(args, images)
+    training = training_photos(args)
+    model, tokenizer, autocast, batches = load_model(args, [*images, *training])
     truth = list(references.values()), shapes.true_scenes(args.data), prompts
     with autocast():
-        options = dict(shifted=args.shifted, by=args.score_tokens)
+        options = dict(shifted=args.shifted, by=args.score_tokens, training=training)
         known = calibration.calibrate(model, tokenizer, images, *truth, **batches, **options)
     known.save(args.checkpoint)
     print(f"{calibration.describe(known)}: stored in {Path(args.checkpoint) / CONFIG_FILE}")
     return known
+
+
+def training_photos(args):
+    """Photos of the dataset's training split: none where it has no such split, or is calibrated on it."""
+    if args.split in ("train", ALL):
+        return []
+    try:
+        rows = sources.load_split(args.data, "train", args.captions_file, args.image_dir)
+    except ValueError:  # no such split; the split that is calibrated on was read before
+        return []
+    return calibration.sample_of_training(list(rows["image"].unique()))
 
 
 def score_answers(rows, caption, options, data, output, ids):

@@ -27,6 +27,7 @@ import evaluate_captions
 import prepare_data
 from captioning.data import shapes
 from captioning.decoding.confidence import Confidence, caption_with_confidence
+from captioning.decoding.familiarity import is_strange
 from captioning.scoring.intervals import mean_interval
 
 script = captioners.script
@@ -70,10 +71,8 @@ def measure_unseen(folder, args):
     model, tokenizer = script.load_captioner(run)
     known, scenes = Confidence.load(run), shapes.true_scenes(data)
     print(f"trained on {len(trained_on):,} scenes without {' and '.join(sorted(UNSEEN))}, {args.epochs} epochs")
-    print(
-        "| test scenes | number | right | mean confidence | confidence above 0.9 | mean confidence of the wrong word |"
-    )
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| test scenes | number | right | unlike training | mean confidence | above 0.9 | of the wrong word |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, wanted in (("known attributes", False), ("with an unseen one", True)):
         of_split = [i["filename"] for i in split["images"] if i["split"] == "test" and (i["filename"] in new) == wanted]
         images = [data / shapes.IMAGE_FOLDER / image for image in of_split]
@@ -85,7 +84,9 @@ def measure_unseen(folder, args):
             right_words = shapes.right_words(text.split(), scenes[image])
             if len(right_words) == len(judged.words):
                 wrong_words += [c for c, is_right in zip(judged.words, right_words, strict=True) if not is_right]
-        cells = f"{np.mean(right):.1%} | {sure.mean():.2f} | {(sure > 0.9).mean():.1%} | {np.mean(wrong_words):.2f}"
+        strange = np.mean([is_strange(judged.familiarity) for _, judged in found])
+        cells = f"{np.mean(right):.1%} | {strange:.1%} | {sure.mean():.2f} | {(sure > 0.9).mean():.1%}"
+        cells += f" | {np.mean(wrong_words):.2f}"
         print(f"| {name} | {len(images):,} | {cells} |", flush=True)
 
 

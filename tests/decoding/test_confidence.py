@@ -77,8 +77,8 @@ def test_without_a_photo_the_photo_does_not_matter(example):
     known, prompt = known_of(model), torch.tensor([encode_prompt(tokenizer, "")] * 4)
     known.no_photo = torch.stack([tokens.mean((0, 1)) for tokens in model.encoder_states(pixels)]).detach()
     ids = generate_ids(model, pixels, prompt, deterministic=True)
-    other = known.log_probabilities(model, pixels.flip(0), ids, 1)[1]
-    assert torch.allclose(known.log_probabilities(model, pixels, ids, 1)[1], other, atol=1e-4)
+    other = known.log_probabilities(model, model.encoder_states(pixels.flip(0)), ids, 1)[1]
+    assert torch.allclose(known.log_probabilities(model, model.encoder_states(pixels), ids, 1)[1], other, atol=1e-4)
     seen = []  # (word, whether it was seen)
     for judged in known.judge(model, tokenizer, pixels, ids, 1):
         seen += zip(judged.evidence.words, judged.evidence.seen(), strict=True)
@@ -90,7 +90,7 @@ def test_without_a_photo_the_photo_does_not_matter(example):
     with torch.no_grad():
         for layer in no_attention:
             layer.weight.zero_()
-    with_photo, without, _ = known.log_probabilities(model, pixels, ids, 1)
+    with_photo, without, _ = known.log_probabilities(model, model.encoder_states(pixels), ids, 1)
     with torch.no_grad():
         for layer, weight in zip(no_attention, before, strict=True):
             layer.weight.copy_(weight)
@@ -107,7 +107,7 @@ def test_shifted_copies_of_the_photo(example, tmp_path):
     known.shifted = True
     step = round(pixels.size(-1) * confidence.SHIFT)
     left = torch.cat([pixels[..., step:], pixels[..., -1:].expand(-1, -1, -1, step)], dim=-1)
-    *_, copies = known.log_probabilities(model, pixels, ids, 1, pixels)
+    *_, copies = known.log_probabilities(model, model.encoder_states(pixels), ids, 1, pixels)
     at_left = token_log_probabilities(model, model.encoder_states(left), ids, 1)
     assert len(copies) == 4 and any(torch.allclose(copy, at_left, atol=1e-5) for copy in copies)
     asked = [known_one.judge(model, tokenizer, model.levels(pixels), ids, 1, pixels) for known_one in (plain, known)]

@@ -167,7 +167,7 @@ def test_calibrate_a_captioner_and_measure_it(script, tmp_path, monkeypatch, cap
     plain = evaluate_captions.main([*arguments, "--split", "test"])
     evaluate_captions.main([*arguments, "--split", "val", "--calibrate"])
     assert "calibrated on 10 photos, 60.0% right" in capsys.readouterr().out
-    assert Confidence.load(folder).about["images"] == 10
+    assert Confidence.load(folder).about["images"] == len(Confidence.load(folder).familiarity.distances) == 10
     scores = evaluate_captions.main([*arguments, "--split", "test"])
     assert {name: scores[name] for name in plain} == plain  # the captions are the same
     assert 0 < scores["calibration error of captions"] < 1 and scores["wrong captions"] > 0.2
@@ -177,5 +177,7 @@ def test_calibrate_a_captioner_and_measure_it(script, tmp_path, monkeypatch, cap
     assert (written / "confidence.png").read_bytes().startswith(b"\x89PNG")
     page = (written / "page.html").read_text()
     assert "data:image/png;base64," in page and "Least sure" in page and "confidence 0." in page
+    evaluate_captions.main([*arguments, "--split", "train", "--calibrate"])
+    assert Confidence.load(folder).familiarity is None  # no photos are held out
     with pytest.raises(SystemExit, match="error: --calibrate changes a captioner: give the folder of one"):
         evaluate_captions.main(["no/folder", "--data", str(tmp_path / "data"), "--calibrate"])

@@ -19,6 +19,8 @@ from captioning.command_line import photo_arguments
 from captioning.command_line.caption_table import CaptionTable, made_with
 from captioning.command_line.sidecars import Sidecars
 from captioning.data import sources
+from captioning.decoding.confidence import Confidence
+from captioning.decoding.familiarity import DIM, Familiarity
 from captioning.decoding.search import generate_ids, log_probabilities
 from conftest import REPO_ROOT
 from helpers.calibrated import calibrated_copy
@@ -480,8 +482,8 @@ def test_json_is_one_object_a_line(folder, capsys):
     assert [entry["image"] for entry in found[:2]] == [photo, str(folder / "scene_0.png")]
     assert len(found) == 4
     for entry in found:
-        assert set(entry) == {"image", "captions", "log_probabilities", "confidences", "words"}
-        assert entry["confidences"] is entry["words"] is None  # the example is not calibrated
+        assert set(entry) == {"image", "captions", "log_probabilities", "confidences", "words", "familiarity"}
+        assert entry["confidences"] is entry["words"] is entry["familiarity"] is None  # the example is not calibrated
         assert len(entry["captions"]) == len(entry["log_probabilities"]) == 2
         assert all(-5 < value < 0 for value in entry["log_probabilities"])
 
@@ -552,6 +554,24 @@ def test_confidence_of_captions_and_words(folder, tmp_path, capsys):
     assert capsys.readouterr().out.endswith(
         f"{CAPTIONS['scene_0.png']}  (to check: confidence {sure['scene_0.png']:.2f})\n"
     )
+
+
+def test_a_photo_unlike_those_of_training(tmp_path, capsys):
+    own, photo = str(calibrated_copy(SHAPES, tmp_path / "calibrated")), str(SHAPES / "scene_0.png")
+    sure = []
+    for nearer in (0, 99):  # so many of 99 held-out photos
+        known = Confidence.load(own)
+        known.familiarity = Familiarity(
+            torch.zeros(1, DIM), torch.full((99,), 1e6).index_fill(0, torch.arange(nearer), 0)
+        )
+        known.save(own)
+        caption_image.main([photo, "--checkpoint", own, "--json"])
+        sure.append(json.loads(capsys.readouterr().out))
+    assert [entry["familiarity"] for entry in sure] == [1, 0.01]
+    assert sure[1]["confidences"] == pytest.approx([0.2 * sure[0]["confidences"][0]], abs=1e-4)
+    caption_image.main([photo, "--checkpoint", own, "--min_confidence", "0.9"])
+    said = f"(to check: confidence {sure[1]['confidences'][0]:.2f}, as the photo is unlike those of training)\n"
+    assert capsys.readouterr().out.endswith(said)
 
 
 def test_a_captioner_without_confidence_says_so(folder, tmp_path, capsys):

@@ -4,7 +4,8 @@ The decoder is asked twice about a finished caption: how likely is each word wit
 without one? A word that is likely both times was guessed, one that only the photo makes likely was seen. "Without a
 photo" means that each decoder block attends to a single token, the mean of all image tokens of the photos that the
 captioner was calibrated on. Neither question changes a caption; each costs one pass over it. A captioner that was
-calibrated with `shifted` copies of the photo is asked about these, too: a word on which they disagree is unsure.
+calibrated with `shifted` copies of the photo is asked about these, too: a word on which they disagree is unsure. None
+of this tells a photo of a kind that training never showed, so such photos are found by themselves: `familiarity.py`.
 
 Log-probabilities are no probabilities of being right. `scoring/calibration.py` learns from validation photos, whose
 captions can be judged, what they are worth; the result, a `Confidence`, is part of the captioner's config.json.
@@ -21,6 +22,7 @@ import torch
 from captioning.common.files import CONFIG_FILE, write_atomically
 from captioning.decoding.attention_maps import group_words
 from captioning.decoding.cached_decoder import next_token_logits
+from captioning.decoding.familiarity import DIM, Familiarity, trust
 from captioning.decoding.search import Options, caption_batches, token_log_probabilities
 
 KEY = "confidence"  # in config.json
@@ -49,11 +51,13 @@ class Evidence:
 
 @dataclass
 class Judged:
-    """The confidence of a caption, that of its words `evidence.words`, and what they follow from."""
+    """The confidence of a caption, that of its words `evidence.words`, and what they follow from; `familiarity` of the
+    photo is None where nothing is known about the photos of training."""
 
     caption: float
     words: list[float]
     evidence: Evidence
+    familiarity: float | None = None
 
 
 @dataclass
@@ -75,7 +79,8 @@ class Confidence:
     `no_photo` (depth, embed_dim): the token that each decoder block attends to when there is no photo; `usual`: how
     often a word is right, whatever the photo, as log-odds, under "" those of a word that is not in the table; `word`
     and `caption`: a `Calibration` each; `about`: on how many photos all this was learnt, and what "right" means there;
-    `shifted`: whether the photo's shifted copies are looked at.
+    `shifted`: whether the photo's shifted copies are looked at; `familiarity`: what the photos of training are like,
+    None where that is not known.
     """
 
     no_photo: torch.Tensor
@@ -84,6 +89,7 @@ class Confidence:
     caption: Calibration
     about: dict
     shifted: bool = False
+    familiarity: Familiarity | None = None
 
     @classmethod
     def load(cls, folder):
@@ -93,14 +99,14 @@ class Confidence:
         if (stored := json.loads(path.read_text(encoding="utf-8")).get(KEY)) is None:
             return None
         try:
-            vectors = np.frombuffer(base64.urlsafe_b64decode(stored["no_photo"]), "<f4").reshape(
-                stored["no_photo_shape"]
-            )
+            no_photo = _from_text(stored["no_photo"], "<f4").view(stored["no_photo_shape"])
             calibrations = [Calibration(**stored[name]) for name in ("word", "caption")]
-            known = cls(torch.from_numpy(vectors.copy()), stored["usual"], *calibrations, stored["about"])
-            known.shifted = bool(stored.get("shifted", False))
+            known = cls(no_photo, stored["usual"], *calibrations, stored["about"], bool(stored.get("shifted", False)))
+            if photos := stored.get("familiarity"):  # captioners from before it have none
+                centroids = _from_text(photos["centroids"], "<f2").view(-1, DIM)
+                known.familiarity = Familiarity(centroids, _from_text(photos["distances"], "<f4"))
             return known
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"{path}: its {KEY} cannot be read ({error!r}); calibrate the captioner again: {HOW_TO_CALIBRATE}"
             ) from error
@@ -109,41 +115,60 @@ class Confidence:
         """Write it into config.json of a captioner's folder."""
         path = Path(folder) / CONFIG_FILE
         config = json.loads(path.read_text(encoding="utf-8"))
-        vectors = self.no_photo.detach().cpu().float().numpy().astype("<f4")
         config[KEY] = {
             "about": self.about,
             "shifted": self.shifted,
             "word": vars(self.word),
             "caption": vars(self.caption),
             "usual": {word: round(value, 3) for word, value in self.usual.items()},
-            "no_photo_shape": list(vectors.shape),
-            # URL-safe, without a slash: nothing takes it for a path
-            "no_photo": base64.urlsafe_b64encode(vectors.tobytes()).decode(),
+            "no_photo_shape": list(self.no_photo.shape),
+            "no_photo": _as_text(self.no_photo, "<f4"),
         }
+        if self.familiarity:
+            centroids, distances = self.familiarity.centroids, self.familiarity.distances
+            config[KEY]["familiarity"] = dict(
+                centroids=_as_text(centroids, "<f2"), distances=_as_text(distances, "<f4")
+            )
         write_atomically(path, lambda draft: draft.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
 
     def judge(self, model, tokenizer, images, ids, prompt_length, pixels=None):
-        """Finished captions -> a list of `Judged`, one a caption; arguments as in `log_probabilities`."""
-        asked = self.log_probabilities(model, images, ids, prompt_length, pixels)
+        """Finished captions -> a list of `Judged`, one a caption. `images`: pixels or the image tokens of
+        `model.levels`; other arguments as in `log_probabilities`."""
+        with torch.inference_mode():
+            states = model.encoder_states(images)
+        asked = self.log_probabilities(model, states, ids, prompt_length, pixels)
+        photos = self.familiarity(states).repeat(len(ids) // len(states[0])) if self.familiarity else [None] * len(ids)
         judged = []
-        for one in evidence_of(tokenizer, *asked, ids, prompt_length):
+        for one, familiar in zip(evidence_of(tokenizer, *asked, ids, prompt_length), photos, strict=True):
             of_words = self.word(word_features(one, self.usual))
             of_caption = self.caption(caption_features(one, of_words))
-            judged.append(Judged(float(of_caption[0]), of_words.tolist(), one))
+            if familiar is not None:
+                familiar = float(familiar)
+                of_words, of_caption = trust(familiar) * of_words, trust(familiar) * of_caption
+            judged.append(Judged(float(of_caption[0]), of_words.tolist(), one, familiar))
         return judged
 
     @torch.inference_mode()
-    def log_probabilities(self, model, images, ids, prompt_length, pixels=None):
-        """-> those of `search.token_log_probabilities` with the photo and without it, (B * K, new) each, and a list of
-        those with its shifted copies, which are made of `pixels` (B, 3, H, W) and empty unless `shifted`.
+    def log_probabilities(self, model, states, ids, prompt_length, pixels=None):
+        """What the decoder blocks attend to, ids (B * K, T) -> `search.token_log_probabilities` with the photo and
+        without it, (B * K, new) each, and a list of those with its shifted copies, which are made of `pixels`
+        (B, 3, H, W) and empty unless `shifted`.
 
-        `images`: pixels or the image tokens of `model.levels`. Raises ValueError where `shifted` needs pixels and there
-        are none.
+        Raises ValueError where `shifted` needs pixels and there are none.
         """
-        states = model.encoder_states(images)
         without = no_photo_states(self.no_photo, states)
         both = [token_log_probabilities(model, s, ids, prompt_length) for s in (states, without)]
         return *both, of_shifted_copies(model, pixels, ids, prompt_length) if self.shifted else []
+
+
+def _as_text(tensor, dtype):
+    """Numbers of a tensor as NumPy's `dtype` -> base64 without a slash: nothing takes it for a path."""
+    return base64.urlsafe_b64encode(tensor.detach().cpu().float().numpy().astype(dtype).tobytes()).decode()
+
+
+def _from_text(text, dtype):
+    """The result of `_as_text` -> float32 tensor of one dimension."""
+    return torch.from_numpy(np.frombuffer(base64.urlsafe_b64decode(text), dtype).astype(np.float32))
 
 
 class JudgedCaptions(dict):

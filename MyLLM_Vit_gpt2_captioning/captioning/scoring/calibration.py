@@ -14,14 +14,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from captioning.common.progress import progress_bar
+from captioning.common.stopping import stop_if_asked
 from captioning.data import shapes
-from captioning.decoding import confidence
+from captioning.decoding import confidence, familiarity
 from captioning.decoding.confidence import Calibration, Confidence
+from captioning.decoding.familiarity import Familiarity
 from captioning.decoding.search import token_log_probabilities
 from captioning.pages import plots
+from captioning.scoring.pair_check import PairScorer
 
 RIGHT_CIDER = 0.5
 MAX_IMAGES = 2000  # captioned for a calibration
+TRAINING_IMAGES = 1500  # a sample of them, for what the photos of training are like
+TOKENS_CLUSTERED = 50_000
 FOLDS = 5  # parts of the photos, for what must be learnt from other photos
 PRIOR_COUNT = 10
 LEAST_OF_EACH = 5  # right and wrong ones, of words and of captions, that a calibration needs
@@ -72,12 +78,14 @@ class _Observer:
 
     def __init__(self, model, shifted):
         self.model, self.shifted, self.batches, self.sums, self.images = model, shifted, [], 0, 0
+        self.tokens = []  # projected, of each batch
 
     @torch.inference_mode()
     def __call__(self, indices, levels, ids, prompt_length, pixels):
         states = self.model.encoder_states(levels)
         means = torch.stack([tokens.float().mean((0, 1)) for tokens in states])  # (depth, embed_dim)
         self.sums, self.images = self.sums + len(indices) * means, self.images + len(indices)
+        self.tokens.append(familiarity.projected(states).half())
         log_probs = token_log_probabilities(self.model, states, ids, prompt_length)
         copies = confidence.of_shifted_copies(self.model, pixels, ids, prompt_length) if self.shifted else []
         self.batches.append((indices, [tokens[:0] for tokens in states], ids, prompt_length, log_probs, copies))
@@ -94,14 +102,16 @@ class _Observer:
 
 
 def calibrate(
-    model, tokenizer, images, references, scenes, prompts="", load_batch=None, batch_size=64, shifted=False, by="words"
-):
+    model, tokenizer, images, references, scenes, prompts="", load_batch=None, batch_size=64, shifted=False, by="words",
+    training=(),
+):  # fmt: skip
     """Caption photos greedily and learn from which of the captions are right -> `Confidence`.
 
     `images`: paths; `references`: a list of true captions (or answers) for each; `scenes` as in `judge`;
     `prompts`: a question for each, or "". At most MAX_IMAGES of them are captioned. `shifted`: the confidence also
-    looks at four shifted copies of the photo, which `load_batch` must not replace by tokens. Raises ValueError when
-    there are too few right or wrong captions or words to learn from.
+    looks at four shifted copies of the photo, which `load_batch` must not replace by tokens; `training`: some photos of
+    the training split, which say what is familiar, or none. Raises ValueError when there are too few right or wrong
+    captions or words to learn from.
     """
     from captioning.scoring.evaluation import predict
 
@@ -127,7 +137,40 @@ def calibrate(
     of_captions = [confidence.caption_features(one, word(seen)) for one, seen in zip(evidence, of_words, strict=True)]
     about = {"images": len(images), "captions right": float(right.mean()), "meaning": MEANING[kind]}
     usual = usual_log_odds(words, right_words, range(len(images)))
-    return Confidence(no_photo, usual, word, fit(of_captions, right, "captions"), about, shifted)
+    known = Confidence(no_photo, usual, word, fit(of_captions, right, "captions"), about, shifted)
+    if training:
+        scorer = PairScorer(model, tokenizer, load_batch, batch_size)
+        known.familiarity = familiar_photos(scorer.encode, training, observer.tokens, batch_size)
+    return known
+
+
+def sample_of_training(images):
+    """Paths -> TRAINING_IMAGES of them, or all where there are fewer."""
+    return [images[i] for i in np.random.RandomState(0).permutation(len(images))[:TRAINING_IMAGES]]
+
+
+def familiar_photos(encode, training, held_out, batch_size=64):
+    """What the photos of training are like, and how unlike them other photos are -> `Familiarity`.
+
+    encode: photos -> what the decoder blocks attend to; training: paths of photos; held_out: the
+    `familiarity.projected` tokens of other photos, in batches.
+    """
+    from sklearn.cluster import MiniBatchKMeans
+
+    tokens, bar = [], progress_bar(len(training), "familiar photos")
+    for start in range(0, len(training), batch_size):
+        batch = training[start : start + batch_size]
+        tokens.append(familiarity.projected(encode(batch)).flatten(0, 1).cpu().numpy())  # (B * N, DIM)
+        bar.update(len(batch))
+        stop_if_asked()
+    bar.close()
+    tokens = np.concatenate(tokens)
+    tokens = tokens[np.random.RandomState(0).permutation(len(tokens))[:TOKENS_CLUSTERED]]
+    count = min(familiarity.CENTROIDS, len(tokens))
+    means = MiniBatchKMeans(count, batch_size=4096, max_iter=20, n_init=1, random_state=0).fit(tokens)
+    centroids = torch.from_numpy(means.cluster_centers_).half().float()  # as they are stored
+    distances = torch.cat([familiarity.distances_of(batch.float().cpu(), centroids) for batch in held_out])
+    return Familiarity(centroids, distances.sort().values)
 
 
 def usual_log_odds(words, right, chosen):
@@ -164,10 +207,10 @@ def fit(features, right, what):
     return Calibration(model.coef_[0].tolist(), float(model.intercept_[0]))
 
 
-def calibrate_run(model, tokenizer, dataset, config):
+def calibrate_run(model, tokenizer, training, dataset, config):
     """Calibrate the captioner of a run, which was just trained, on its validation photos: those of the script's
-    `Dataset`; `config`: the train_config. Prints how that went; where too little can be learnt from those photos the
-    captioner stays uncalibrated."""
+    `Dataset`; `training`: that of the training photos; `config`: the train_config. Prints how that went; where too
+    little can be learnt from those photos the captioner stays uncalibrated."""
     references = {}  # {(path, question or ""): true captions}
     for image, prompt, caption in zip(dataset.images, dataset.prompts, dataset.captions, strict=True):
         if image not in dataset.unreadable_photos:
@@ -177,7 +220,10 @@ def calibrate_run(model, tokenizer, dataset, config):
     scenes = shapes.true_scenes(config.data_dir)
     try:
         truth = list(references.values()), scenes, prompts
-        known = calibrate(model, tokenizer, images, *truth, load_batch, by=config.score_tokens)
+        # A streamed dataset has no list of photos.
+        photos = [image for image in training.captions_of if image not in training.unreadable_photos]
+        options = dict(by=config.score_tokens, training=sample_of_training(photos))
+        known = calibrate(model, tokenizer, images, *truth, load_batch, **options)
     except (OSError, ValueError) as error:  # the run is over, and its captioner is whole without
         print(f"the captioner is not calibrated and has no confidence: {error}")
         return
