@@ -1,10 +1,12 @@
-"""What confidence and the check of pairs are worth, on Shapes, where the truth about every caption is known.
+"""What confidence and the check of pairs are worth, most of it on Shapes, where the truth about captions is known.
 
     python benchmarks/measure_confidence.py unseen       attributes that training never showed: is the captioner unsure?
     python benchmarks/measure_confidence.py damaged      5% of the training captions swapped, found, and left out
-    python benchmarks/measure_confidence.py shifted      confidence with shifted copies of the photo, and what it costs
+    python benchmarks/measure_confidence.py shifted      confidence without familiarity and with shifted copies
+    python benchmarks/measure_confidence.py strange --captioner captioner --photos data/flickr8k/images
+                                                         how unlike those of training it takes images of other kinds for
 
-Each trains the recipe `shapes` for some epochs, `damaged` three times for each seed.
+All but the last train the recipe `shapes` for some epochs, `damaged` three times for each seed.
 """
 
 import argparse
@@ -21,13 +23,14 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from PIL import Image, ImageOps
 
 import captioners  # puts the script on the search path
 import evaluate_captions
 import prepare_data
 from captioning.data import shapes
 from captioning.decoding.confidence import Confidence, caption_with_confidence
-from captioning.decoding.familiarity import is_strange
+from captioning.decoding.familiarity import is_strange, trust
 from captioning.scoring.intervals import mean_interval
 
 script = captioners.script
@@ -155,10 +158,13 @@ def measure_shifted(folder, args):
     model, tokenizer = script.load_captioner(run)
     images = sorted((data / shapes.IMAGE_FOLDER).iterdir())[-256:]
     known, times = {}, {}
-    for name, options in (("photo alone", []), ("with shifted copies", ["--shifted"])):
-        base = [str(run), "--data", str(data)]
+    base = [str(run), "--data", str(data)]
+    for name, options in (("photo alone", []), ("without familiarity", []), ("with shifted copies", ["--shifted"])):
         quietly(evaluate_captions.main, [*base, "--split", "val", "--calibrate", *options])
         known[name], times[name] = Confidence.load(run), []
+        if name == "without familiarity":
+            known[name].familiarity = None
+            known[name].save(run)
         scores = quietly(evaluate_captions.main, [*base, "--split", "test"])
         print(f"\n{name}")
         for measure, value in scores.items():
@@ -173,7 +179,46 @@ def measure_shifted(folder, args):
         print(f"{name}: {1000 * median(of_one):.2f} ms a caption")
 
 
-MEASUREMENTS = {"unseen": measure_unseen, "damaged": measure_damaged, "shifted": measure_shifted}
+# --- images of other kinds --------------------------------------------------------------------------------------------
+
+
+def measure_strange(folder, args):
+    rng, changed = np.random.default_rng(0), {}
+    photos = sorted(path for path in args.photos.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if args.names:
+        names = set(args.names.read_text().split())
+        photos = [path for path in photos if path.name in names]
+    changes = {
+        "upside down": lambda photo: photo.rotate(180),
+        "negatives": ImageOps.invert,
+        "without colours": lambda photo: photo.convert("L").convert("RGB"),
+        "noise": lambda photo: Image.fromarray(rng.integers(0, 256, (*photo.size[::-1], 3), dtype=np.uint8)),
+    }
+    for name, change in changes.items():
+        (folder / name).mkdir()
+        changed[name] = [folder / name / f"{path.stem}.png" for path in photos[:100]]
+        for path, target in zip(photos, changed[name], strict=False):
+            change(Image.open(path).convert("RGB")).save(target)
+    changed["scenes of Shapes"] = sorted((folder / "shapes" / shapes.IMAGE_FOLDER).iterdir())[:100]
+    model, tokenizer = script.load_captioner(args.captioner)
+    if (known := Confidence.load(args.captioner)) is None or known.familiarity is None:
+        sys.exit(f"error: {args.captioner} does not know what is familiar: evaluate_captions.py --calibrate")
+    print(
+        "| images | number | unlike training | mean confidence | without familiarity |\n| --- | --- | --- | --- | --- |"
+    )
+    for name, images in {"photos as they are": photos, **changed}.items():
+        judged = [one for [(_, one)] in caption_with_confidence(model, tokenizer, images, known)]
+        share, sure = np.array([one.familiarity for one in judged]), np.array([one.caption for one in judged])
+        strange = np.mean([is_strange(one.familiarity) for one in judged])
+        print(f"| {name} | {len(images)} | {strange:.1%} | {sure.mean():.3f} | {(sure / trust(share)).mean():.3f} |")
+
+
+MEASUREMENTS = {
+    "strange": measure_strange,
+    "unseen": measure_unseen,
+    "damaged": measure_damaged,
+    "shifted": measure_shifted,
+}
 
 
 def main(argv=None):
@@ -184,7 +229,12 @@ def main(argv=None):
     parser.add_argument(
         "--seeds", type=int, default=3, metavar="N", help="damaged: training runs of each kind (default: 3)"
     )
+    parser.add_argument("--captioner", type=Path, metavar="FOLDER", help="strange: a calibrated captioner")
+    parser.add_argument("--photos", type=Path, metavar="FOLDER", help="strange: photos like those of its training")
+    parser.add_argument("--names", type=Path, metavar="FILE", help="strange: only the photos whose names it lists")
     args = parser.parse_args(argv)
+    if args.what == "strange" and not (args.captioner and args.photos):
+        parser.error("strange needs --captioner and --photos")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         shapes.write_dataset(folder / "shapes", args.scenes)

@@ -64,7 +64,7 @@ def test_the_share_of_held_out_photos_that_are_as_unlike():
 
 
 def test_trust():
-    assert trust([1 / 1001, UNUSUAL / 2, UNUSUAL, 1]).tolist() == pytest.approx([0.01998, 0.5, 1, 1], abs=1e-4)
+    assert trust([1 / 1001, UNUSUAL / 2, UNUSUAL, 1]).tolist() == pytest.approx([0.0333, 0.5, 1, 1], abs=1e-4)
     assert is_strange(UNUSUAL / 2) and not is_strange(UNUSUAL) and not is_strange(None)
 
 

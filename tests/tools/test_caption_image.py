@@ -20,7 +20,7 @@ from captioning.command_line.caption_table import CaptionTable, made_with
 from captioning.command_line.sidecars import Sidecars
 from captioning.data import sources
 from captioning.decoding.confidence import Confidence
-from captioning.decoding.familiarity import DIM, Familiarity
+from captioning.decoding.familiarity import DIM, UNUSUAL, Familiarity
 from captioning.decoding.search import generate_ids, log_probabilities
 from conftest import REPO_ROOT
 from helpers.calibrated import calibrated_copy
@@ -568,7 +568,7 @@ def test_a_photo_unlike_those_of_training(tmp_path, capsys):
         caption_image.main([photo, "--checkpoint", own, "--json"])
         sure.append(json.loads(capsys.readouterr().out))
     assert [entry["familiarity"] for entry in sure] == [1, 0.01]
-    assert sure[1]["confidences"] == pytest.approx([0.2 * sure[0]["confidences"][0]], abs=1e-4)
+    assert sure[1]["confidences"] == pytest.approx([0.01 / UNUSUAL * sure[0]["confidences"][0]], abs=1e-4)
     caption_image.main([photo, "--checkpoint", own, "--min_confidence", "0.9"])
     said = f"(to check: confidence {sure[1]['confidences'][0]:.2f}, as the photo is unlike those of training)\n"
     assert capsys.readouterr().out.endswith(said)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 DIM = 32  # of image tokens projected at random, which all but keeps their distances (Johnson and Lindenstrauss 1984)
 CENTROIDS = 1024
 WORST = 3
-UNUSUAL = 0.05  # share of the held-out photos below which a photo counts as unlike those of training
+UNUSUAL = 0.03  # share of the held-out photos below which a photo counts as unlike those of training
 
 
 @dataclass
@@ -57,7 +57,7 @@ def distances_of(tokens, centroids):
 
 def trust(familiarity):
     """The share of `Familiarity` -> a factor of the confidence, which rises from 0 for a photo unlike all others to 1
-    for a share of UNUSUAL. So of photos like those of training, 1 in 20 loses some confidence."""
+    for a share of UNUSUAL. So of photos like those of training, 3 in 100 lose some confidence."""
     return np.minimum(1.0, np.asarray(familiarity) / UNUSUAL)
 
 
