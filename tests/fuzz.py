@@ -40,6 +40,7 @@ from captioning.data import downloads, exclusions, photo_store, sources
 from captioning.data.shards import reading, streaming, writing
 from captioning.data.token_cache import TokenCache
 from captioning.decoding.confidence import Calibration, Confidence
+from captioning.decoding.familiarity import DIM, Familiarity
 from captioning.model import checkpoint, encoders
 from captioning.model.tokenizer import CaptionTokenizer
 from captioning.scoring import meteor
@@ -264,7 +265,9 @@ def _confidence(model):
     config = model.config
     words, captions = Calibration([0.1] * 4, 0.0), Calibration([0.1] * 5, 0.0)
     vectors = torch.zeros(config.depth, config.embed_dim)
-    return Confidence(vectors, {"": 0.5, "dog": 1.0}, words, captions, {"photos": 10, "right": "words"})
+    known = Confidence(vectors, {"": 0.5, "dog": 1.0}, words, captions, {"photos": 10, "right": "words"})
+    known.familiarity = Familiarity(torch.zeros(2, DIM), torch.arange(3.0))
+    return known
 
 
 def _write_captioner(folder, **changes):

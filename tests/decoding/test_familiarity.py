@@ -104,6 +104,28 @@ def test_a_strange_photo_is_found_and_its_captions_are_unsure(example, scenes, f
             assert new.words == pytest.approx([factor * word for word in old.words], abs=1e-6)
 
 
+def test_precision_makes_no_difference(example, familiar, scenes):
+    """Under autocast, tokens are rounded and distances are not."""
+    scorer = PairScorer(*example)
+    whole = familiar(scorer.encode(scenes[50:60]))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = familiar(scorer.encode(scenes[50:60]))
+        again = calibration.familiar_photos(
+            scorer.encode, scenes[:5], [familiarity.projected(scorer.encode(scenes[5:7]))]
+        )
+    assert len(set(whole)) > 5 and half == pytest.approx(whole, abs=0.1)
+    assert again.distances.dtype == again.centroids.dtype == torch.float32
+
+
+def test_training_photos_that_cannot_be_read(example, scenes, tmp_path):
+    """Their batch is left out; with none left, nothing is familiar."""
+    scorer, gone = PairScorer(*example), str(tmp_path / "gone.png")
+    held_out = [familiarity.projected(scorer.encode(scenes[90:]))]
+    known = calibration.familiar_photos(scorer.encode, [*scenes[:2], gone, scenes[2]], held_out, batch_size=2)
+    assert len(known.centroids) == scorer.encode(scenes[:2])[0].size(1) * 2  # a token each
+    assert calibration.familiar_photos(scorer.encode, [gone], held_out) is None
+
+
 def test_it_is_kept_in_the_config(familiar, tmp_path):
     folder = calibrated_copy(SHAPES, tmp_path / "calibrated")
     known = Confidence.load(folder)

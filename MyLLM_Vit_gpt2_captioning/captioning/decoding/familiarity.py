@@ -44,14 +44,16 @@ def projected(states):
     tokens = F.normalize(states[0].float(), dim=-1)
     generator = np.random.RandomState(0)  # the same numbers in every version of NumPy
     matrix = generator.standard_normal((tokens.size(-1), DIM)).astype(np.float32) / np.float32(np.sqrt(DIM))
-    return tokens @ torch.from_numpy(matrix).to(tokens.device)
+    with torch.autocast(tokens.device.type, enabled=False):  # bf16 would round distances away
+        return tokens @ torch.from_numpy(matrix).to(tokens.device)
 
 
 @torch.inference_mode()
 def distances_of(tokens, centroids):
     """Projected tokens of photos (B, N, DIM), centroids (K, DIM) -> (B,): the mean distance of a photo's WORST tokens
     from the centroid next to each."""
-    nearest = torch.cdist(tokens, centroids.to(tokens)).amin(-1)  # (B, N)
+    with torch.autocast(tokens.device.type, enabled=False):
+        nearest = torch.cdist(tokens, centroids.to(tokens)).amin(-1)  # (B, N)
     return nearest.topk(min(WORST, nearest.size(1)), dim=1).values.mean(1)
 
 

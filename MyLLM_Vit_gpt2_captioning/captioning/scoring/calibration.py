@@ -7,6 +7,7 @@ A caption is right
 and a word when it is the true one at its place (Shapes), or else when it occurs in one of the photo's true captions.
 """
 
+import contextlib
 import math
 import re
 from pathlib import Path
@@ -150,7 +151,8 @@ def sample_of_training(images):
 
 
 def familiar_photos(encode, training, held_out, batch_size=64):
-    """What the photos of training are like, and how unlike them other photos are -> `Familiarity`.
+    """What the photos of training are like, and how unlike them other photos are -> `Familiarity`; None where no photo
+    can be read.
 
     encode: photos -> what the decoder blocks attend to; training: paths of photos; held_out: the
     `familiarity.projected` tokens of other photos, in batches.
@@ -160,10 +162,14 @@ def familiar_photos(encode, training, held_out, batch_size=64):
     tokens, bar = [], progress_bar(len(training), "familiar photos")
     for start in range(0, len(training), batch_size):
         batch = training[start : start + batch_size]
-        tokens.append(familiarity.projected(encode(batch)).flatten(0, 1).cpu().numpy())  # (B * N, DIM)
+        # A batch with a photo that cannot be read, or whose tokens are in no cache, is left out: others say the same.
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            tokens.append(familiarity.projected(encode(batch)).flatten(0, 1).cpu().numpy())  # (B * N, DIM)
         bar.update(len(batch))
         stop_if_asked()
     bar.close()
+    if not tokens:
+        return None
     tokens = np.concatenate(tokens)
     tokens = tokens[np.random.RandomState(0).permutation(len(tokens))[:TOKENS_CLUSTERED]]
     count = min(familiarity.CENTROIDS, len(tokens))
