@@ -19,7 +19,7 @@ run: .venv/run-installed
 test: .venv/test-installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest -n $(WORKERS) --dist loadscope
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 soak: .venv/test-installed
 	SOAK=1 KILLS=$(KILLS) .venv/bin/python -m pytest -s -k "killed_at_random or memory_stays_flat" tests/training/test_resume.py

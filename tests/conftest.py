@@ -78,6 +78,17 @@ def garbage_is_looked_for_in_what_is_new():
     gc.unfreeze()
 
 
+# Their tests start processes, compile or wait. Begun last, one of them would keep a worker while the others are done.
+LONG = ("test_distributed.py", "test_resume.py", "test_trackers.py", "test_web_demo.py", "test_onnx.py",
+        "test_fast_paths.py", "test_hub.py", "test_check_gpu.py", "test_device_waits.py")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Files of LONG come first, in the order of this list (with --no-loadscope-reorder; else xdist has its own)."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
+
+
 def pytest_unconfigure(config):
     """Nor does the folder stay that pytest makes around its own, when all that is left there is a link to nothing."""
     if not hasattr(config, "workerinput"):
