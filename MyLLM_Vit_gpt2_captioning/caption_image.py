@@ -103,7 +103,7 @@ def main(argv=None):
     parser.add_argument(
         "--json",
         action="store_true",
-        help="a JSON object a line: image, captions, log_probabilities, confidences, words with theirs",
+        help="a JSON object a line: image, captions, log_probabilities, confidences, words with theirs, familiarity",
     )
     parser.add_argument("--allow_urls", action="store_true", help="fetch images that are URLs")
     args = parser.parse_args(with_underscores(sys.argv[1:] if argv is None else argv))

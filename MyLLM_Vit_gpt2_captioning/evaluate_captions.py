@@ -33,6 +33,7 @@ from captioning.common.precision import mixed_precision
 from captioning.data import batching, shapes, sources
 from captioning.data.annotation_folders import read_image_ids
 from captioning.data.conventions import ALL, SPLITS
+from captioning.data.shards import reading
 from captioning.data.token_cache import TokenCache, fill_caches
 from captioning.decoding.confidence import Confidence, JudgedCaptions
 from captioning.pages import html_pages
@@ -238,7 +239,7 @@ def calibrate_captioner(args):
     references = rows.groupby(["image", "prompt"], sort=False)["caption"].agg(list).to_dict()
     images, prompts = map(list, zip(*references, strict=True))
     training = training_photos(args)
-    model, tokenizer, autocast, batches = load_model(args, [*images, *training])
+    model, tokenizer, autocast, batches = load_model(args, images)
     truth = list(references.values()), shapes.true_scenes(args.data), prompts
     with autocast():
         options = dict(shifted=args.shifted, by=args.score_tokens, training=training)
@@ -249,8 +250,9 @@ def calibrate_captioner(args):
 
 
 def training_photos(args):
-    """Photos of the dataset's training split: none where it has no such split, or is calibrated on it."""
-    if args.split in ("train", ALL):
+    """Photos of the dataset's training split: none where it has no such split or is calibrated on it, nor of tar
+    shards, which would all be read for them."""
+    if args.split in ("train", ALL) or reading.has_shards(args.data):
         return []
     try:
         rows = sources.load_split(args.data, "train", args.captions_file, args.image_dir)

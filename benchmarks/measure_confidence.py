@@ -74,8 +74,9 @@ def measure_unseen(folder, args):
     model, tokenizer = script.load_captioner(run)
     known, scenes = Confidence.load(run), shapes.true_scenes(data)
     print(f"trained on {len(trained_on):,} scenes without {' and '.join(sorted(UNSEEN))}, {args.epochs} epochs")
-    print("| test scenes | number | right | unlike training | mean confidence | above 0.9 | of the wrong word |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    columns = "alone | with familiarity"  # "alone": by log-probabilities
+    print(f"| test scenes | number | right | unlike | confidence, {columns} | above 0.9, {columns} | wrong word |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, wanted in (("known attributes", False), ("with an unseen one", True)):
         of_split = [i["filename"] for i in split["images"] if i["split"] == "test" and (i["filename"] in new) == wanted]
         images = [data / shapes.IMAGE_FOLDER / image for image in of_split]
@@ -88,7 +89,9 @@ def measure_unseen(folder, args):
             if len(right_words) == len(judged.words):
                 wrong_words += [c for c, is_right in zip(judged.words, right_words, strict=True) if not is_right]
         strange = np.mean([is_strange(judged.familiarity) for _, judged in found])
-        cells = f"{np.mean(right):.1%} | {strange:.1%} | {sure.mean():.2f} | {(sure > 0.9).mean():.1%}"
+        alone = sure / trust(np.array([judged.familiarity for _, judged in found]))  # by log-probabilities
+        cells = f"{np.mean(right):.1%} | {strange:.1%} | {alone.mean():.2f} | {sure.mean():.2f}"
+        cells += f" | {(alone > 0.9).mean():.1%} | {(sure > 0.9).mean():.1%}"
         cells += f" | {np.mean(wrong_words):.2f}"
         print(f"| {name} | {len(images):,} | {cells} |", flush=True)
 

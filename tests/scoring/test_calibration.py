@@ -166,8 +166,13 @@ def test_calibrate_a_captioner_and_measure_it(script, tmp_path, monkeypatch, cap
     arguments = [str(folder), "--data", str(tmp_path / "data")]
     plain = evaluate_captions.main([*arguments, "--split", "test"])
     evaluate_captions.main([*arguments, "--split", "val", "--calibrate"])
-    assert "calibrated on 10 photos, 60.0% right" in capsys.readouterr().out
-    assert Confidence.load(folder).about["images"] == len(Confidence.load(folder).familiarity.distances) == 10
+    said = capsys.readouterr().out
+    assert "calibrated on 10 photos, 60.0% right" in said and "it does not know which photos are unlike" in said
+    assert Confidence.load(folder).about["images"] == 10 and Confidence.load(folder).familiarity is None
+    monkeypatch.setattr(calibration, "LEAST_HELD_OUT", 10)
+    evaluate_captions.main([*arguments, "--split", "val", "--calibrate"])
+    assert "it does not know" not in capsys.readouterr().out
+    assert len(Confidence.load(folder).familiarity.distances) == 10
     scores = evaluate_captions.main([*arguments, "--split", "test"])
     assert {name: scores[name] for name in plain} == plain  # the captions are the same
     assert 0 < scores["calibration error of captions"] < 1 and scores["wrong captions"] > 0.2

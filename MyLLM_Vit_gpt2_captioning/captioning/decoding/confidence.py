@@ -99,14 +99,17 @@ class Confidence:
         if (stored := json.loads(path.read_text(encoding="utf-8")).get(KEY)) is None:
             return None
         try:
-            no_photo = _from_text(stored["no_photo"], "<f4").view(stored["no_photo_shape"])
+            no_photo = torch.from_numpy(_from_text(stored["no_photo"], "<f4").reshape(stored["no_photo_shape"]))
             calibrations = [Calibration(**stored[name]) for name in ("word", "caption")]
             known = cls(no_photo, stored["usual"], *calibrations, stored["about"], bool(stored.get("shifted", False)))
             if photos := stored.get("familiarity"):  # captioners from before it have none
-                centroids = _from_text(photos["centroids"], "<f2").view(-1, DIM)
-                known.familiarity = Familiarity(centroids, _from_text(photos["distances"], "<f4"))
+                centroids = _from_text(photos["centroids"], "<f2").reshape(-1, DIM)
+                distances = np.sort(_from_text(photos["distances"], "<f4"))
+                if not (centroids.size and np.isfinite(centroids).all() and np.isfinite(distances).all()):
+                    raise ValueError("familiarity: no numbers to measure with")
+                known.familiarity = Familiarity(torch.from_numpy(centroids), torch.from_numpy(distances))
             return known
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}: its {KEY} cannot be read ({error!r}); calibrate the captioner again: {HOW_TO_CALIBRATE}"
             ) from error
@@ -167,8 +170,8 @@ def _as_text(tensor, dtype):
 
 
 def _from_text(text, dtype):
-    """The result of `_as_text` -> float32 tensor of one dimension."""
-    return torch.from_numpy(np.frombuffer(base64.urlsafe_b64decode(text), dtype).astype(np.float32))
+    """The result of `_as_text` -> float32 array of one dimension."""
+    return np.frombuffer(base64.urlsafe_b64decode(text), dtype).astype(np.float32)
 
 
 class JudgedCaptions(dict):

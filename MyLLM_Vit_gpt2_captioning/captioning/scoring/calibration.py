@@ -29,6 +29,7 @@ RIGHT_CIDER = 0.5
 MAX_IMAGES = 2000  # captioned for a calibration
 TRAINING_IMAGES = 1500  # a sample of them, for what the photos of training are like
 TOKENS_CLUSTERED = 50_000
+LEAST_HELD_OUT = 100  # photos: of fewer, none is rare
 FOLDS = 5  # parts of the photos, for what must be learnt from other photos
 PRIOR_COUNT = 10
 LEAST_OF_EACH = 5  # right and wrong ones, of words and of captions, that a calibration needs
@@ -79,14 +80,14 @@ class _Observer:
 
     def __init__(self, model, shifted):
         self.model, self.shifted, self.batches, self.sums, self.images = model, shifted, [], 0, 0
-        self.tokens = []  # projected, of each batch
+        self.tokens = {}  # {index of an image: its tokens, projected (N, familiarity.DIM)}
 
     @torch.inference_mode()
     def __call__(self, indices, levels, ids, prompt_length, pixels):
         states = self.model.encoder_states(levels)
         means = torch.stack([tokens.float().mean((0, 1)) for tokens in states])  # (depth, embed_dim)
         self.sums, self.images = self.sums + len(indices) * means, self.images + len(indices)
-        self.tokens.append(familiarity.projected(states).half())
+        self.tokens |= dict(zip(indices, familiarity.projected(states).half().cpu(), strict=True))
         log_probs = token_log_probabilities(self.model, states, ids, prompt_length)
         copies = confidence.of_shifted_copies(self.model, pixels, ids, prompt_length) if self.shifted else []
         self.batches.append((indices, [tokens[:0] for tokens in states], ids, prompt_length, log_probs, copies))
@@ -104,15 +105,15 @@ class _Observer:
 
 def calibrate(
     model, tokenizer, images, references, scenes, prompts="", load_batch=None, batch_size=64, shifted=False, by="words",
-    training=(),
+    training=(), load_training=None,
 ):  # fmt: skip
     """Caption photos greedily and learn from which of the captions are right -> `Confidence`.
 
     `images`: paths; `references`: a list of true captions (or answers) for each; `scenes` as in `judge`;
     `prompts`: a question for each, or "". At most MAX_IMAGES of them are captioned. `shifted`: the confidence also
     looks at four shifted copies of the photo, which `load_batch` must not replace by tokens; `training`: some photos of
-    the training split, which say what is familiar, or none. Raises ValueError when there are too few right or wrong
-    captions or words to learn from.
+    the training split, which say what is familiar, or none; `load_training`: as `load_batch`, for these. Raises
+    ValueError when there are too few right or wrong captions or words to learn from.
     """
     from captioning.scoring.evaluation import predict
 
@@ -139,9 +140,11 @@ def calibrate(
     about = {"images": len(images), "captions right": float(right.mean()), "meaning": MEANING[kind]}
     usual = usual_log_odds(words, right_words, range(len(images)))
     known = Confidence(no_photo, usual, word, fit(of_captions, right, "captions"), about, shifted)
-    if training:
-        scorer = PairScorer(model, tokenizer, load_batch, batch_size)
-        known.familiarity = familiar_photos(scorer.encode, training, observer.tokens, batch_size)
+    first = {image: i for i, image in reversed(list(enumerate(images)))}  # a photo may be asked about many times
+    if training and len(first) >= LEAST_HELD_OUT:
+        held_out = [observer.tokens[i][None] for i in first.values()]
+        scorer = PairScorer(model, tokenizer, load_training, batch_size)
+        known.familiarity = familiar_photos(scorer.encode, training, held_out, batch_size)
     return known
 
 
@@ -229,7 +232,7 @@ def calibrate_run(model, tokenizer, training, dataset, config):
         # A streamed dataset has no list of photos.
         photos = [image for image in training.captions_of if image not in training.unreadable_photos]
         options = dict(by=config.score_tokens, training=sample_of_training(photos))
-        known = calibrate(model, tokenizer, images, *truth, load_batch, **options)
+        known = calibrate(model, tokenizer, images, *truth, load_batch, load_training=load_batch, **options)
     except (OSError, ValueError) as error:  # the run is over, and its captioner is whole without
         print(f"the captioner is not calibrated and has no confidence: {error}")
         return
@@ -240,7 +243,8 @@ def calibrate_run(model, tokenizer, training, dataset, config):
 def describe(known):
     """A `Confidence` -> a line on what it was learnt from."""
     about = known.about
-    return f"calibrated on {about['images']:,} photos, {about['captions right']:.1%} right ({about['meaning']})"
+    photos = f"calibrated on {about['images']:,} photos, {about['captions right']:.1%} right ({about['meaning']})"
+    return photos if known.familiarity else f"{photos}; it does not know which photos are unlike those of training"
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
