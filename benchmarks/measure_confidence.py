@@ -89,7 +89,8 @@ def measure_unseen(folder, args):
             if len(right_words) == len(judged.words):
                 wrong_words += [c for c, is_right in zip(judged.words, right_words, strict=True) if not is_right]
         strange = np.mean([is_strange(judged.familiarity) for _, judged in found])
-        alone = sure / trust(np.array([judged.familiarity for _, judged in found]))  # by log-probabilities
+        shares = [1.0 if judged.familiarity is None else judged.familiarity for _, judged in found]
+        alone = sure / trust(shares)  # by log-probabilities
         cells = f"{np.mean(right):.1%} | {strange:.1%} | {alone.mean():.2f} | {sure.mean():.2f}"
         cells += f" | {(alone > 0.9).mean():.1%} | {(sure > 0.9).mean():.1%}"
         cells += f" | {np.mean(wrong_words):.2f}"
